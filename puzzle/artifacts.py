@@ -1,0 +1,236 @@
+"""What lies on disk: units that are whole or absent, fingerprints that say what they were made from, and events.
+
+A unit is a folder with a marker ``unit.json`` or a single JSON file. Both carry ``inputs`` (named fingerprints of all
+that went in) and ``content`` (a fingerprint of what came out, which downstream units name among their own inputs).
+A unit is written aside, flushed to disk and renamed, so a crash at any moment leaves it whole or absent; what was
+written aside is swept away the next time. Every disk operation that changes something goes through
+:func:`_before`, where tests inject crashes and full disks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
+
+SCHEMA_VERSION = 1
+MARKER = "unit.json"
+_ASIDE = ".aside-"
+
+
+def _before(operation: str, path: Path) -> None:
+    """Called before each operation that changes the disk: mkdir, write, flush, rename, remove, append."""
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of the SHA-256 of ``value`` as canonical JSON; equal values give equal fingerprints everywhere."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """16 hex digits of the SHA-256 of the file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A published unit as its marker tells it."""
+
+    path: Path
+    inputs: dict[str, str]
+    content: str
+    payload: dict[str, Any]
+
+
+def publish_json(path: Path, inputs: Mapping[str, str], payload: Mapping[str, Any]) -> Unit:
+    """Publishes ``payload`` as a single-file unit."""
+    aside = _fresh_aside(path)
+    _write_json(aside, _marker(inputs, fingerprint(payload), payload))
+    _rename(aside, path)
+    return read_unit(path)
+
+
+def publish_folder(
+    folder: Path, inputs: Mapping[str, str], write: Callable[[Path], Mapping[str, Any] | None]
+) -> Unit:
+    """Publishes a folder: ``write(aside)`` fills it and returns the marker's payload."""
+    aside = _fresh_aside(folder)
+    _before("mkdir", aside)
+    aside.mkdir()
+    payload = dict(write(aside) or {})
+    files = {}
+    for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+        _flush(file)
+        files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_fingerprint(file)}
+    content = fingerprint({"files": files, "payload": payload})
+    _write_json(aside / MARKER, {**_marker(inputs, content, payload), "files": files})
+    _rename(aside, folder)
+    return read_unit(folder)
+
+
+def _marker(inputs: Mapping[str, str], content: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "inputs": dict(inputs), "content": content, "payload": dict(payload)}
+
+
+def read_unit(path: Path) -> Unit:
+    """The unit at ``path``. CorruptFileError if its marker is unreadable or a file of it is missing or of another size."""
+    marker_path = path / MARKER if path.is_dir() else path
+    marker = read_json(marker_path)
+    try:
+        if marker["schema_version"] != SCHEMA_VERSION:
+            raise CorruptFileError(
+                f"{marker_path}: written by another version of puzzle (schema {marker['schema_version']}, this one reads "
+                f"{SCHEMA_VERSION}); use that version, or start a new run folder"
+            )
+        unit = Unit(path, dict(marker["inputs"]), str(marker["content"]), dict(marker["payload"]))
+        sizes = {name: int(entry["bytes"]) for name, entry in marker.get("files", {}).items()}
+    except (KeyError, TypeError) as error:
+        raise CorruptFileError(f"{marker_path}: not a unit marker ({error}); delete {path} and run again") from None
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise CorruptFileError(f"{file}: expected {size} bytes, found {found}; delete {path} and run again")
+    return unit
+
+
+def is_current(path: Path, inputs: Mapping[str, str], stage: str) -> bool:
+    """Whether the unit exists and was made from ``inputs``. StaleUnitError, naming what changed, if made from others."""
+    if not path.exists():
+        return False
+    changed = changed_inputs(path, inputs)
+    if changed:
+        raise StaleUnitError(
+            f"{path} was made from other inputs (changed: {', '.join(changed)}); "
+            f"run again with --redo {stage}, or use a new run folder"
+        )
+    return True
+
+
+def changed_inputs(path: Path, inputs: Mapping[str, str]) -> list[str]:
+    """Names of the inputs in which the unit on disk differs from ``inputs``."""
+    found = read_unit(path).inputs
+    return sorted(name for name in {*found, *inputs} if found.get(name) != inputs.get(name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; CorruptFileError if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"{path}: unreadable ({error}); delete it and run again") from None
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{path}: expected a JSON object; delete it and run again")
+    return data
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is no unit (config, environment), atomically."""
+    aside = _fresh_aside(path)
+    _before("write", aside)
+    aside.write_text(text, encoding="utf-8")
+    _flush(aside)
+    _rename(aside, path)
+
+
+def remove(path: Path) -> None:
+    """Removes a unit at one stroke: renamed aside first, so it is never seen half gone."""
+    if not path.exists():
+        return
+    aside = _fresh_aside(path)
+    _rename(path, aside)
+    _before("remove", aside)
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what crashes left aside anywhere under ``folder``."""
+    for aside in list(folder.rglob(f"{_ASIDE}*")):
+        if aside.exists():
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+
+def _fresh_aside(path: Path) -> Path:
+    _before("mkdir", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(_ASIDE + path.name)
+    if aside.exists():
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    return aside
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    _before("write", path)
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    _before("flush", path)
+    with open(path, "rb+" if path.is_file() else "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _rename(source: Path, target: Path) -> None:
+    _before("rename", target)
+    os.replace(source, target)
+    if os.name == "posix":  # the rename itself reaches the disk with the folder that holds it
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def append_event(path: Path, event: Mapping[str, Any]) -> None:
+    """Appends one JSON line; a line torn by an earlier crash is closed first and stays ignored."""
+    _before("append", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(dict(event), allow_nan=False).encode() + b"\n")
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return bytes(file.read(1))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole events, oldest first."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder for this process; PuzzleError if another one is working on it."""
+    _before("mkdir", run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks, runs are not protected from one another there
+        yield
+        return
+    with open(run_dir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PuzzleError(f"{run_dir}: another puzzle process is working on this run; wait for it or stop it") from None
+        yield

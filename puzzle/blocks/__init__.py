@@ -1,0 +1,1 @@
+"""Variants as modules: starting points, the library on disk, and block-wise distillation."""

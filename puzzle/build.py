@@ -1,0 +1,63 @@
+"""Puts a student together: the teacher's embedding, norm and head, and for each site the chosen variant's weights.
+
+Reads the teacher, the chosen items and the library; writes a folder that :func:`puzzle.teacher.load_model` reads back
+(``config.json``, ``model.safetensors`` in fp32).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from puzzle.blocks.layer import block_of, part_state
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.teacher import freeze, layers_of, load_state
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
+
+
+def chosen_specs(items: Sequence[Item]) -> dict[Site, Spec]:
+    """The spec at each site that ``items`` cover."""
+    return {site: spec for item in items for site, spec in zip(item.sites, item.specs, strict=True)}
+
+
+def blocks_of(items: Sequence[Item], num_layers: int) -> list[dict[str, Any]]:
+    """``config.blocks`` of the architecture."""
+    specs = chosen_specs(items)
+    blocks = []
+    for layer in range(num_layers):
+        attention, ffn = specs[Site(layer, "attention")], specs[Site(layer, "ffn")]
+        assert isinstance(attention, AttentionSpec) and isinstance(ffn, FfnSpec)
+        blocks.append(block_of(attention, ffn))
+    return blocks
+
+
+def build_student(
+    teacher: PuzzleForCausalLM, items: Sequence[Item], read_weights: Callable[[Item], Mapping[str, Tensor]]
+) -> PuzzleForCausalLM:
+    """A new model on the teacher's device; ``read_weights`` is asked for items that are neither keep nor skip."""
+    config = copy.deepcopy(teacher.config)
+    config.blocks = blocks_of(items, config.num_hidden_layers)
+    state = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith("model.layers.")}
+    for item in items:
+        for site, spec in zip(item.sites, item.specs, strict=True):
+            if spec.kind == "skip":
+                continue
+            kept = spec.kind == "keep"
+            part = part_state(layers_of(teacher)[site.layer], site.part) if kept else read_weights(item)
+            state.update({f"model.layers.{site.layer}.{name}": tensor for name, tensor in part.items()})
+    student = PuzzleForCausalLM(config)
+    load_state(student, state, "student")
+    return freeze(student.to(teacher.device))
+
+
+def write_model(model: PuzzleForCausalLM, folder: Path) -> None:
+    """Writes the model for :func:`puzzle.teacher.load_model`; a tied head is stored once."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, folder / "model.safetensors")
+    model.config.save_pretrained(folder)

@@ -1,0 +1,323 @@
+"""The files users write: run configuration, constraint file, search space, profiling grid.
+
+Reads YAML 1.2 with ruamel.yaml (``1e-4`` is a number, a duplicate key is an error) into frozen pydantic models. Every
+mistake is reported at once as ``file:line: what is wrong, what is allowed``. Computes nothing else, writes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from puzzle.types import ConfigError
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Model):
+    """``text``: ``demo``, or a .txt, .jsonl, .jsonl.gz file, or a folder of text files."""
+
+    text: str = "demo"
+    sequence_tokens: Positive = 256
+
+
+class InitConfig(_Model):
+    start: Literal["closed-form", "paper"] = "closed-form"
+    sequences: Positive = 128
+
+
+class DistillConfig(_Model):
+    """BLD. ``tokens`` per variant; 0 leaves the starting points as they are."""
+
+    tokens: Annotated[int, Field(ge=0)] = 1_000_000
+    batch_size: Positive = 8
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegative = 0.1
+    warmup_fraction: Fraction = 0.05
+    loss_at: Literal["layer", "site"] = "layer"
+    layers_per_pass: Positive = 2
+
+
+class ScoreConfig(_Model):
+    sequences: Positive = 32
+
+
+class ProfileConfig(_Model):
+    grid: str = "demo"
+
+
+class KdConfig(_Model):
+    """GKD. Loss: ``kl_weight * KL(logits) + cosine_weight * sum over layers of (1 - cos) + lm_weight * CE``."""
+
+    tokens: Annotated[int, Field(ge=0)] = 10_000_000
+    batch_size: Positive = 8
+    learning_rate: PositiveFloat = 5e-4
+    min_learning_rate: NonNegative = 5e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    weight_decay: NonNegative = 0.1
+    kl_weight: NonNegative = 1.0
+    cosine_weight: NonNegative = 1.0
+    lm_weight: NonNegative = 0.0
+    checkpoint_steps: Positive = 100
+
+
+class EvaluateConfig(_Model):
+    sequences: Positive = 64
+
+
+class RunConfig(_Model):
+    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage."""
+
+    run: str
+    teacher: str = "demo"
+    constraints: str
+    space: str = "demo"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    data: DataConfig = DataConfig()
+    init: InitConfig = InitConfig()
+    distill: DistillConfig = DistillConfig()
+    score: ScoreConfig = ScoreConfig()
+    profile: ProfileConfig = ProfileConfig()
+    kd: KdConfig = KdConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class SpaceFile(_Model):
+    """A search space: variant names per part (variants.py); percentages are rounded to ``ffn_multiple_of`` channels."""
+
+    attention: tuple[str, ...]
+    ffn: tuple[str, ...]
+    ffn_multiple_of: Positive = 1
+
+
+class GridFile(_Model):
+    """What ``profile`` measures: every batch size with every prompt length, and with every context length in decode."""
+
+    batch_sizes: tuple[Positive, ...]
+    prefill_tokens: tuple[Positive, ...]
+    decode_context_tokens: tuple[Positive, ...]
+    repeats: Positive = 20
+
+
+class WorkloadFile(_Model):
+    isl: Positive
+    osl: Positive
+    batch_size: Positive | tuple[Positive, ...] = 1
+    weights: str = "bf16"
+    kv: str = "bf16"
+    device: str = "cpu"
+    tp: Positive = 1
+    runtime: str = "transformers"
+
+
+Amount = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*%$")]
+
+
+class BoundFile(_Model):
+    """Bounds on one metric; a bare scalar in the file is read in the metric's natural direction."""
+
+    min: Amount | None = None
+    max: Amount | None = None
+    eq: Amount | None = None
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> BoundFile:
+        if self.min is None and self.max is None and self.eq is None:
+            raise ValueError("give at least one of min, max, eq")
+        return self
+
+
+class SolutionsFile(_Model):
+    count: Positive = 1
+    min_difference: Fraction = 0.2
+
+
+class ConstraintFile(_Model):
+    """CONSTRAINTS.md's file as written; what the metrics mean is ``puzzle.search.constraints``' business."""
+
+    workloads: dict[str, WorkloadFile] = {}
+    constraints: dict[str, Amount | BoundFile]
+    objective: str = "kl_nats"
+    solutions: SolutionsFile = SolutionsFile()
+
+
+File = TypeVar("File", bound=BaseModel)
+SHIPPED = {"space": "blocks", "constraints": "search", "grid": "profiling"}
+
+
+def shipped_inputs() -> Path:
+    """The folder that holds ``blocks/``, ``search/`` and ``profiling/``: in the wheel, or the checkout's root."""
+    installed = Path(__file__).parent / "inputs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent
+
+
+def locate(kind: Literal["space", "constraints", "grid"], name: str) -> Path:
+    """The file called ``name``: a path, or the name of one that is shipped (``llama``, ``half-memory``)."""
+    if Path(name).is_file():
+        return Path(name)
+    folder = shipped_inputs() / SHIPPED[kind]
+    if (shipped := folder / f"{name}.yaml").is_file():
+        return shipped
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    hint = _nearest(name, known)
+    raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name ({', '.join(known)}){hint}")
+
+
+def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
+    """The file as a ``kind``; ``overrides`` are ``a.b=value`` with the value in YAML. ConfigError lists every mistake."""
+    document = read_yaml(path)
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return kind.model_validate(_plain(document))
+    except ValidationError as error:
+        lines = [_explain(kind, path, document, dict(problem)) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def read_yaml(path: Path) -> CommentedMap:
+    """The mapping in a YAML 1.2 file, with the line of every key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `puzzle new` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: unreadable ({error})") from None
+    try:
+        document = YAML(typ="rt").load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: {str(error.problem).strip()}; keep one of the two") from None
+    except YAMLError as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        reason = error.problem if isinstance(error, MarkedYAMLError) else error
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
+    if not isinstance(document, CommentedMap):
+        raise ConfigError(f"{path}:1: expected `key: value` lines")
+    return document
+
+
+def dump(config: BaseModel) -> str:
+    """The model as YAML that :func:`load` reads back to an equal model."""
+    out = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(config.model_dump(mode="json"), out)
+    return out.getvalue()
+
+
+def _apply(document: CommentedMap, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as key=value, e.g. --set distill.tokens=100000")
+    *parents, last = key.split(".")
+    node: Any = document
+    for parent in parents:
+        node = node.setdefault(parent, CommentedMap())
+        if not isinstance(node, CommentedMap):
+            raise ConfigError(f"--set {override}: {parent} is no section")
+    try:
+        node[last] = YAML(typ="safe").load(value)
+    except YAMLError:
+        raise ConfigError(f"--set {override}: {value!r} is not a valid YAML value") from None
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    if isinstance(node, float):
+        return float(node)
+    if isinstance(node, int) and not isinstance(node, bool):
+        return int(node)
+    return node
+
+
+def _explain(kind: type[BaseModel], path: Path, document: CommentedMap, problem: dict[str, Any]) -> str:
+    # pydantic names the union branch it tried in `loc`; only what the file itself contains counts as a place
+    place = _existing(document, [part for part in problem["loc"]])
+    where = f"{path}:{_line(document, place)}"
+    key = ".".join(map(str, place))
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}{_nearest(str(place[-1]), _field_names(kind, place[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: missing key {'.'.join(map(str, problem['loc']))!r}"
+    found = problem["input"] if not isinstance(problem["input"], dict) else "a section"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{where}: {key}: {message[:1].lower()}{message[1:]} (found {found!r})"
+
+
+def _existing(document: Any, loc: Sequence[str | int]) -> list[str | int]:
+    place: list[str | int] = []
+    node = document
+    for part in loc:
+        if isinstance(node, Mapping) and part in node:
+            place.append(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            place.append(part)
+        else:
+            continue
+        node = node[part]
+    return place
+
+
+def _line(document: Any, place: Sequence[str | int]) -> int:
+    line, node = 1, document
+    for part in place:
+        position = None
+        if isinstance(node, CommentedMap | CommentedSeq) and node.lc.data:
+            position = node.lc.data.get(part)
+        if position:
+            line = position[0] + 1
+        node = node[part]
+    return line
+
+
+def _field_names(kind: Any, place: Sequence[str | int]) -> list[str]:
+    """The keys that the section at ``place`` takes."""
+    for part in place:
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        kind = fields[str(part)].annotation if str(part) in fields else _section(kind)
+    kind = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else _section(kind)
+    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    """The model inside ``dict[str, Model]`` or ``Amount | Model``."""
+    origin = typing.get_origin(annotation)
+    if origin not in (dict, typing.Union, types.UnionType):
+        return None
+    for argument in reversed(typing.get_args(annotation)):
+        if isinstance(argument, type) and issubclass(argument, BaseModel):
+            return argument
+        if (inner := _section(argument)) is not None:
+            return inner
+    return None
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; allowed: {', '.join(known)}" if known else ""

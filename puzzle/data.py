@@ -1,0 +1,167 @@
+"""Text to packed tokens, in four disjoint splits, and batches as a pure function of (data, split, seed, step).
+
+Reads ``demo`` (the bundled text), a ``.txt``/``.jsonl``/``.jsonl.gz`` file or a folder of text files; writes one unit
+``data/`` with a token array per split. Splits are by document: as the record says, else by a hash of its name, else
+(one long text) by pieces of it. Documents are packed end to end, separated by the tokenizer's end-of-text token.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from puzzle.types import ConfigError, CorruptFileError
+
+SPLITS = ("train", "score", "select", "report")
+PIECE_CHARACTERS = 16_384
+DEMO_TEXT = Path(__file__).parent / "demo" / "text.jsonl.gz"
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    split: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Packed tokens by split, cut into windows of ``sequence_tokens``; ``bytes_per_token`` is of each split's text."""
+
+    tokens: Mapping[str, np.ndarray]
+    bytes_per_token: Mapping[str, float]
+    sequence_tokens: int
+
+    def num_sequences(self, split: str) -> int:
+        return len(self.tokens[split]) // self.sequence_tokens
+
+    def sequences(self, split: str, count: int, seed: int) -> torch.Tensor:
+        """(count, T) int64: the first ``count`` windows of the split in an order shuffled by ``seed``."""
+        available = self.num_sequences(split)
+        if count > available:
+            raise ConfigError(
+                f"split {split!r} holds {available} sequences of {self.sequence_tokens} tokens, {count} were asked for; "
+                "give more text or ask for fewer sequences"
+            )
+        order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(available)[:count]
+        return self._windows(split, order * self.sequence_tokens)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> torch.Tensor:
+        """(B, T) int64 of ``train`` at ``step``: each epoch has its own order and its own offset of the windows."""
+        per_epoch = self.num_sequences("train") - 1
+        if per_epoch < 1:
+            raise ConfigError(
+                f"split 'train' holds {len(self.tokens['train'])} tokens, too few for sequences of {self.sequence_tokens}; "
+                "give more text or lower data.sequence_tokens"
+            )
+        starts = []
+        for index in range(step * batch_size, (step + 1) * batch_size):
+            epoch, place = divmod(index, per_epoch)
+            rng = np.random.default_rng([seed, len(SPLITS), epoch])
+            offset = rng.integers(self.sequence_tokens)
+            starts.append(offset + rng.permutation(per_epoch)[place] * self.sequence_tokens)
+        return self._windows("train", np.array(starts))
+
+    def _windows(self, split: str, starts: np.ndarray) -> torch.Tensor:
+        windows = self.tokens[split][starts[:, None] + np.arange(self.sequence_tokens)]
+        return torch.from_numpy(windows.astype(np.int64))
+
+
+def text_path(text: str) -> Path:
+    """Where the text lies; ConfigError if nowhere."""
+    path = DEMO_TEXT if text == "demo" else Path(text)
+    if not path.exists():
+        raise ConfigError(f"data.text: {text}: no such file or folder; give a .txt or .jsonl file, a folder, or `demo`")
+    return path
+
+
+def documents(path: Path) -> Iterator[Document]:
+    """The documents at ``path``, each with its split."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and file.suffix in (".txt", ".md", ".py", ".jsonl", ".gz"):
+                yield from documents(file)
+    elif path.suffix in (".jsonl", ".gz"):
+        yield from _records(path)
+    else:
+        text = _read(path)
+        pieces = [text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS)]
+        for index, piece in enumerate(pieces):
+            name = f"{path.name}#{index}"
+            yield Document(name, _split_of(name), piece)
+
+
+def _read(path: Path) -> str:
+    try:
+        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+        with opened as file:
+            return file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path}: unreadable text ({error})") from None
+
+
+def _records(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            text = record["text"]
+        except (ValueError, KeyError, TypeError):
+            raise CorruptFileError(f'{path}:{number}: expected a JSON object with a "text"') from None
+        name = str(record.get("path", f"{path.name}#{number}"))
+        split = record.get("split") or _split_of(name)
+        if split not in SPLITS:
+            raise ConfigError(f"{path}:{number}: unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+        yield Document(name, split, text)
+
+
+def _split_of(name: str) -> str:
+    """5 % of the documents to each of score, select and report, by the name alone."""
+    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
+    return "score" if bucket < 5 else "select" if bucket < 10 else "report" if bucket < 15 else "train"
+
+
+def write_tokens(path: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Tokenises the text at ``path`` into ``folder/tokens.safetensors``; returns the unit's payload."""
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for document in documents(path):
+        texts[document.split].append(document.text)
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    head = [] if separator is None else [separator]
+    arrays, bytes_per_token = {}, {}
+    for split in SPLITS:
+        if not texts[split]:
+            raise ConfigError(f"{path}: too little text: no document falls into the split {split!r}; give more documents")
+        rows = tokenizer(texts[split], add_special_tokens=False)["input_ids"]
+        arrays[split] = np.concatenate([np.array([*head, *row], np.int32) for row in rows])
+        bytes_per_token[split] = sum(len(text.encode()) for text in texts[split]) / max(1, len(arrays[split]))
+    save_file(arrays, folder / "tokens.safetensors")
+    counts = {split: len(array) for split, array in arrays.items()}
+    return {"num_tokens": counts, "bytes_per_token": bytes_per_token, "separator": separator}
+
+
+def read_tokens(folder: Path, payload: Mapping[str, Any], sequence_tokens: int) -> TokenData:
+    """The unit that :func:`write_tokens` filled."""
+    try:
+        tokens = load_file(folder / "tokens.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{folder / 'tokens.safetensors'}: unreadable ({error}); delete {folder}") from None
+    return TokenData(tokens, payload["bytes_per_token"], sequence_tokens)

@@ -1,0 +1,121 @@
+"""Global knowledge distillation: the whole student learns to predict what the whole teacher predicts.
+
+Loss per token (Puzzle, section 4):
+
+    kl_weight · KL(teacher ‖ student) + cosine_weight · Σ_l (1 − cos(h_student^l, h_teacher^l)) + lm_weight · CE
+
+with h^l the residual stream after layer l. Reads teacher, student and ``train`` batches, which are a pure function of
+the step; a checkpoint holds weights, optimiser state and step, so a resumed run is the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from puzzle.config import KdConfig
+from puzzle.metrics import kl_loss
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.teacher import Compute, embed, freeze, layers_of, read_tensors
+
+CLIP_NORM, BETAS = 1.0, (0.9, 0.95)
+STATE = "state.safetensors"
+
+
+def num_steps(config: KdConfig, sequence_tokens: int) -> int:
+    return math.ceil(config.tokens / (config.batch_size * sequence_tokens))
+
+
+def learning_rate(config: KdConfig, step: int, steps: int) -> float:
+    """Linear warm-up to the peak, cosine decay to ``min_learning_rate``."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, ids: Tensor, config: KdConfig) -> Tensor:
+    """The loss above on ids (B, T)."""
+    with torch.no_grad():
+        teacher_states = _residual_stream(teacher, ids)
+    states = _residual_stream(student, ids)
+    hidden, teacher_hidden = student.model.norm(states[-1]), teacher.model.norm(teacher_states[-1])
+    loss = torch.zeros((), device=ids.device)
+    if config.kl_weight:
+        loss = loss + config.kl_weight * kl_loss(hidden, teacher_hidden, (student.lm_head, teacher.lm_head))
+    if config.cosine_weight:
+        pairs = zip(states, teacher_states, strict=True)
+        cosines = [F.cosine_similarity(own.float(), other.float(), dim=-1) for own, other in pairs]
+        loss = loss + config.cosine_weight * torch.stack([(1 - cosine).mean() for cosine in cosines]).sum()
+    if config.lm_weight:
+        logits = student.lm_head(hidden[:, :-1]).float().flatten(0, 1)
+        loss = loss + config.lm_weight * F.cross_entropy(logits, ids[:, 1:].flatten())
+    return loss
+
+
+def _residual_stream(model: PuzzleForCausalLM, ids: Tensor) -> list[Tensor]:
+    """The residual stream after each layer."""
+    hidden, position = embed(model, ids)
+    states = []
+    for layer in layers_of(model):
+        hidden = layer(hidden, position_embeddings=position)
+        states.append(hidden)
+    return states
+
+
+class Distillation:
+    """A student under GKD: its optimiser and the number of steps done."""
+
+    def __init__(self, student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, config: KdConfig, compute: Compute) -> None:
+        self.student, self.teacher, self.config, self.compute = student, teacher, config, compute
+        self.step = 0
+        self.parameters = dict(student.named_parameters())
+        student.requires_grad_(True)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
+        )
+
+    def run(self, batches: Callable[[int], Tensor], until: int, steps: int, on_step: Callable[[float], None]) -> None:
+        """Trains up to step ``until`` of a schedule of ``steps``; ``on_step`` gets each step's loss."""
+        while self.step < until:
+            self.optimiser.param_groups[0]["lr"] = learning_rate(self.config, self.step, steps)
+            ids = batches(self.step).to(self.compute.device)
+            with self.compute.autocast():
+                loss = distillation_loss(self.student, self.teacher, ids, self.config)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP_NORM)
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            self.step += 1
+            on_step(loss.item())
+
+    def finish(self) -> PuzzleForCausalLM:
+        return freeze(self.student)
+
+    def save(self, folder: Path) -> dict[str, int]:
+        """Writes weights and optimiser state; returns the marker's payload."""
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / STATE)
+        return {"step": self.step}
+
+    def load(self, folder: Path, payload: Mapping[str, int]) -> None:
+        """Continues from what :meth:`save` wrote."""
+        tensors = read_tensors(folder / STATE)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"model/{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.optimiser.state[parameter] = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device).clone() for key in keys
+                }
+        self.step = payload["step"]

@@ -1,0 +1,33 @@
+"""The heterogeneous model as a Hugging Face one: importing this package registers it with the auto classes.
+
+With ``puzzle`` installed and this package imported, ``AutoModelForCausalLM`` loads an export without trusting remote
+code; without it, the copies of the two files in the export do the same.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from puzzle.modeling.configuration_puzzle import PuzzleConfig
+from puzzle.modeling.modeling_puzzle import (
+    FAMILIES,
+    Family,
+    PuzzleDecoderLayer,
+    PuzzleForCausalLM,
+    PuzzleModel,
+    family_of,
+)
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "PuzzleConfig",
+    "PuzzleDecoderLayer",
+    "PuzzleForCausalLM",
+    "PuzzleModel",
+    "family_of",
+]
+
+AutoConfig.register(PuzzleConfig.model_type, PuzzleConfig, exist_ok=True)
+AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)
+AutoModelForCausalLM.register(PuzzleConfig, PuzzleForCausalLM, exist_ok=True)

@@ -1,0 +1,5 @@
+"""What an architecture costs: bytes computed from shapes, milliseconds measured on a grid and interpolated.
+
+``memory``, ``grid`` and ``table`` are pure and serve the search; ``timer``, ``kv_cache`` and ``measure`` need torch and
+serve the profile stage alone. Nothing is imported here, so that the search never pays for torch.
+"""

@@ -1,0 +1,69 @@
+"""The grid that ``profile`` measures, as points. Reads a GridFile and the model's shape; pure, writes nothing.
+
+A point is one forward: a whole prompt (prefill), or one more token per sequence (decode).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puzzle.config import GridFile
+from puzzle.types import ConfigError, ModelShape, Phase
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """``context_tokens``: prefill, the prompt length; decode, the tokens already in the KV cache."""
+
+    phase: Phase
+    batch_size: int
+    context_tokens: int
+
+    @property
+    def id(self) -> str:
+        """``prefill.b8.t128``: also the name of the unit that holds this point's costs."""
+        return f"{self.phase}.b{self.batch_size}.t{self.context_tokens}"
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of one sequence that the forward computes."""
+        return self.context_tokens if self.phase == "prefill" else 1
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of one sequence that are in the KV cache before the forward."""
+        return 0 if self.phase == "prefill" else self.context_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        return self.cached_tokens + self.new_tokens
+
+
+def grid_points(grid: GridFile, shape: ModelShape) -> tuple[GridPoint, ...]:
+    """Every point of the grid once, sorted within each phase. ConfigError for one longer than the model's positions."""
+    points = tuple(
+        GridPoint(phase, batch_size, tokens)
+        for phase, lengths in _lengths(grid)
+        for batch_size in sorted(set(grid.batch_sizes))
+        for tokens in sorted(set(lengths))
+    )
+    if not points:
+        raise ConfigError("the profiling grid is empty; give batch_sizes and prefill_tokens or decode_context_tokens")
+    for point in points:
+        if point.total_tokens > shape.max_position_embeddings:
+            key, most = _limit(point, shape)
+            raise ConfigError(
+                f"profiling grid: {key} contains {point.context_tokens}, but the model has "
+                f"{shape.max_position_embeddings} positions; at most {most} is allowed"
+            )
+    return points
+
+
+def _lengths(grid: GridFile) -> tuple[tuple[Phase, tuple[int, ...]], ...]:
+    return ("prefill", grid.prefill_tokens), ("decode", grid.decode_context_tokens)
+
+
+def _limit(point: GridPoint, shape: ModelShape) -> tuple[str, int]:
+    if point.phase == "prefill":
+        return "prefill_tokens", shape.max_position_embeddings
+    return "decode_context_tokens", shape.max_position_embeddings - 1

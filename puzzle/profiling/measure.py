@@ -1,0 +1,288 @@
+"""Times every distinct shape of a search space, and whole models, at one point of the grid.
+
+Reads a teacher's PuzzleConfig and specs; random weights suffice. Gives Cost records and Timings; writes nothing.
+
+Shapes are timed in place, inside the forward of a real heterogeneous model that holds each of them once in a layer of
+its own (pre-norm, operation, residual add), next to two of the teacher's whole layers:
+
+* CPU and others: one forward per round, the layers in a new random order each time, a clock reading between any two.
+  So all shapes share a round's drift, meet all kinds of neighbours, and none runs twice in a row.
+* CUDA: CUDA graphs of [teacher, site, teacher] minus [teacher, teacher]. Events inside a graph are nodes between which
+  kernels cannot overlap, and cost about as much as a small kernel; a difference telescopes to the whole model's graph.
+
+What no site accounts for is "rest": embedding, rotary tables, mask, final norm, head on one token per sequence, and
+what the forward costs in Python, including the call of as many (empty) layers as the teacher has. It is measured as the
+whole forward minus its sites, so that by construction rest + sites is the whole, for that model at least.
+
+Shapes: B batch, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.profiling.device import device_name
+from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.kv_cache import PreallocatedCache
+from puzzle.profiling.table import REST, SKIPPED
+from puzzle.profiling.timer import Clock, Timing, make_clock, synchronize
+from puzzle.types import AttentionSpec, ConfigError, Cost, FfnSpec, ModelShape, Spec
+from puzzle.variants import SIZED, shape_id
+
+Dtype = Literal["fp32", "bf16"]
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ENGINE = "transformers"
+NUM_NEIGHBOURS = 2  # whole layers of the teacher around the sites
+NUM_EMPTY = 2  # layers without a site, whose time is what calling a layer costs
+WARMUP_ROUNDS = 2
+
+
+class PointTooLargeError(ConfigError):
+    """A grid point that does not fit in the device's memory."""
+
+
+class Probe(Protocol):
+    """Something that a round of measurement runs once: milliseconds by name."""
+
+    def run(self, rng: random.Random) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class SiteStack:
+    """A model with random weights that holds every distinct shape once, in a layer of its own; one per profile."""
+
+    shape: ModelShape
+    model: PuzzleForCausalLM
+    device: str
+    dtype: Dtype
+    sites: Mapping[str, nn.Module]  # shape_id → the layer with that site alone
+    neighbours: tuple[nn.Module, ...]
+    empty: tuple[nn.Module, ...]
+
+    @classmethod
+    def build(
+        cls, shape: ModelShape, config: PuzzleConfig, specs: Iterable[Spec], device: str, dtype: Dtype, seed: int = 0
+    ) -> SiteStack:
+        """``config`` is the teacher's (its blocks do not matter); ``specs`` may repeat, and need not contain keep."""
+        by_shape = {shape_id(spec, shape): spec for spec in (AttentionSpec("keep"), FfnSpec("keep"), *specs)}
+        distinct = {name: spec for name, spec in by_shape.items() if name not in SKIPPED}
+        keep, skip = {"kind": "keep"}, {"kind": "skip"}
+        blocks = [{"attention": keep, "ffn": keep}] * NUM_NEIGHBOURS
+        blocks += [{"attention": skip, "ffn": skip, _part(spec): block_of(spec)} for spec in distinct.values()]
+        blocks += [{"attention": skip, "ffn": skip}] * NUM_EMPTY
+        model = random_model(config, blocks, device, dtype, seed)
+        layers = tuple(model.model.layers)
+        first_empty = NUM_NEIGHBOURS + len(distinct)
+        sites = dict(zip(distinct, layers[NUM_NEIGHBOURS:first_empty], strict=True))
+        del model.model.layers  # from now on a plain list, set anew for every forward
+        return cls(shape, model, device, dtype, sites, layers[:NUM_NEIGHBOURS], layers[first_empty:])
+
+    def use_layers(self, layers: Sequence[Callable[..., torch.Tensor]]) -> None:
+        """Makes the next forward run through ``layers`` in this order."""
+        self.model.model.layers = list(layers)
+
+
+def _part(spec: Spec) -> str:
+    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
+
+
+def block_of(spec: Spec) -> dict[str, Any]:
+    """The spec as one part of an entry of ``PuzzleConfig.blocks``."""
+    return {"kind": spec.kind} | ({SIZED[spec.kind]: getattr(spec, SIZED[spec.kind])} if spec.kind in SIZED else {})
+
+
+def random_model(
+    config: PuzzleConfig, blocks: Sequence[Mapping[str, Any]], device: str, dtype: Dtype, seed: int = 0
+) -> PuzzleForCausalLM:
+    """A model of the teacher's sizes with ``blocks`` for layers and random weights, made on ``device``."""
+    if dtype not in TORCH_DTYPES:
+        raise ConfigError(f"cannot measure with weights in {dtype!r}; allowed: {', '.join(TORCH_DTYPES)}")
+    values = {**config.to_dict(), "blocks": [dict(block) for block in blocks], "num_hidden_layers": len(blocks)}
+    stack_config = PuzzleConfig.from_dict(values)
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        model: PuzzleForCausalLM = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            stack_config, dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa"
+        )
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+class ForwardStep:
+    """One prefill or decode step of a whole model, repeatable: each call finds the cache as the first one did."""
+
+    def __init__(self, model: PuzzleForCausalLM, point: GridPoint, seed: int = 0) -> None:
+        config, weight = model.config, model.lm_head.weight
+        heads = [config.num_kv_heads(layer) for layer in range(config.num_hidden_layers)]
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self._model = model
+        self.cache = PreallocatedCache([count for count in heads if count], head_dim, point, weight, seed)
+        generator = torch.Generator().manual_seed(seed)
+        size = (point.batch_size, point.new_tokens)
+        self._input_ids = torch.randint(config.vocab_size, size, generator=generator).to(weight.device)  # (B, T)
+        positions = torch.arange(point.cached_tokens, point.total_tokens, device=weight.device)
+        self._position_ids = positions.unsqueeze(0)  # (1, T)
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:  # (B, 1, V)
+        output = self._model(
+            input_ids=self._input_ids,
+            position_ids=self._position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+
+class ModelProbe:
+    """A whole model, under ``name``."""
+
+    def __init__(self, name: str, model: PuzzleForCausalLM, point: GridPoint) -> None:
+        self._name = name
+        self._clock = make_clock(ForwardStep(model, point), str(model.lm_head.weight.device))
+
+    def run(self, rng: random.Random) -> Mapping[str, float]:
+        return {self._name: self._clock()}
+
+
+class MarkedSites:
+    """All sites of a stack by clock readings between its layers, one forward per round; for devices without graphs."""
+
+    def __init__(self, stack: SiteStack, point: GridPoint) -> None:
+        self._stack = stack
+        self._step = ForwardStep(stack.model, point)
+
+    def run(self, rng: random.Random) -> Mapping[str, float]:
+        stack, readings = self._stack, _Readings(self._stack.device)
+        layers = [readings.marked(name, layer) for name, layer in stack.sites.items()]
+        layers += [readings.marked("neighbour", layer) for layer in stack.neighbours]
+        layers += [readings.marked("empty", layer) for layer in stack.empty]
+        rng.shuffle(layers)
+        stack.use_layers(layers)
+        start = readings.now_ms()
+        self._step()
+        total = readings.now_ms() - start
+        spent = readings.spent_ms
+        empty = sum(spent["empty"]) / len(spent["empty"])
+        rest = total - sum(map(sum, spent.values())) + stack.shape.num_layers * empty
+        return {REST: rest} | {name: spent[name][0] - empty for name in stack.sites}
+
+
+class _Readings:
+    """Milliseconds spent in each marked layer of one forward."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.spent_ms: dict[str, list[float]] = {}
+
+    def now_ms(self) -> float:
+        synchronize(self._device)
+        return time.perf_counter_ns() / 1e6
+
+    def marked(self, name: str, layer: nn.Module) -> Callable[..., torch.Tensor]:
+        spent = self.spent_ms.setdefault(name, [])
+
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            start = self.now_ms()
+            output: torch.Tensor = layer(*args, **kwargs)
+            spent.append(self.now_ms() - start)
+            return output
+
+        return call
+
+
+class GraphedSites:
+    """All sites of a stack as differences of CUDA graphs: [teacher, site, teacher] minus [teacher, teacher]."""
+
+    def __init__(self, stack: SiteStack, point: GridPoint) -> None:
+        step = ForwardStep(stack.model, point)
+        self._keep = [shape_id(spec, stack.shape) for spec in (AttentionSpec("keep"), FfnSpec("keep"))]
+        self._clocks: dict[str, Clock] = {}
+        first, last = stack.neighbours
+        for name, between in {"neighbours": [], **{name: [site] for name, site in stack.sites.items()}}.items():
+            stack.use_layers([first, *between, last])
+            self._clocks[name] = make_clock(step, stack.device)
+
+    def run(self, rng: random.Random) -> Mapping[str, float]:
+        order = list(self._clocks)
+        rng.shuffle(order)
+        spent = {name: self._clocks[name]() for name in order}
+        base = spent.pop("neighbours")
+        sites = {name: ms - base for name, ms in spent.items()}
+        return {REST: base - NUM_NEIGHBOURS * sum(sites[name] for name in self._keep), **sites}
+
+
+def site_probe(stack: SiteStack, point: GridPoint) -> Probe:
+    """What measures all sites of the stack and the rest at one point; PointTooLargeError if the point does not fit."""
+    try:
+        return (GraphedSites if stack.device.startswith("cuda") else MarkedSites)(stack, point)
+    except torch.OutOfMemoryError:
+        raise PointTooLargeError(
+            f"{point.id} does not fit in the memory of {device_name(stack.device)}: in the grid file, leave out batch "
+            f"size {point.batch_size} or {point.context_tokens} tokens"
+        ) from None
+
+
+def measure_many(probes: Sequence[Probe], repeats: int, seed: int) -> dict[str, Timing]:
+    """Runs every probe once a round, in a new random order each round, so that drift hits all alike.
+
+    ``repeats`` rounds count, after a few that do not. The order is drawn from ``seed``. Names must differ over probes.
+    Where there are several, each runs once untimed first: in use a step follows a step of the same model, not one of
+    another that has just emptied the caches.
+    """
+    rng = random.Random(seed)
+    passes = 2 if len(probes) > 1 else 1
+    samples: dict[str, list[float]] = {}
+    for round_number in range(WARMUP_ROUNDS + repeats):
+        order = list(probes)
+        rng.shuffle(order)
+        readings = [reading for probe in order for reading in [probe.run(rng) for _ in range(passes)][-1].items()]
+        assert len({name for name, _ in readings}) == len(readings), "two probes measure the same name"
+        if round_number >= WARMUP_ROUNDS:
+            for name, ms in readings:
+                samples.setdefault(name, []).append(ms)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def measure_point(stack: SiteStack, point: GridPoint, repeats: int, seed: int) -> list[Cost]:
+    """The costs of every distinct shape but skip, and of the rest, at one point of the grid."""
+    return costs(stack, point, measure_many([site_probe(stack, point)], repeats, seed))
+
+
+def measure_model(model: PuzzleForCausalLM, point: GridPoint, repeats: int, seed: int) -> Timing:
+    """The whole model: embedding, layers, norm, head on the last token of each sequence."""
+    return measure_many([ModelProbe("model", model, point)], repeats, seed)["model"]
+
+
+def costs(stack: SiteStack, point: GridPoint, timings: Mapping[str, Timing]) -> list[Cost]:
+    """The records of those ``timings`` that are shapes of ``stack`` or the rest; a difference below zero is zero."""
+    return [
+        Cost(
+            shape_id=name,
+            phase=point.phase,
+            batch_size=point.batch_size,
+            context_tokens=point.context_tokens,
+            weights=stack.dtype,
+            kv=stack.dtype,
+            device=device_name(stack.device),
+            tensor_parallel=1,
+            engine=ENGINE,
+            ms=max(0.0, timings[name].ms),
+            ms_p10=max(0.0, timings[name].ms_p10),
+            ms_p90=max(0.0, timings[name].ms_p90),
+            source="measured",
+        )
+        for name in (*stack.sites, REST)
+    ]

@@ -1,0 +1,72 @@
+"""Bytes on one GPU: weights, KV cache and workspace. Computed from shapes alone; reads and writes nothing.
+
+memory = sum over sites (weights + KV cache) + rest weights + workspace, the sum that ``memory_gib`` bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from puzzle import variants
+from puzzle.types import GIB, AttentionSpec, FfnSpec, ModelShape, Spec, Workload
+
+LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
+
+
+def weight_bytes(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> float:
+    """Bytes of the site's weights on one of ``tp`` GPUs: heads and channels are shared out, whole KV heads are held.
+
+    Norms and ``linear`` are counted in full on every GPU.
+    """
+    local_shape = _shape_per_gpu(shape, tp)
+    if isinstance(spec, AttentionSpec) and spec.num_kv_heads:
+        spec = replace(spec, num_kv_heads=_share(spec.num_kv_heads, tp))
+    elif isinstance(spec, FfnSpec) and spec.intermediate_size:
+        spec = replace(spec, intermediate_size=_share(spec.intermediate_size, tp))
+    return variants.weight_bytes(variants.params(spec, local_shape), spec.precision or dtype)
+
+
+def rest_weight_bytes(shape: ModelShape, dtype: str, tp: int = 1) -> float:
+    """Bytes of embedding, head and final norm on one of ``tp`` GPUs; a tied embedding is counted once."""
+    return variants.weight_bytes(variants.rest_params(_shape_per_gpu(shape, tp)), dtype)
+
+
+def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size: int) -> float:
+    """Bytes of K and V of all ``batch_size`` sequences on one GPU when the last of isl + osl tokens has been made."""
+    per_token = variants.kv_bytes_per_token(spec, shape, workload.kv, workload.tp)
+    return per_token * workload.context_tokens * batch_size
+
+
+def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> float:
+    """Bytes that a forward needs besides weights and KV cache on one GPU; the same for all variants.
+
+    The widest moment of a prefill in one piece, per prompt token, in the weights' dtype, with the teacher's sizes::
+
+        residual and normed input + max(attention: q, its three rotary temporaries, k, v; FFN: act(gate), up, product)
+
+    plus fp32 logits of one token per sequence. An upper bound for runtimes that split prompts into chunks.
+    """
+    local = _shape_per_gpu(shape, workload.tp)
+    attention = (4 * local.num_attention_heads + 2 * local.num_kv_heads) * local.head_dim
+    widest = 2 * local.hidden_size + max(attention, 3 * local.intermediate_size)
+    activations = batch_size * workload.isl * widest * variants.dtype_bytes(workload.weights)
+    return activations + batch_size * shape.vocab_size * LOGIT_BYTES
+
+
+def to_gib(num_bytes: float) -> float:
+    return num_bytes / GIB
+
+
+def _shape_per_gpu(shape: ModelShape, tp: int) -> ModelShape:
+    return replace(
+        shape,
+        num_attention_heads=_share(shape.num_attention_heads, tp),
+        num_kv_heads=_share(shape.num_kv_heads, tp),
+        intermediate_size=_share(shape.intermediate_size, tp),
+        vocab_size=_share(shape.vocab_size, tp),
+    )
+
+
+def _share(count: int, tp: int) -> int:
+    return math.ceil(count / tp)

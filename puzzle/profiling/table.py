@@ -1,0 +1,158 @@
+"""Measured costs as a table that answers for any workload inside the grid. Pure; reads Cost records, writes nothing.
+
+Between measured lengths a time is piecewise linear; the time per generated token is the exact mean of that line over
+all decode steps of the workload. Nothing is extrapolated: outside the grid is a MissingMeasurementError.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from puzzle.types import CorruptFileError, Cost, MissingMeasurementError, Phase, Workload
+
+REST = "rest"  # embedding, rotary tables, final norm, head: what no variant changes
+SKIPPED = ("attention.skip", "ffn.skip")
+GRID_KEY: dict[Phase, str] = {"prefill": "prefill_tokens", "decode": "decode_context_tokens"}
+COMMAND = "puzzle profile RUN --set profile.grid=GRID.yaml"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Milliseconds of one shape over lengths, at one phase and batch size; ``tokens`` ascending and distinct."""
+
+    tokens: tuple[int, ...]
+    ms: tuple[float, ...]
+
+    def covers(self, first: int, last: int) -> bool:
+        return self.tokens[0] <= first and last <= self.tokens[-1]
+
+    def at(self, tokens: int) -> float:
+        """The interpolant at one length inside the curve."""
+        right = bisect.bisect_left(self.tokens, tokens)
+        if self.tokens[right] == tokens:
+            return self.ms[right]
+        left = right - 1
+        share = (tokens - self.tokens[left]) / (self.tokens[right] - self.tokens[left])
+        return self.ms[left] + share * (self.ms[right] - self.ms[left])
+
+    def mean(self, first: int, last: int) -> float:
+        """The mean of the interpolant over the integers ``first`` … ``last``, both included."""
+        knots = [first, *(knot for knot in self.tokens if first < knot < last), last]
+        if first == last:
+            return self.at(first)
+        # on a straight piece the sum over integers is count * (value at one end + value at the other) / 2
+        pieces = [
+            (right - left + 1) * (self.at(left) + self.at(right)) / 2
+            for left, right in zip(knots, knots[1:], strict=False)
+        ]
+        counted_twice = [self.at(knot) for knot in knots[1:-1]]
+        return (math.fsum(pieces) - math.fsum(counted_twice)) / (last - first + 1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds of an architecture at a workload: until the first token, and per token after it."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The costs that hold on one workload's device, dtypes, parallelism and runtime."""
+
+    workload: Workload
+    curves: Mapping[tuple[str, Phase, int], Curve] = field(repr=False)
+
+    @classmethod
+    def for_workload(cls, costs: Iterable[Cost], workload: Workload) -> CostTable:
+        """The table of the rows that fit ``workload``.
+
+        Raises MissingMeasurementError if none fits, CorruptFileError if a point is there twice.
+        """
+        everything = list(costs)
+        asked = (workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
+        fitting = [cost for cost in everything if _setting(cost) == asked]
+        if not fitting:
+            there = sorted({_setting(cost) for cost in everything})
+            raise MissingMeasurementError(
+                f"workload {workload.name}: nothing was measured on {_words(asked)}; "
+                f"measured: {'; '.join(map(_words, there)) or 'nothing'}; "
+                f"run `{COMMAND}` on that device, or change the workload"
+            )
+        points: dict[tuple[str, Phase, int], dict[int, float]] = {}
+        for cost in fitting:
+            curve = points.setdefault((cost.shape_id, cost.phase, cost.batch_size), {})
+            if cost.context_tokens in curve:
+                raise CorruptFileError(
+                    f"costs: {cost.shape_id} is there twice at {cost.phase}, batch size {cost.batch_size}, "
+                    f"{cost.context_tokens} tokens; delete one of the two files"
+                )
+            curve[cost.context_tokens] = cost.ms
+        return cls(workload, {key: _curve(point) for key, point in points.items()})
+
+    def prefill_ms(self, shape_id: str, batch_size: int, isl: int) -> float:
+        """Milliseconds of one shape for ``batch_size`` prompts of ``isl`` tokens."""
+        return self._mean(shape_id, "prefill", batch_size, isl, isl)
+
+    def decode_ms(self, shape_id: str, batch_size: int, isl: int, osl: int) -> float:
+        """Milliseconds of one shape per decode step: the mean over the osl - 1 steps that follow the prefill.
+
+        The first of them finds ``isl`` tokens in the cache, the last isl + osl - 2. With ``osl`` 1 there is no step;
+        the value is that of a step that finds ``isl``.
+        """
+        return self._mean(shape_id, "decode", batch_size, isl, max(isl, isl + osl - 2))
+
+    def predict(self, shape_ids: Sequence[str], batch_size: int, isl: int, osl: int) -> Prediction:
+        """The sum over an architecture's shapes (one per site, repeats included) and the rest."""
+        parts = (*shape_ids, REST)
+        return Prediction(
+            ttft_ms=math.fsum(self.prefill_ms(part, batch_size, isl) for part in parts),
+            tpot_ms=math.fsum(self.decode_ms(part, batch_size, isl, osl) for part in parts),
+        )
+
+    def _mean(self, shape_id: str, phase: Phase, batch_size: int, first: int, last: int) -> float:
+        if shape_id in SKIPPED:
+            return 0.0
+        curve = self.curves.get((shape_id, phase, batch_size))
+        if curve is None or not curve.covers(first, last):
+            raise MissingMeasurementError(self._missing(shape_id, phase, batch_size, first, last))
+        return curve.mean(first, last)
+
+    def _missing(self, shape_id: str, phase: Phase, batch_size: int, first: int, last: int) -> str:
+        where = f"workload {self.workload.name}: {shape_id} at {phase}"
+        batch_sizes = sorted({size for shape, of, size in self.curves if (shape, of) == (shape_id, phase)})
+        if not batch_sizes:
+            advice = f"run `{COMMAND}` with {GRID_KEY[phase]} and this variant in the search space"
+            return f"{where} was never measured on {self.workload.device}; {advice}"
+        if batch_size not in batch_sizes:
+            measured = ", ".join(map(str, batch_sizes))
+            advice = f"add {batch_size} to batch_sizes in the grid file and run `{COMMAND}`"
+            return f"{where}: batch size {batch_size} was not measured (measured: {measured}); {advice}"
+        tokens = self.curves[shape_id, phase, batch_size].tokens
+        missing = [value for value, outside in ((first, first < tokens[0]), (last, last > tokens[-1])) if outside]
+        values = " and ".join(map(str, dict.fromkeys(missing)))
+        return (
+            f"{where}, batch size {batch_size}: {values} tokens lie outside the measured {tokens[0]} to {tokens[-1]}; "
+            f"add {values} to {GRID_KEY[phase]} in the grid file and run `{COMMAND}`"
+        )
+
+
+Setting = tuple[str, str, str, int, str]
+
+
+def _setting(cost: Cost) -> Setting:
+    return cost.device, cost.weights, cost.kv, cost.tensor_parallel, cost.engine
+
+
+def _words(setting: Setting) -> str:
+    device, weights, kv, tensor_parallel, engine = setting
+    return f"device {device} with weights {weights}, kv {kv}, tp {tensor_parallel}, runtime {engine}"
+
+
+def _curve(points: Mapping[int, float]) -> Curve:
+    tokens = tuple(sorted(points))
+    return Curve(tokens, tuple(points[length] for length in tokens))

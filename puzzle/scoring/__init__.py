@@ -1,0 +1,1 @@
+"""How much worse the model gets when one item replaces what it covers."""

@@ -1,0 +1,67 @@
+"""The search: tables and a constraint file in, architectures out, in about a second. Sees no model, loads no torch.
+
+Reads scores, costs and a constraint file; computes the best architectures that fit, and the whole front between quality
+and one cost. Writes nothing: what is found goes back to the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from puzzle.config import ConstraintFile
+from puzzle.search.constraints import problems
+from puzzle.tables import ScoreTable
+from puzzle.types import Conflict, Cost, Item, ModelShape, Solution
+
+if TYPE_CHECKING:
+    from puzzle.search.pareto import Front
+
+__all__ = ["pareto_front", "problems", "search"]
+
+_log = logging.getLogger(__name__)
+
+
+def search(
+    shape: ModelShape,
+    items: Sequence[Item],
+    scores: ScoreTable,
+    costs: Sequence[Cost],
+    constraints: ConstraintFile,
+    inputs: Mapping[str, str],
+    conflicts: Sequence[Conflict] = (),
+) -> tuple[Solution, ...]:
+    """The best architectures that keep every bound, best first; ``inputs`` (fingerprints) are handed through.
+
+    Fewer than ``solutions.count`` where no more exist that differ enough (logged as a warning). Raises ConfigError for
+    names that mean nothing, MissingMeasurementError for bounds on what nobody measured, InfeasibleError with the
+    nearest values that can hold.
+    """
+    from puzzle.search import mip
+
+    wanted = constraints.solutions
+    found = mip.solve(
+        problems(shape, items, scores, costs, constraints, conflicts), inputs, wanted.count, wanted.min_difference
+    )
+    if found.note:
+        _log.warning(found.note)
+    return found.solutions
+
+
+def pareto_front(
+    shape: ModelShape,
+    items: Sequence[Item],
+    scores: ScoreTable,
+    costs: Sequence[Cost],
+    constraints: ConstraintFile,
+    cost: str,
+) -> Front:
+    """All architectures that are best for what they cost, at the workloads' first batch sizes.
+
+    ``cost`` is a metric that adds up over items, named as in a constraint file: ``params``, ``chat.e2e_ms``. The
+    file's bounds are not applied.
+    """
+    from puzzle.search import pareto
+
+    return pareto.front(problems(shape, items, scores, costs, constraints)[0], cost)

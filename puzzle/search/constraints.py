@@ -1,0 +1,238 @@
+"""From the constraint file to integer programmes: which items may be chosen, what binds, in numbers.
+
+Reads a :class:`~puzzle.config.ConstraintFile`, scores and costs; computes one :class:`~puzzle.search.problem.Problem`
+per combination of the workloads' batch sizes (a list of sizes: the search takes the best). Writes nothing.
+A percentage is one of the teacher at the same workload and batch size. A percentage of a rate, with a list of batch
+sizes, is one of the teacher's own best among those at which it fits the memory bounds that are given in GiB.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from puzzle import variants
+from puzzle.config import ConstraintFile
+from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
+from puzzle.search.problem import Problem, Row
+from puzzle.tables import ScoreTable
+from puzzle.types import (
+    AttentionSpec,
+    ConfigError,
+    Conflict,
+    Cost,
+    FfnSpec,
+    Item,
+    MissingMeasurementError,
+    ModelShape,
+    Part,
+    Spec,
+    Workload,
+)
+
+__all__ = ["OBJECTIVES", "problems", "usable_items", "workloads"]
+
+OBJECTIVES = {"kl_nats": "kl", "ce_delta_nats": "ce_delta"}  # name in the file: name of the score
+SIGNS = {"min": "≥", "max": "≤", "eq": "="}
+Side = Literal["min", "max", "eq"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One limit of the file. ``workload`` None: every workload, or none at all where the metric has none."""
+
+    metric: str
+    workload: str | None
+    side: Side
+    amount: Fraction
+    percent: bool
+    key: str
+
+    @property
+    def written(self) -> str:
+        return f"{self.key} {SIGNS[self.side]} {spell(self.amount)}{'%' if self.percent else ''}"
+
+
+def spell(amount: Fraction) -> str:
+    """A number as one would write it: 5e+09, 0.001, 40."""
+    return f"{float(amount):.12g}"
+
+
+def workloads(file: ConstraintFile, shape: ModelShape) -> tuple[Workload, ...]:
+    """The file's workloads. ConfigError where a dtype is unknown or the model's positions end before isl + osl."""
+    found = []
+    for name, entry in file.workloads.items():
+        sizes = entry.batch_size if isinstance(entry.batch_size, tuple) else (entry.batch_size,)
+        if not sizes:
+            raise ConfigError(f"workloads.{name}.batch_size: the list is empty; give at least one batch size")
+        workload = Workload(
+            name, entry.isl, entry.osl, sizes, entry.weights, entry.kv, entry.device, entry.tp, entry.runtime
+        )
+        for dtype in (workload.weights, workload.kv):
+            variants.dtype_bytes(dtype)
+        if workload.context_tokens > shape.max_position_embeddings:
+            raise ConfigError(
+                f"workloads.{name}: isl + osl is {workload.context_tokens} tokens, the teacher takes at most "
+                f"{shape.max_position_embeddings}; shorten isl or osl"
+            )
+        found.append(workload)
+    return tuple(found)
+
+
+def usable_items(items: Iterable[Item], scores: ScoreTable, metric: str) -> dict[Item, float]:
+    """The items with their scores. One listed as failed falls away; one that nobody scored is missing.
+
+    An item that keeps the teacher's own blocks is the teacher, whose score is 0 by definition.
+    """
+    found: dict[Item, float] = {}
+    for item in items:
+        if all(spec.kind == "keep" and spec.precision is None for spec in item.specs):
+            found[item] = 0.0
+        elif item.id not in scores.failed or (item.id, metric) in scores.scores:
+            found[item] = scores.score(item.id, metric).mean
+    return found
+
+
+def problems(
+    shape: ModelShape,
+    items: Sequence[Item],
+    scores: ScoreTable,
+    costs: Sequence[Cost],
+    file: ConstraintFile,
+    conflicts: Sequence[Conflict] = (),
+) -> tuple[Problem, ...]:
+    """One problem per combination of batch sizes, in the file's order (the first workload's size moves slowest)."""
+    if file.objective not in OBJECTIVES:
+        raise ConfigError(f"objective: {file.objective!r} is not on offer; allowed: {', '.join(OBJECTIVES)}")
+    metric = OBJECTIVES[file.objective]
+    served = workloads(file, shape)
+    limits = bounds(file)
+    objective = usable_items(items, scores, metric)
+    _check_context(served, objective, scores, metric)
+    kept_ids = {item.id for item in objective}
+    made = []
+    for sizes in itertools.product(*(workload.batch_sizes for workload in served)):
+        settings = [Setting(shape, workload, size, tuple(costs)) for workload, size in zip(served, sizes, strict=True)]
+        problem = Problem(
+            items=tuple(objective),
+            sites=shape.sites,
+            objective={item.id: score for item, score in objective.items()},
+            rows=tuple(row for bound in limits for row in _rows(bound, shape, settings, tuple(objective), limits)),
+            quantities=known_quantities(shape, settings, tuple(objective)),
+            conflicts=tuple(conflict for conflict in conflicts if kept_ids.issuperset(conflict.item_ids)),
+            objective_name=file.objective,
+            label=", ".join(f"{workload.name} batch size {size}" for workload, size in zip(served, sizes, strict=True)),
+        )
+        made.append(problem)
+    return tuple(made)
+
+
+def bounds(file: ConstraintFile) -> tuple[Bound, ...]:
+    """The limits under ``constraints:`` in the file's order. ConfigError for names that mean nothing."""
+    found = []
+    for key, entry in file.constraints.items():
+        prefix, _, name = key.rpartition(".")
+        if name not in METRICS:
+            raise ConfigError(f"constraints.{key}: unknown metric {name!r}{_nearest(name, METRICS)}")
+        metric = METRICS[name]
+        if prefix and metric.workload == "none":
+            raise ConfigError(f"constraints.{key}: {name} is the model's, not a workload's; write {name!r} alone")
+        if prefix and prefix not in file.workloads:
+            raise ConfigError(f"constraints.{key}: unknown workload {prefix!r}{_nearest(prefix, file.workloads)}")
+        if metric.workload == "needed" and not file.workloads:
+            raise ConfigError(f"constraints.{key}: {name} needs a workload; add one under `workloads:`")
+        if isinstance(entry, float | int | str):
+            amounts: Mapping[Side, float | str | None] = {metric.scalar: entry}
+        else:
+            amounts = {"min": entry.min, "max": entry.max, "eq": entry.eq}
+        for side, amount in amounts.items():
+            if amount is not None:
+                found.append(_bound(key, name, prefix or None, side, amount))
+    return tuple(found)
+
+
+def _bound(key: str, name: str, workload: str | None, side: Side, amount: float | str) -> Bound:
+    if side == "eq" and not METRICS[name].whole:
+        whole = ", ".join(known for known, metric in METRICS.items() if metric.whole)
+        raise ConfigError(f"constraints.{key}: eq is for whole numbers ({whole}); give {name} a min and a max")
+    percent = isinstance(amount, str)
+    number = Fraction(amount.rstrip("% ")) if isinstance(amount, str) else Fraction(amount)
+    if METRICS[name].tokens and number <= 0:
+        raise ConfigError(f"constraints.{key}: a rate must be positive, found {spell(number)}")
+    return Bound(name, workload, side, number, percent, key)
+
+
+def _rows(
+    bound: Bound, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item], limits: Sequence[Bound]
+) -> list[Row]:
+    kind = METRICS[bound.metric].workload
+    concerned = [setting for setting in settings if bound.workload in (None, setting.served.name)]
+    if kind == "none" or not settings:
+        concerned = [Setting(shape)]
+    rows = []
+    for setting in concerned:
+        measured = quantity(bound.metric, setting, items)
+        written = bound.written + (f" ({setting.served.name})" if len(concerned) > 1 else "")
+        value = bound.amount
+        if bound.percent:
+            value = bound.amount / 100 * _teacher(bound, setting, limits)
+            written += f" of the teacher = {float(value):.6g} {measured.unit}"
+        lower = value if bound.side in ("min", "eq") else None
+        upper = value if bound.side in ("max", "eq") else None
+        rows.append(Row(measured, written, lower, upper))
+    return rows
+
+
+def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fraction:
+    """The teacher's value that a percentage refers to."""
+    if not METRICS[bound.metric].tokens or len(setting.served.batch_sizes) == 1:
+        return _teacher_value(bound.metric, setting)
+    memory = [
+        limit
+        for limit in limits
+        if limit.metric == "memory_gib"
+        and limit.side == "max"
+        and not limit.percent
+        and limit.workload in (None, setting.served.name)
+    ]
+    at_sizes = [Setting(setting.shape, setting.served, size, setting.costs) for size in setting.served.batch_sizes]
+    fitting = [at for at in at_sizes if all(_teacher_value("memory_gib", at) <= limit.amount for limit in memory)]
+    if not fitting:
+        raise ConfigError(
+            f"constraints.{bound.key}: the teacher fits {' and '.join(limit.written for limit in memory)} at none of "
+            f"the batch sizes of {setting.served.name}, so there is nothing to take {spell(bound.amount)}% of; "
+            f"add a smaller batch size or give a number"
+        )
+    return max(_teacher_value(bound.metric, at) for at in fitting)
+
+
+def _teacher_value(metric: str, setting: Setting) -> Fraction:
+    keep: dict[Part, Spec] = {"attention": AttentionSpec("keep"), "ffn": FfnSpec("keep")}
+    items = [variants.site_item(site, keep[site.part]) for site in setting.shape.sites]
+    return quantity(metric, setting, items).value(item.id for item in items)
+
+
+def _check_context(
+    served: Sequence[Workload], objective: Mapping[Item, float], scores: ScoreTable, metric: str
+) -> None:
+    used = [scores.scores[item.id, metric] for item in objective if (item.id, metric) in scores.scores]
+    if not used:
+        return
+    shortest = min(used, key=lambda score: score.context_tokens)
+    for workload in served:
+        if workload.context_tokens > shortest.context_tokens:
+            raise MissingMeasurementError(
+                f"workload {workload.name}: isl + osl is {workload.context_tokens} tokens, but {shortest.item_id} was "
+                f"scored on {shortest.context_tokens}; run `puzzle score RUN --set data.sequence_tokens="
+                f"{workload.context_tokens}`, or shorten the workload"
+            )
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"

@@ -1,0 +1,83 @@
+"""The search itself: the integer programme of problem.py, solved by HiGHS through OR-Tools' MathOpt.
+
+Reads Problems, computes Solutions, writes nothing. The first solution minimises the sum of scores; each further one
+must differ (Puzzle, section 4.3): ``sum over common items of their sites <= (1 - min_difference) * num_sites`` against
+every earlier one. A solver works within tolerances, so every answer is checked afterwards in exact arithmetic: a
+choice that breaks a bound by a hair is forbidden and the programme solved again; it is never returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from puzzle.search.infeasible import explain
+from puzzle.search.linear import Choice, Cut, minimise
+from puzzle.search.problem import Problem
+from puzzle.types import InfeasibleError, Solution
+
+__all__ = ["Found", "solve"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """``note`` says why there are fewer solutions than asked for, if there are."""
+
+    solutions: tuple[Solution, ...]
+    note: str | None = None
+
+
+def solve(problems: Sequence[Problem], inputs: Mapping[str, str], count: int = 1, min_difference: float = 0.2) -> Found:
+    """The ``count`` best mutually different answers over all ``problems`` (same items and sites, other batch sizes).
+
+    Ties go to the problem named first. InfeasibleError, with the nearest values that can hold, if no problem has one.
+    """
+    cuts: list[Cut] = []
+    solutions: list[Solution] = []
+    open_problems = list(problems)
+    while len(solutions) < count:
+        answers = [(problem, minimise(problem, problem.objective, problem.rows, cuts)) for problem in open_problems]
+        answered = [(problem, choice) for problem, choice in answers if choice is not None]
+        if not answered:
+            break
+        open_problems = [problem for problem, _ in answered]  # cuts only pile up: what failed once fails for good
+        problem, best = min(answered, key=lambda pair: pair[1].total)
+        bound = min(choice.bound for _, choice in answered)
+        solutions.append(_solution(problem, best, bound, inputs))
+        cuts.append(_difference_cut(problem, best, min_difference))
+    if not solutions:
+        raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
+    note = None
+    if len(solutions) < count:
+        differs = f"differs in {min_difference:.0%} of the sites"
+        note = f"only {len(solutions)} of {count} solutions: no further one fits and {differs}"
+    return Found(tuple(solutions), note)
+
+
+def _solution(problem: Problem, choice: Choice, bound: float, inputs: Mapping[str, str]) -> Solution:
+    broken = problem.violations(choice.chosen)
+    assert not broken, f"the answer breaks {broken}"
+    objective = float(choice.total)
+    return Solution(
+        items=problem.in_order(choice.chosen),
+        objective_nats=objective,
+        bound_nats=min(bound, objective),
+        status="optimal" if choice.proven else "feasible",
+        totals=problem.totals(choice.chosen),
+        inputs=dict(inputs),
+    )
+
+
+def _difference_cut(problem: Problem, choice: Choice, min_difference: float) -> Cut:
+    num_sites = len(problem.sites)
+    # str(): 0.2 is meant as 1/5, not as the binary number next to it
+    in_common = math.floor((1 - Fraction(str(min_difference))) * num_sites)
+    weights = {item_id: len(problem.by_id[item_id].sites) for item_id in choice.chosen}
+    return Cut(weights, min(in_common, num_sites - 1))
+
+
+def _labelled(problem: Problem, num_problems: int) -> str:
+    reason = explain(problem)
+    return f"{problem.label}: {reason}" if num_problems > 1 else reason

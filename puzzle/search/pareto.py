@@ -1,0 +1,208 @@
+"""The complete front of two sums: every architecture that nothing beats in both quality and one cost.
+
+Reads a Problem, computes a Front, writes at most a PNG. Sites are merged one after the other: from all non-dominated
+choices for the sites so far and all items for the next, keep what is not dominated. An item over several sites is taken
+at its first; until its last is passed, fronts are kept apart by which later sites are covered already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle.search.problem import Problem
+from puzzle.types import ConfigError, InfeasibleError, Item, PuzzleError, Site, Solution
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+__all__ = ["Front", "front", "plot"]
+
+Numbers = NDArray[np.float64]
+Indices = NDArray[np.int32]
+MAX_POINTS = 5_000_000
+GRID_BITS = 50  # sums of whole multiples of 2^-50 of the largest sum are exact in a float, in whatever order
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Points after a site: where each came from. ``item`` -1: the site was covered by an earlier item."""
+
+    cost: Numbers  # (P,) ascending, in grid steps
+    objective: Numbers  # (P,) descending
+    parent_state: Indices  # (P,) which of the states before
+    parent: Indices  # (P,) the point there
+    item: Indices  # (P,)
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """Points by ascending cost and descending objective. ``teacher_cost`` is None if the teacher is not on offer."""
+
+    cost_name: str
+    cost_unit: str
+    objective_name: str
+    cost: Numbers  # (P,)
+    objective: Numbers  # (P,)
+    teacher_cost: float | None
+    _item_ids: tuple[str, ...] = field(repr=False)
+    _steps: tuple[tuple[_Layer, ...], ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    def chosen(self, point: int) -> tuple[str, ...]:
+        """The item ids of one point, in the order of the sites."""
+        state, ids = 0, []
+        index = range(len(self))[point]
+        for layers in reversed(self._steps):
+            layer = layers[state]
+            if layer.item[index] >= 0:
+                ids.append(self._item_ids[layer.item[index]])
+            state, index = int(layer.parent_state[index]), int(layer.parent[index])
+        return tuple(reversed(ids))
+
+    def best_within(self, limit: float) -> int | None:
+        """The point with the best objective whose cost is at most ``limit``."""
+        found = int(np.searchsorted(self.cost, limit, side="right")) - 1
+        return found if found >= 0 else None
+
+    def thinned(self, count: int) -> NDArray[np.intp]:
+        """At most ``count`` points spread evenly along the cost axis, both ends among them."""
+        if len(self) <= count:
+            return np.arange(len(self))
+        wanted = np.linspace(self.cost[0], self.cost[-1], count)
+        return np.unique(np.searchsorted(self.cost, wanted).clip(0, len(self) - 1))
+
+    def frame(self, count: int | None = None) -> pd.DataFrame:
+        """Columns ``point``, the cost's and the objective's name; all points or ``count`` of them."""
+        import pandas as pd
+
+        points = np.arange(len(self)) if count is None else self.thinned(count)
+        return pd.DataFrame(
+            {"point": points, self.cost_name: self.cost[points], self.objective_name: self.objective[points]}
+        )
+
+
+def front(problem: Problem, cost_name: str) -> Front:
+    """The front of the problem's objective against the quantity ``cost_name``; its rows are not applied.
+
+    Raises ConfigError for a rate or under conflicts, neither of which is a plain sum, InfeasibleError where no choice
+    covers every site once, and PuzzleError past 5 million points.
+    """
+    quantity = problem.quantity(cost_name)
+    if quantity.numerator is not None:
+        raise ConfigError(f"{cost_name} is a rate and does not add up over items; take the front over e2e_ms instead")
+    if problem.conflicts:
+        raise ConfigError("a front cannot be taken while items conflict; search with bounds instead")
+    costs, cost_step = _on_grid({item.id: quantity.coefficients.get(item.id, 0.0) for item in problem.items})
+    objectives, objective_step = _on_grid(problem.objective)
+    steps = _merge(problem, costs, objectives)
+    if not steps[-1]:
+        raise InfeasibleError("no choice of items covers every site exactly once")
+    (last,) = steps[-1]
+    by_keeping = [
+        item.id for item in problem.items if all(spec.kind == "keep" and not spec.precision for spec in item.specs)
+    ]
+    is_teacher = sum(len(problem.by_id[item_id].sites) for item_id in by_keeping) == len(problem.sites)
+    return Front(
+        cost_name=cost_name,
+        cost_unit=quantity.unit,
+        objective_name=problem.objective_name,
+        cost=last.cost * cost_step + quantity.constant,
+        objective=last.objective * objective_step,
+        teacher_cost=float(quantity.value(by_keeping)) if is_teacher else None,
+        _item_ids=tuple(item.id for item in problem.items),
+        _steps=steps,
+    )
+
+
+def _on_grid(values: Mapping[str, float]) -> tuple[dict[str, float], float]:
+    """The values as whole multiples of a step so fine that it is below a float's own precision in any sum."""
+    reach = math.fsum(map(abs, values.values())) or 1.0
+    step = 2.0 ** (math.frexp(reach)[1] - GRID_BITS)
+    return {item_id: float(round(value / step)) for item_id, value in values.items()}, step
+
+
+def _merge(
+    problem: Problem, costs: Mapping[str, float], objectives: Mapping[str, float]
+) -> tuple[tuple[_Layer, ...], ...]:
+    place = {site: index for index, site in enumerate(problem.sites)}
+    starting: dict[Site, list[tuple[int, Item]]] = {site: [] for site in problem.sites}
+    for index, item in enumerate(problem.items):
+        starting[min(item.sites, key=place.__getitem__)].append((index, item))
+    nothing: Indices = np.zeros(1, np.int32)
+    states = {frozenset[Site](): _Layer(np.zeros(1), np.zeros(1), nothing, nothing, nothing - 1)}
+    steps = []
+    for site in problem.sites:
+        arriving: dict[frozenset[Site], list[_Layer]] = {}
+        for number, (ahead, layer) in enumerate(states.items()):
+            for after, item_index, item_id in _ways(site, ahead, starting[site]):
+                cost, objective = (costs[item_id], objectives[item_id]) if item_id else (0.0, 0.0)
+                points = len(layer.cost)
+                moved = _Layer(
+                    layer.cost + cost,
+                    layer.objective + objective,
+                    np.full(points, number, np.int32),
+                    np.arange(points, dtype=np.int32),
+                    np.full(points, item_index, np.int32),
+                )
+                arriving.setdefault(after, []).append(moved)
+        states = {after: _non_dominated(layers) for after, layers in arriving.items()}
+        if sum(len(layer.cost) for layer in states.values()) > MAX_POINTS:
+            raise PuzzleError(f"the front has more than {MAX_POINTS:,} points; search with bounds instead")
+        steps.append(tuple(states.values()))
+    return tuple(steps)
+
+
+def _ways(
+    site: Site, ahead: frozenset[Site], starting: Sequence[tuple[int, Item]]
+) -> list[tuple[frozenset[Site], int, str]]:
+    """How ``site`` can be covered: (sites ahead that are covered afterwards, index of the item or -1, its id)."""
+    if site in ahead:
+        return [(ahead - {site}, -1, "")]
+    ways = []
+    for index, item in starting:
+        rest = frozenset(item.sites) - {site}
+        if not rest & ahead:
+            ways.append((ahead | rest, index, item.id))
+    return ways
+
+
+def _non_dominated(layers: Sequence[_Layer]) -> _Layer:
+    cost = np.concatenate([layer.cost for layer in layers])
+    objective = np.concatenate([layer.objective for layer in layers])
+    order = np.lexsort((objective, cost))
+    running = np.minimum.accumulate(objective[order])
+    better = np.ones(len(order), bool)
+    better[1:] = running[1:] < running[:-1]
+    kept = order[better]
+    parents = (
+        np.concatenate([getattr(layer, name) for layer in layers])[kept] for name in ("parent_state", "parent", "item")
+    )
+    return _Layer(cost[kept], objective[kept], *parents)
+
+
+def plot(front: Front, path: Path, chosen: Solution | None = None, count: int = 2000) -> None:
+    """Writes the front as a PNG, the teacher and the chosen solution marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    points = front.thinned(count)
+    axes.step(front.cost[points], front.objective[points], where="post", label=f"best possible ({len(front):,} points)")
+    if front.teacher_cost is not None:
+        axes.plot([front.teacher_cost], [0.0], "k*", markersize=12, label="teacher")
+    if chosen is not None:
+        axes.plot([chosen.totals[front.cost_name]], [chosen.objective_nats], "o", color="tab:red", label="chosen")
+    axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
+    axes.set_ylabel(f"{front.objective_name.removesuffix('_nats')}, sum of scores (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=150)

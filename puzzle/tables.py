@@ -1,0 +1,130 @@
+"""Scores and costs as tables: many single-file units, written side by side by several ranks, read together.
+
+Reads ``scores/*.json`` (payload ``{"scores": [Score …], "failed": [{"item_id", "reason"} …]}``) and ``costs/*.json``
+(payload ``{"costs": [Cost …]}``); every record is checked as it is read. Computes tidy frames. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puzzle import artifacts
+from puzzle.types import CorruptFileError, Cost, MissingMeasurementError, Score, from_json
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+COMMANDS = {"scores": "puzzle score RUN", "costs": "puzzle profile RUN"}
+SCORE_COLUMNS = (
+    "item_id",
+    "base_id",
+    "context_id",
+    "metric",
+    "split",
+    "mean",
+    "standard_error",
+    "num_sequences",
+    "context_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that could not be scored, e.g. because its training diverged."""
+
+    item_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores by (item, metric), and why items have none. ``fingerprint`` is that of the units' content."""
+
+    scores: Mapping[tuple[str, str], Score] = field(repr=False)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, scores: Iterable[Score], failed: Iterable[Failure] = (), fingerprint: str = "") -> ScoreTable:
+        """The table of these records. CorruptFileError where one item has two scores of the same metric."""
+        by_key: dict[tuple[str, str], Score] = {}
+        for score in scores:
+            if (key := (score.item_id, score.metric)) in by_key:
+                raise CorruptFileError(f"{score.item_id} has two {score.metric} scores; delete one of them")
+            by_key[key] = score
+        return cls(by_key, {failure.item_id: failure.reason for failure in failed}, fingerprint)
+
+    def score(self, item_id: str, metric: str) -> Score:
+        """MissingMeasurementError if the item was not scored by this metric."""
+        found = self.scores.get((item_id, metric))
+        if found is None:
+            raise MissingMeasurementError(f"no {metric} score for {item_id}; run `{COMMANDS['scores']}`")
+        return found
+
+
+def read_scores(folder: Path) -> ScoreTable:
+    """All scores in ``folder``. CorruptFileError for anything but finite, complete records; none at all is missing."""
+    scores: list[Score] = []
+    failed: list[Failure] = []
+    seen: dict[tuple[str, str], Path] = {}
+    for unit in _units(folder, "scores"):
+        for score in _records(Score, unit, "scores"):
+            if (first := seen.setdefault((score.item_id, score.metric), unit.path)) != unit.path:
+                raise CorruptFileError(
+                    f"{unit.path}: {score.item_id} ({score.metric}) is in {first} too; delete one of the two"
+                )
+            scores.append(score)
+        failed.extend(_records(Failure, unit, "failed", optional=True))
+    return ScoreTable.of(scores, failed, content_fingerprint(folder))
+
+
+def read_costs(folder: Path) -> tuple[Cost, ...]:
+    """All costs in ``folder``, files in the order of their names."""
+    return tuple(cost for unit in _units(folder, "costs") for cost in _records(Cost, unit, "costs"))
+
+
+def content_fingerprint(folder: Path) -> str:
+    """One fingerprint of what all units in ``folder`` hold; does not depend on when or in what order they were made."""
+    return artifacts.fingerprint({path.name: artifacts.read_unit(path).content for path in _files(folder)})
+
+
+def scores_frame(scores: ScoreTable | Iterable[Score]) -> pd.DataFrame:
+    """One row per score: mean and standard error in place of the values per sequence."""
+    import pandas as pd
+
+    records = scores.scores.values() if isinstance(scores, ScoreTable) else scores
+    rows = [{**vars(score), **_summary(score)} for score in records]
+    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+
+
+def costs_frame(costs: Iterable[Cost]) -> pd.DataFrame:
+    """One row per cost, one column per field."""
+    import pandas as pd
+
+    return pd.DataFrame([asdict(cost) for cost in costs], columns=list(Cost.__dataclass_fields__))
+
+
+def _summary(score: Score) -> dict[str, float]:
+    return {"mean": score.mean, "standard_error": score.standard_error, "num_sequences": len(score.per_sequence)}
+
+
+def _files(folder: Path) -> list[Path]:
+    # names with a leading dot are units that a crash left aside half-written
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def _units(folder: Path, kind: str) -> Iterator[artifacts.Unit]:
+    files = _files(folder)
+    if not files:
+        raise MissingMeasurementError(f"{folder}: no {kind} there; run `{COMMANDS[kind]}`")
+    return map(artifacts.read_unit, files)
+
+
+def _records(record: type[Any], unit: artifacts.Unit, key: str, optional: bool = False) -> list[Any]:
+    found = unit.payload.get(key, [] if optional else None)
+    if not isinstance(found, list):
+        raise CorruptFileError(f"{unit.path}: expected a list under {key!r}; delete it and run again")
+    return [from_json(record, entry, f"{unit.path}: {key}[{index}]") for index, entry in enumerate(found)]

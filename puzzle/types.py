@@ -1,0 +1,341 @@
+"""The records that flow between the stages: frozen, with units in the field names. Pure data, no torch.
+
+Reads nothing and writes nothing but JSON-ready dictionaries (:func:`to_json`, :func:`from_json`). The checks that a
+record must satisfy wherever it comes from live here, so that a table read from disk is as trustworthy as one just made.
+Units: ``_ms`` milliseconds, ``_bytes`` bytes, ``_tokens`` tokens, ``_nats`` nats per token; ``params`` is a count.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+__all__ = [
+    "AttentionSpec",
+    "Base",
+    "Capability",
+    "ConfigError",
+    "Conflict",
+    "CorruptFileError",
+    "Cost",
+    "Entry",
+    "FfnSpec",
+    "InfeasibleError",
+    "Interaction",
+    "Item",
+    "MissingMeasurementError",
+    "ModelShape",
+    "PuzzleError",
+    "Score",
+    "Site",
+    "Solution",
+    "Spec",
+    "StaleUnitError",
+    "Workload",
+    "from_json",
+    "to_json",
+]
+
+Part = Literal["attention", "ffn"]
+Phase = Literal["prefill", "decode"]
+TEACHER_BASE, TEACHER_CONTEXT = "teacher", "teacher"
+GIB = 2**30
+
+
+class PuzzleError(ValueError):
+    """What went wrong on the user's side, in one line that says what to do; ``exit_code`` is the command's."""
+
+    exit_code = 1
+
+
+class ConfigError(PuzzleError):
+    exit_code = 2
+
+
+class InfeasibleError(PuzzleError):
+    exit_code = 3
+
+
+class MissingMeasurementError(PuzzleError):
+    exit_code = 4
+
+
+class CorruptFileError(PuzzleError):
+    exit_code = 5
+
+
+class StaleUnitError(PuzzleError):
+    exit_code = 6
+
+
+class _Strict:
+    """Makes pydantic refuse unknown keys when a record is read back."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, order=True)
+class Site(_Strict):
+    """One replaceable part of one layer."""
+
+    layer: int
+    part: Part
+
+    def __post_init__(self) -> None:
+        _require(self.layer >= 0, f"layer must not be negative, got {self.layer}")
+
+    def __str__(self) -> str:
+        return f"L{self.layer:03d}.{self.part}"
+
+
+@dataclass(frozen=True)
+class AttentionSpec(_Strict):
+    """``precision`` None is the teacher's. Kinds: keep, gqa (``num_kv_heads``), window (``window_tokens``), linear, skip."""
+
+    kind: Literal["keep", "gqa", "window", "linear", "skip"]
+    num_kv_heads: int | None = None
+    window_tokens: int | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        _require((self.kind == "gqa") == (self.num_kv_heads is not None), "gqa, and only gqa, names num_kv_heads")
+        _require((self.kind == "window") == (self.window_tokens is not None), "window, and only window, names window_tokens")
+        _require((self.num_kv_heads or 1) > 0 and (self.window_tokens or 1) > 0, "sizes must be positive")
+
+
+@dataclass(frozen=True)
+class FfnSpec(_Strict):
+    """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts`` and/or ``num_active_experts``), linear, skip."""
+
+    kind: Literal["keep", "narrow", "experts", "linear", "skip"]
+    intermediate_size: int | None = None
+    num_experts: int | None = None
+    num_active_experts: int | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        has_experts = self.num_experts is not None or self.num_active_experts is not None
+        _require((self.kind == "narrow") == (self.intermediate_size is not None), "narrow, and only narrow, names a width")
+        _require((self.kind == "experts") == has_experts, "experts, and only experts, names num(_active)_experts")
+        sizes = (self.intermediate_size, self.num_experts, self.num_active_experts)
+        _require(all(size is None or size > 0 for size in sizes), "sizes must be positive")
+
+
+Spec = AttentionSpec | FfnSpec
+
+
+@dataclass(frozen=True)
+class Item(_Strict):
+    """What the search chooses: ``specs[i]`` at ``sites[i]``; usually one site, but a pair or a run of layers too."""
+
+    id: str
+    sites: tuple[Site, ...]
+    specs: tuple[Spec, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.sites) > 0 and len(self.sites) == len(self.specs), f"{self.id}: one spec per site")
+        _require(len(set(self.sites)) == len(self.sites), f"{self.id}: a site occurs twice")
+        for site, spec in zip(self.sites, self.specs, strict=True):
+            _require(isinstance(spec, AttentionSpec) == (site.part == "attention"), f"{self.id}: wrong spec for {site}")
+
+
+@dataclass(frozen=True)
+class Base(_Strict):
+    """The teacher that items sit on: a width, or a step of a chain of students."""
+
+    id: str
+    parent_id: str | None
+    hidden_size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Entry(_Strict):
+    """One library entry. ``view`` is the slice of a nested unit (channels), None for a unit of its own."""
+
+    item_id: str
+    base_id: str
+    unit: str
+    view: int | None
+    status: str  # initial | trained | failed(reason)
+
+    def __post_init__(self) -> None:
+        known = self.status in ("initial", "trained") or (self.status.startswith("failed(") and self.status.endswith(")"))
+        _require(known, f"{self.item_id}: unknown status {self.status!r}")
+
+
+@dataclass(frozen=True)
+class Score(_Strict):
+    """How much worse the model gets, one value per sequence (nats per token for KL and CE)."""
+
+    item_id: str
+    base_id: str
+    context_id: str
+    metric: str
+    split: str
+    per_sequence: tuple[float, ...]
+    context_tokens: int
+
+    def __post_init__(self) -> None:
+        _require(len(self.per_sequence) > 0, f"{self.item_id}: a score without values")
+        _require(all(map(math.isfinite, self.per_sequence)), f"{self.item_id}: the {self.metric} score is not finite")
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.per_sequence) / len(self.per_sequence)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, from the spread over sequences; infinite for a single sequence."""
+        count = len(self.per_sequence)
+        if count < 2:
+            return math.inf
+        return math.sqrt(math.fsum((value - self.mean) ** 2 for value in self.per_sequence) / (count - 1) / count)
+
+
+@dataclass(frozen=True)
+class Cost(_Strict):
+    """Milliseconds that one shape takes for one forward of the whole batch, at one point of the grid.
+
+    ``context_tokens``: prefill, the prompt length; decode, the tokens already in the KV cache when one more is made.
+    """
+
+    shape_id: str
+    phase: Phase
+    batch_size: int
+    context_tokens: int
+    weights: str
+    kv: str
+    device: str
+    tensor_parallel: int
+    engine: str
+    ms: float
+    ms_p10: float
+    ms_p90: float
+    source: Literal["measured", "estimate", "imported"]
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0 and self.context_tokens > 0 and self.tensor_parallel > 0, "sizes must be positive")
+        finite = all(map(math.isfinite, (self.ms, self.ms_p10, self.ms_p90)))
+        _require(finite and self.ms >= 0, f"{self.shape_id}: {self.phase} time is not a finite, non-negative number")
+
+
+@dataclass(frozen=True)
+class Interaction(_Strict):
+    """What two items cost together beyond the sum of their scores."""
+
+    item_a: str
+    item_b: str
+    value_nats: float
+
+    def __post_init__(self) -> None:
+        _require(self.item_a != self.item_b and math.isfinite(self.value_nats), "an interaction joins two items, finitely")
+
+
+@dataclass(frozen=True)
+class Conflict(_Strict):
+    """Items that must not all be chosen together."""
+
+    item_ids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Capability(_Strict):
+    """What one target runtime makes of one variant."""
+
+    target: str
+    status: Literal["supported", "lowered", "refused"]
+    reason: str
+    lowered_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Solution(_Strict):
+    """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` fingerprints of what it rests on."""
+
+    items: tuple[str, ...]
+    objective_nats: float
+    bound_nats: float
+    status: Literal["optimal", "feasible"]
+    totals: dict[str, float] = field(hash=False)
+    inputs: dict[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class ModelShape(_Strict):
+    """The sizes of a decoder-only model that its costs depend on."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites in the order in which the residual stream meets them."""
+        return tuple(Site(layer, part) for layer in range(self.num_layers) for part in ("attention", "ffn"))
+
+
+@dataclass(frozen=True)
+class Workload(_Strict):
+    """What is served: ``isl`` prompt and ``osl`` generated tokens per request, ``batch_sizes`` to choose from."""
+
+    name: str
+    isl: int
+    osl: int
+    batch_sizes: tuple[int, ...] = (1,)
+    weights: str = "bf16"
+    kv: str = "bf16"
+    device: str = "cpu"
+    tp: int = 1
+    runtime: str = "transformers"
+
+    def __post_init__(self) -> None:
+        sizes = (self.isl, self.osl, self.tp, *self.batch_sizes)
+        _require(bool(self.batch_sizes) and min(sizes) > 0, f"workload {self.name}: sizes must be positive")
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of one sequence when its last token has been made."""
+        return self.isl + self.osl
+
+
+Record = TypeVar("Record")
+
+
+@cache
+def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
+    return TypeAdapter(kind)
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """The record as plain dictionaries and lists."""
+    return asdict(record)
+
+
+def from_json(kind: type[Record], data: Any, source: object) -> Record:
+    """The record in ``data``; unknown, missing and wrong fields are a :class:`CorruptFileError` that names ``source``."""
+    try:
+        return _adapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or kind.__name__
+        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}: {first['msg']}") from None

@@ -1,0 +1,210 @@
+"""Exports as a stranger finds them: what lies in the folder, and what a process without puzzle makes of it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import puzzle.modeling
+from puzzle.export.hf import export_hf
+from puzzle.export.verify import Verification, main, verify_hf, write_reference
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.types import ConfigError, CorruptFileError
+
+KEEP, SKIP, LINEAR = {"kind": "keep"}, {"kind": "skip"}, {"kind": "linear"}
+GQA, NARROW = {"kind": "gqa", "num_kv_heads": 2}, {"kind": "narrow", "intermediate_size": 40}
+MIXED = [
+    {"attention": SKIP, "ffn": KEEP},
+    {"attention": GQA, "ffn": NARROW},
+    {"attention": LINEAR, "ffn": LINEAR},
+    {"attention": KEEP, "ffn": SKIP},
+]
+
+
+def make_student(teacher: LlamaForCausalLM, blocks: list[dict[str, Any]]) -> PuzzleForCausalLM:
+    torch.manual_seed(11)
+    return PuzzleForCausalLM(PuzzleConfig.from_family(teacher.config, blocks)).eval()
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_llama: LlamaForCausalLM) -> PuzzleForCausalLM:
+    return make_student(tiny_llama, MIXED)
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tokenizer's files and a generation config that would sample."""
+    folder = tmp_path_factory.mktemp("teacher")
+    for file in tiny_tokenizer_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = {"do_sample": True, "temperature": 0.7, "eos_token_id": [2, 3], "max_new_tokens": 5}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "model.safetensors").write_bytes(b"the teacher's weights, not to be copied")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_export(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("exports") / "mixed"
+    out_dir.mkdir()
+    export_hf(student, teacher_dir, out_dir, "# A student\n")
+    return out_dir
+
+
+def test_mixed_export_is_complete(mixed_export: Path, teacher_dir: Path) -> None:
+    code = {"configuration_puzzle.py", "modeling_puzzle.py"}
+    copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert files(mixed_export) == {"config.json", "model.safetensors", "README.md", *copied, *code}
+    assert (mixed_export / "README.md").read_text() == "# A student\n"
+    for name in copied:
+        assert (mixed_export / name).read_bytes() == (teacher_dir / name).read_bytes()
+    config = json.loads((mixed_export / "config.json").read_text())
+    assert config["model_type"] == "puzzle"
+    assert config["blocks"] == MIXED
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_puzzle.PuzzleConfig",
+        "AutoModel": "modeling_puzzle.PuzzleModel",
+        "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
+    }
+    exported, original = (
+        AutoTokenizer.from_pretrained(folder)("ab").input_ids for folder in (mixed_export, teacher_dir)
+    )
+    assert exported == original
+    assert len(original) == 2
+
+
+def test_code_files_import_torch_and_transformers_only() -> None:
+    folder = Path(puzzle.modeling.__file__).parent
+    allowed = {"__future__", "copy", "collections", "dataclasses", "typing", "torch", "transformers"}
+    for name in ("configuration_puzzle.py", "modeling_puzzle.py"):
+        for node in ast.walk(ast.parse((folder / name).read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom):
+                relative = (node.level, node.module) == (1, "configuration_puzzle")
+                assert relative or (node.module or "").split(".")[0] in allowed
+
+
+def test_mixed_export_passes_in_a_clean_process(
+    student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_reference(student, tmp_path / "reference.safetensors")
+    assert main([str(mixed_export), str(tmp_path / "reference.safetensors")]) == 0
+    assert capsys.readouterr().out.startswith("passed: logits within")
+
+
+@torch.no_grad()
+def test_uniform_export_is_a_plain_llama(tiny_llama_tied: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
+    model = make_student(tiny_llama_tied, [{"attention": GQA, "ffn": NARROW}] * 4)
+    export_hf(model, teacher_dir, tmp_path / "uniform", "card")
+    assert not any(name.endswith(".py") for name in files(tmp_path / "uniform"))
+    config = json.loads((tmp_path / "uniform" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert {"blocks", "family", "auto_map"}.isdisjoint(config)
+    assert (config["model_type"], config["num_key_value_heads"], config["intermediate_size"]) == ("llama", 2, 40)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "uniform", output_loading_info=True)
+    assert type(loaded) is LlamaForCausalLM
+    assert not any(info.values())
+    tokens = torch.arange(3, 23)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [{"attention": KEEP, "ffn": {"kind": "narrow", "intermediate_size": 96}}, {"attention": KEEP, "ffn": SKIP}],
+    ids=["same_size_under_another_name", "skipped"],
+)
+def test_uniform_means_the_same_sizes(
+    last: dict[str, Any], tiny_llama: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path
+) -> None:
+    blocks = [{"attention": {"kind": "gqa", "num_kv_heads": 4}, "ffn": KEEP}] * 3 + [last]
+    export_hf(make_student(tiny_llama, blocks), teacher_dir, tmp_path / "out", "")
+    model_type = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
+    assert model_type == ("puzzle" if last["ffn"] == SKIP else "llama")
+
+
+def test_all_linear_is_not_uniform(tiny_llama: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
+    export_hf(make_student(tiny_llama, [{"attention": LINEAR, "ffn": LINEAR}] * 4), teacher_dir, tmp_path / "out", "")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "puzzle"
+
+
+def test_what_is_wrong_is_reported_in_words(student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path) -> None:
+    """A wrong weight or logit, and the classic mistake: cache slots numbered over all layers, attention or not."""
+    export, reference = tmp_path / "export", tmp_path / "reference.safetensors"
+    shutil.copytree(mixed_export, export)
+    code = (export / "modeling_puzzle.py").read_text()
+    assert "layer_idx = cache_idx" in code
+    (export / "modeling_puzzle.py").write_text(code.replace("layer_idx = cache_idx", "layer_idx = layer_idx"))
+    write_reference(student, reference)
+    tensors = load_file(reference)
+    tensors["logits"][1, 5, 7] += 0.01
+    save_file(tensors, reference)
+
+    verification = verify_hf(export, reference)
+    assert not verification.passed
+    assert verification.max_logit_difference == pytest.approx(0.01, rel=0.01)
+    assert [failure.split(":")[0] for failure in verification.failures] == [
+        "the reloaded logits differ from the model in memory",
+        "continuing a cache in chunks differs from one shot",
+    ]
+
+
+def test_export_that_needs_puzzle_is_refused(student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path) -> None:
+    export, reference = tmp_path / "export", tmp_path / "reference.safetensors"
+    shutil.copytree(mixed_export, export)
+    with (export / "modeling_puzzle.py").open("a") as file:
+        file.write("\nimport puzzle.types\n")
+    write_reference(student, reference)
+    with pytest.raises(CorruptFileError, match=r"could not be checked in a clean process: .*puzzle"):
+        verify_hf(export, reference)
+
+
+def test_every_field_can_fail() -> None:
+    good = {
+        "max_logit_difference": 0.0,
+        "cache_matches": True,
+        "chunked_difference": 0.0,
+        "left_padding_difference": 0.0,
+    }
+    assert Verification(**good).passed
+    bad_numbers = [(name, value) for name in good if name != "cache_matches" for value in (2e-4, float("nan"))]
+    for name, bad in (*bad_numbers, ("cache_matches", False)):
+        verification = Verification(**{**good, name: bad})
+        assert not verification.passed
+        assert len(verification.failures) == 1
+
+
+def test_reference_of_a_bf16_model_is_in_fp32(student: PuzzleForCausalLM, tmp_path: Path) -> None:
+    model = copy.deepcopy(student).to(torch.bfloat16)
+    write_reference(model, tmp_path / "reference.safetensors", batch_size=3, num_tokens=5)
+    tensors = load_file(tmp_path / "reference.safetensors")
+    assert tensors["logits"].dtype == torch.float32
+    assert tensors["logits"].shape == (3, 5, 128)
+    assert model.dtype == torch.bfloat16
+
+
+def test_refusals_say_what_to_do(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no tokenizer here; looked for tokenizer\.json"):
+        export_hf(student, tmp_path, tmp_path / "out", "")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        export_hf(student, teacher_dir, tmp_path / "used", "")
+    with pytest.raises(ConfigError, match="no such file"):
+        verify_hf(tmp_path / "nowhere", tmp_path / "reference.safetensors")

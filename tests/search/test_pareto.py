@@ -1,0 +1,124 @@
+"""The front against brute force: every point of it, nothing else, and the choices behind the points."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from search_factories import all_choices, make_costs, make_file, make_items, make_problem, make_scores
+
+from puzzle.search import pareto_front, search
+from puzzle.search.pareto import front, plot
+from puzzle.search.problem import Problem
+from puzzle.types import ConfigError, Conflict, InfeasibleError, Item, ModelShape
+
+
+def non_dominated(problem: Problem) -> list[tuple[Fraction, Fraction]]:
+    """By definition: the points that no other point equals or beats in both."""
+    quantity = problem.quantity("cost0")
+    points = sorted({(quantity.value(chosen), problem.objective_of(chosen)) for chosen in all_choices(problem)})
+    kept: list[tuple[Fraction, Fraction]] = []
+    for cost, objective in points:
+        if not kept or objective < kept[-1][1]:
+            kept.append((cost, objective))
+    return kept
+
+
+@pytest.mark.parametrize("wide", [0, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_front_is_that_of_brute_force(seed: int, wide: int) -> None:
+    problem = make_problem(random.Random(seed), num_sites=5, choices=3, wide=wide)
+    expected = non_dominated(problem)
+    found = front(problem, "cost0")
+    assert found.cost == pytest.approx([float(cost) for cost, _ in expected], rel=1e-12)
+    assert found.objective == pytest.approx([float(objective) for _, objective in expected], rel=1e-12)
+    for point in range(len(found)):
+        chosen = found.chosen(point)
+        assert problem.in_order(chosen) == chosen
+        assert replace(problem, rows=()).violations(chosen) == ()
+        assert float(problem.quantity("cost0").value(chosen)) == pytest.approx(found.cost[point])
+        assert float(problem.objective_of(chosen)) == pytest.approx(found.objective[point])
+
+
+def test_costs_that_differ_only_by_the_order_of_addition_are_one_point() -> None:
+    """0.1 + 0.2 + 0.3 depends on the order; every permutation costs the same here, so one point is best."""
+    problem = make_problem(random.Random(0), num_sites=6, choices=3)
+    quantity = replace(
+        problem.rows[0].quantity, coefficients={item.id: (0.1, 0.2, 0.3)[int(item.id[-1])] for item in problem.items}
+    )
+    found = front(replace(problem, rows=(), quantities=(quantity,)), "cost0")
+    assert len(found) <= 13  # 0.6 to 1.8 in steps of 0.1
+
+
+def test_best_within_a_limit_is_the_searchs_answer(shape: ModelShape) -> None:
+    items = make_items(shape)
+    scores, costs = make_scores(items), make_costs(shape)
+    chat = {"chat": {"isl": 128, "osl": 64, "batch_size": 4}}
+    whole = pareto_front(shape, items, scores, costs, make_file(workloads=chat), "chat.e2e_ms")
+    limit = float(whole.cost[0] + whole.cost[-1]) / 2
+    file = make_file(workloads=chat, constraints={"chat.e2e_ms": limit})
+    (solution,) = search(shape, items, scores, costs, file, {})
+    point = whole.best_within(limit)
+    assert point is not None
+    assert whole.objective[point] == pytest.approx(solution.objective_nats)
+    assert whole.best_within(float(whole.cost[0]) / 2) is None
+
+
+def test_teacher_ends_the_front(shape: ModelShape) -> None:
+    items = make_items(shape)
+    whole = pareto_front(shape, items, make_scores(items), (), make_file(), "params")
+    assert whole.teacher_cost == 2 * 128 * 64 + 64 + 3 * (16448 + 18496)
+    assert whole.cost[-1] == whole.teacher_cost
+    assert whole.objective[-1] == 0
+    assert whole.chosen(-1) == tuple(f"{site}.keep" for site in shape.sites)
+    without = [item for item in items if item.id != "L001.ffn.keep"]
+    assert pareto_front(shape, without, make_scores(items), (), make_file(), "params").teacher_cost is None
+
+
+def test_thinned_frame_keeps_both_ends(shape: ModelShape) -> None:
+    items = make_items(shape)
+    whole = pareto_front(shape, items, make_scores(items), (), make_file(), "params")
+    assert len(whole) > 20
+    frame = whole.frame(count=10)
+    assert list(frame.columns) == ["point", "params", "kl_nats"]
+    assert 5 <= len(frame) <= 10
+    assert frame["point"].iloc[[0, -1]].tolist() == [0, len(whole) - 1]
+    assert np.array_equal(frame["kl_nats"], whole.objective[frame["point"]])
+    assert len(whole.frame()) == len(whole)
+
+
+def test_what_is_no_plain_sum_is_refused(shape: ModelShape) -> None:
+    items = make_items(shape)
+    chat = make_file(workloads={"chat": {"isl": 128, "osl": 64, "batch_size": 4}})
+    with pytest.raises(ConfigError, match="is a rate"):
+        pareto_front(shape, items, make_scores(items), make_costs(shape), chat, "chat.req_per_s")
+    with pytest.raises(ConfigError, match="nothing is known of 'speed'; known: params, "):
+        pareto_front(shape, items, make_scores(items), (), make_file(), "speed")
+    problem = make_problem(random.Random(0), num_sites=2, choices=2)
+    with pytest.raises(ConfigError, match="conflict"):
+        front(replace(problem, conflicts=(Conflict((problem.items[0].id,), "no"),)), "cost0")
+
+
+def test_sites_that_cannot_be_covered_are_infeasible() -> None:
+    problem = make_problem(random.Random(0), num_sites=3, choices=1)
+    pairs = tuple(Item(f"pair{k}", problem.sites[k : k + 2], problem.items[0].specs * 2) for k in range(2))
+    overlapping = replace(problem, items=pairs, objective={"pair0": 0.0, "pair1": 0.0}, rows=())
+    with pytest.raises(InfeasibleError, match="covers every site exactly once"):
+        front(overlapping, "cost0")
+
+
+def test_plot_writes_a_png_with_and_without_a_chosen_point(shape: ModelShape, tmp_path: Path) -> None:
+    items = make_items(shape)
+    scores = make_scores(items)
+    whole = pareto_front(shape, items, scores, (), make_file(), "params")
+    (solution,) = search(shape, items, scores, (), make_file(constraints={"params": "70%"}), {})
+    plot(whole, tmp_path / "bare.png")
+    plot(whole, tmp_path / "marked.png", solution)
+    bare, marked = ((tmp_path / name).read_bytes() for name in ("bare.png", "marked.png"))
+    assert bare.startswith(b"\x89PNG")
+    assert marked.startswith(b"\x89PNG")
+    assert bare != marked
