@@ -1,7 +1,7 @@
 """Puts a student together: the teacher's embedding, norm and head, and for each site the chosen variant's weights.
 
 Reads the teacher, the chosen items and the library; writes a folder that :func:`puzzle.teacher.load_model` reads back
-(``config.json``, ``model.safetensors`` in fp32).
+(``config.json``, ``model.safetensors``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,9 +56,13 @@ def build_student(
     return freeze(student.to(teacher.device))
 
 
-def write_model(model: PuzzleForCausalLM, folder: Path) -> None:
-    """Writes the model for :func:`puzzle.teacher.load_model`; a tied head is stored once."""
+def write_model(model: PuzzleForCausalLM, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the model, rounded to ``dtype``, for :func:`puzzle.teacher.load_model`; a tied head is stored once."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items() if name not in tied}
+    state = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
     save_file(state, folder / "model.safetensors")
     model.config.save_pretrained(folder)

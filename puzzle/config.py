@@ -61,7 +61,10 @@ class ScoreConfig(_Model):
 
 
 class ProfileConfig(_Model):
+    """``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere."""
+
     grid: str = "demo"
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 class KdConfig(_Model):

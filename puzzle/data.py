@@ -1,16 +1,12 @@
 """Text to packed tokens, in four disjoint splits, and batches as a pure function of (data, split, seed, step).
 
-Reads ``demo`` (the bundled text), a ``.txt``/``.jsonl``/``.jsonl.gz`` file or a folder of text files; writes one unit
-``data/`` with a token array per split. Splits are by document: as the record says, else by a hash of its name, else
-(one long text) by pieces of it. Documents are packed end to end, separated by the tokenizer's end-of-text token.
+Reads documents (data_source.py); writes one unit ``data/`` with a token array per split. Documents are packed end to
+end, separated by the tokenizer's end-of-text token.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from puzzle.data_source import SPLITS, documents
 from puzzle.types import ConfigError, CorruptFileError
-
-SPLITS = ("train", "score", "select", "report")
-PIECE_CHARACTERS = 16_384
-DEMO_TEXT = Path(__file__).parent / "demo" / "text.jsonl.gz"
-
 
 class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
@@ -34,13 +26,6 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    split: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -84,59 +69,6 @@ class TokenData:
     def _windows(self, split: str, starts: np.ndarray) -> torch.Tensor:
         windows = self.tokens[split][starts[:, None] + np.arange(self.sequence_tokens)]
         return torch.from_numpy(windows.astype(np.int64))
-
-
-def text_path(text: str) -> Path:
-    """Where the text lies; ConfigError if nowhere."""
-    path = DEMO_TEXT if text == "demo" else Path(text)
-    if not path.exists():
-        raise ConfigError(f"data.text: {text}: no such file or folder; give a .txt or .jsonl file, a folder, or `demo`")
-    return path
-
-
-def documents(path: Path) -> Iterator[Document]:
-    """The documents at ``path``, each with its split."""
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and file.suffix in (".txt", ".md", ".py", ".jsonl", ".gz"):
-                yield from documents(file)
-    elif path.suffix in (".jsonl", ".gz"):
-        yield from _records(path)
-    else:
-        text = _read(path)
-        pieces = [text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS)]
-        for index, piece in enumerate(pieces):
-            name = f"{path.name}#{index}"
-            yield Document(name, _split_of(name), piece)
-
-
-def _read(path: Path) -> str:
-    try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-        with opened as file:
-            return file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path}: unreadable text ({error})") from None
-
-
-def _records(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            text = record["text"]
-        except (ValueError, KeyError, TypeError):
-            raise CorruptFileError(f'{path}:{number}: expected a JSON object with a "text"') from None
-        name = str(record.get("path", f"{path.name}#{number}"))
-        split = record.get("split") or _split_of(name)
-        if split not in SPLITS:
-            raise ConfigError(f"{path}:{number}: unknown split {split!r}; allowed: {', '.join(SPLITS)}")
-        yield Document(name, split, text)
-
-
-def _split_of(name: str) -> str:
-    """5 % of the documents to each of score, select and report, by the name alone."""
-    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
-    return "score" if bucket < 5 else "select" if bucket < 10 else "report" if bucket < 15 else "train"
 
 
 def write_tokens(path: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

@@ -82,11 +82,11 @@ class Distillation:
             self.parameters.values(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
         )
 
-    def run(self, batches: Callable[[int], Tensor], until: int, steps: int, on_step: Callable[[float], None]) -> None:
+    def run(self, batches: Callable[..., Tensor], until: int, steps: int, on_step: Callable[[float], None]) -> None:
         """Trains up to step ``until`` of a schedule of ``steps``; ``on_step`` gets each step's loss."""
         while self.step < until:
             self.optimiser.param_groups[0]["lr"] = learning_rate(self.config, self.step, steps)
-            ids = batches(self.step).to(self.compute.device)
+            ids = batches(step=self.step).to(self.compute.device)
             with self.compute.autocast():
                 loss = distillation_loss(self.student, self.teacher, ids, self.config)
             loss.backward()

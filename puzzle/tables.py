@@ -107,6 +107,19 @@ def costs_frame(costs: Iterable[Cost]) -> pd.DataFrame:
     return pd.DataFrame([asdict(cost) for cost in costs], columns=list(Cost.__dataclass_fields__))
 
 
+def library_frame(folder: Path) -> pd.DataFrame:
+    """One row per trained variant: its loss on held-out tokens before and after BLD, tokens seen, bytes on disk."""
+    import pandas as pd
+
+    rows = []
+    for path in sorted(folder.glob("L*")):
+        size = sum(file.stat().st_size for file in path.iterdir())
+        rows.append({"item_id": path.name, **artifacts.read_unit(path).payload, "bytes": size})
+    if not rows:
+        raise MissingMeasurementError(f"{folder}: no library there; run `puzzle distill RUN`")
+    return pd.DataFrame(rows)
+
+
 def _summary(score: Score) -> dict[str, float]:
     return {"mean": score.mean, "standard_error": score.standard_error, "num_sequences": len(score.per_sequence)}
 

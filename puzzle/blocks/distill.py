@@ -72,11 +72,15 @@ def local_loss(learner_layer: PuzzleDecoderLayer, part: Part, one: LayerPass, lo
     return normalised_mse(delta, one.after - one.middle) if loss_at == "site" else normalised_mse(one.middle + delta, one.after)
 
 
-def learning_rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
     """Linear warm-up, then cosine decay to zero."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def num_steps(config: DistillConfig, sequence_tokens: int) -> int:
+    return math.ceil(config.tokens / (config.batch_size * sequence_tokens))
 
 
 def make_learner(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[str, Tensor], config: DistillConfig) -> Learner:
@@ -93,22 +97,22 @@ def make_learner(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping
 def distill(
     model: PuzzleForCausalLM,
     starts: Mapping[Item, Mapping[str, Tensor]],
-    batches: Callable[[int], Tensor],
+    batches: Callable[..., Tensor],
     held_out: list[Tensor],
     config: DistillConfig,
     compute: Compute,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[Item, Distilled]:
-    """Trains every variant in ``starts`` on ``batches(step)`` (B, T); all share each batch's one teacher pass."""
+    """Trains every variant in ``starts`` on ``batches(step=step)`` (B, T); all share each batch's one teacher pass."""
     layers = layers_of(model)
     learners = [make_learner(layers[item.sites[0].layer], item, weights, config) for item, weights in starts.items()]
     depth = max(learner.index for learner in learners) + 1
     before = held_out_losses(model, learners, held_out, config.loss_at)
-    num_steps = math.ceil(config.tokens / (config.batch_size * held_out[0].shape[1]))
-    warmup_steps = max(1, round(config.warmup_fraction * num_steps))
-    for step in range(num_steps):
-        factor = learning_rate_factor(step, num_steps, warmup_steps)
-        ids = batches(step).to(compute.device)
+    steps = num_steps(config, held_out[0].shape[1])
+    warmup_steps = max(1, round(config.warmup_fraction * steps))
+    for step in range(steps):
+        factor = learning_rate_factor(step, steps, warmup_steps)
+        ids = batches(step=step).to(compute.device)
         with torch.no_grad(), compute.autocast():
             passes = run_layers(model, ids, depth)
         for learner in learners:
@@ -116,7 +120,7 @@ def distill(
             _train_step(learner, passes[learner.index], config.loss_at, compute)
         on_step()
     after = held_out_losses(model, learners, held_out, config.loss_at)
-    tokens = num_steps * config.batch_size * held_out[0].shape[1]
+    tokens = steps * config.batch_size * held_out[0].shape[1]
     return {
         learner.item: Distilled(part_state(learner.layer, learner.part), before[learner.item], after[learner.item], tokens)
         for learner in learners

@@ -16,7 +16,7 @@ from torch import Tensor
 from puzzle.teacher import read_tensors
 from puzzle.types import CorruptFileError, Item
 
-STORED_KINDS = ("gqa", "narrow", "linear")
+
 WEIGHTS = "weights.safetensors"
 
 

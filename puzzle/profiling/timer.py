@@ -38,10 +38,12 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def make_clock(work: Callable[[], object], device: str) -> Clock:
-    """A clock for ``work`` on ``device``; on CUDA ``work`` must be capturable and use the same memory each time."""
+def make_clock(work: Callable[[], object], device: str, pool: Any = None) -> Clock:
+    """A clock for ``work`` on ``device``. On CUDA ``work`` must be capturable and read and write the same tensors each
+    time; ``pool`` (from :func:`graph_pool`) lets several clocks that never run at once share their activations' memory.
+    """
     if device.startswith("cuda"):
-        return CapturedGraph(work, device)
+        return CapturedGraph(work, device, pool)
 
     def wall_clock() -> float:
         synchronize(device)
@@ -62,10 +64,17 @@ def synchronize(device: str) -> None:
     getattr(torch, device.partition(":")[0]).synchronize()
 
 
+def graph_pool() -> Any:
+    """A memory pool for CUDA graphs that never run at once."""
+    import torch
+
+    return torch.cuda.graph_pool_handle()
+
+
 class CapturedGraph:
     """``work`` as a CUDA graph; each call replays it and gives the milliseconds between two events around it."""
 
-    def __init__(self, work: Callable[[], object], device: str) -> None:
+    def __init__(self, work: Callable[[], object], device: str, pool: Any = None) -> None:
         import torch
 
         self._device = torch.device(device)
@@ -78,7 +87,7 @@ class CapturedGraph:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, pool=pool):
                 self._result = work()  # lives in the graph's memory pool for as long as the graph
             self._start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

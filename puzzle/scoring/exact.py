@@ -17,7 +17,7 @@ from puzzle.metrics import TokenMetrics, token_metrics
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import LayerPass, final_hidden, run_suffix, stream_layers
-from puzzle.types import TEACHER_BASE, TEACHER_CONTEXT, Item, Score
+from puzzle.types import Item
 
 METRICS: Mapping[str, Callable[[TokenMetrics], Tensor]] = {
     "kl": lambda tokens: tokens.kl_nats,
@@ -32,8 +32,8 @@ def exact_scores(
     items_of_layer: Mapping[int, list[Item]],
     read_weights: Callable[[Item], Mapping[str, Tensor]],
     batches: list[Tensor],
-) -> Iterator[tuple[Item, list[Score]]]:
-    """Scores of every single-site item, layer by layer; a ValueError of a score names an item that is not finite."""
+) -> Iterator[tuple[Item, dict[str, Tensor]]]:
+    """For every single-site item, layer by layer, its values per sequence by metric: (sequences,) fp64."""
     references = [final_hidden(model, ids) for ids in batches]
     for index, teacher_layer, passes in stream_layers(model, batches):
         for item in items_of_layer.get(index, []):
@@ -44,7 +44,10 @@ def exact_scores(
                 )
                 for one, reference, ids in zip(passes, references, batches, strict=True)
             ]
-            yield item, [_score(item, metric, columns, batches[0].shape[1]) for metric in METRICS]
+            yield item, {
+                metric: torch.cat([of_tokens(tokens).double().mean(1) for tokens in columns])
+                for metric, of_tokens in METRICS.items()
+            }
 
 
 def _replaced(model: PuzzleForCausalLM, layer: PuzzleDecoderLayer, item: Item, one: LayerPass) -> Tensor:
@@ -55,7 +58,3 @@ def _replaced(model: PuzzleForCausalLM, layer: PuzzleDecoderLayer, item: Item, o
         hidden = one.middle + layer.ffn_delta(one.middle)
     return run_suffix(model, hidden, one.position, item.sites[0].layer + 1)
 
-
-def _score(item: Item, metric: str, columns: list[TokenMetrics], context_tokens: int) -> Score:
-    values = torch.cat([METRICS[metric](tokens).double().mean(1) for tokens in columns])
-    return Score(item.id, TEACHER_BASE, TEACHER_CONTEXT, metric, "score", tuple(values.tolist()), context_tokens)

@@ -18,6 +18,7 @@ from puzzle.variants import variant_name
 __all__ = ["best_uniform", "greedy", "random_feasible"]
 
 ATTEMPTS_PER_CHOICE = 20
+LEAST_STEP = 1e-12  # of a bound: what rounding alone gains could go round in circles
 
 
 def best_uniform(problem: Problem) -> tuple[str, ...]:
@@ -153,7 +154,7 @@ class _Walk:
                 after = [
                     total + row[site][pick] - row[site][picks[site]] for total, row in zip(sums, self.rows, strict=True)
                 ]
-                if badness(after) < badness(sums):
+                if badness(after) < badness(sums) - LEAST_STEP:
                     picks[site], sums[:], moved = pick, after, True
                     if badness(sums) == 0:
                         return

@@ -137,6 +137,7 @@ def _merge(
     starting: dict[Site, list[tuple[int, Item]]] = {site: [] for site in problem.sites}
     for index, item in enumerate(problem.items):
         starting[min(item.sites, key=place.__getitem__)].append((index, item))
+    starting = {site: _worth_taking(items, costs, objectives) for site, items in starting.items()}
     nothing: Indices = np.zeros(1, np.int32)
     states = {frozenset[Site](): _Layer(np.zeros(1), np.zeros(1), nothing, nothing, nothing - 1)}
     steps = []
@@ -159,6 +160,20 @@ def _merge(
             raise PuzzleError(f"the front has more than {MAX_POINTS:,} points; search with bounds instead")
         steps.append(tuple(states.values()))
     return tuple(steps)
+
+
+def _worth_taking(
+    items: Sequence[tuple[int, Item]], costs: Mapping[str, float], objectives: Mapping[str, float]
+) -> list[tuple[int, Item]]:
+    """The items that none with the same sites beats or equals: what is dominated here is dominated everywhere."""
+    best: dict[frozenset[Site], float] = {}
+    kept = []
+    for index, item in sorted(items, key=lambda pair: (costs[pair[1].id], objectives[pair[1].id])):
+        sites = frozenset(item.sites)
+        if objectives[item.id] < best.get(sites, math.inf):
+            best[sites] = objectives[item.id]
+            kept.append((index, item))
+    return kept
 
 
 def _ways(

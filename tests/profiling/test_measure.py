@@ -111,7 +111,7 @@ def test_graphs_of_the_stack_telescope_to_the_whole(stack: SiteStack, monkeypatc
     weight = {name: 10.0 + index for index, name in enumerate(stack.sites)}
     keep = weight["attention.gqa-4"] + weight["ffn.narrow-40"]
 
-    def fake_clock(work: Any, device: str) -> Any:
+    def fake_clock(work: Any, device: str, pool: Any) -> Any:
         layers = list(stack.model.model.layers)
         by_layer = {id(layer): weight[name] for name, layer in stack.sites.items()}
         spent = 5.0 + sum(by_layer.get(id(layer), keep) for layer in layers)
@@ -119,6 +119,7 @@ def test_graphs_of_the_stack_telescope_to_the_whole(stack: SiteStack, monkeypatc
         return lambda: spent
 
     monkeypatch.setattr(measure, "make_clock", fake_clock)
+    monkeypatch.setattr(measure, "graph_pool", lambda: None)
     assert GraphedSites(stack, DECODE).run(random.Random(0)) == {"rest": 5.0, **weight}
 
 
@@ -132,7 +133,8 @@ def test_every_attention_reads_the_whole_context(
     def recorded(self: PreallocatedLayer, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = update(self, *args, **kwargs)
         returned.append(tuple(keys.shape))
-        assert keys.shape == values.shape and bool(keys.ne(0).all()) and bool(values.ne(0).all())
+        cached, written = keys[:, :, : self.cached_tokens], keys[:, :, self.cached_tokens :]
+        assert keys.shape == values.shape and bool(cached.ne(0).all()) and torch.equal(written, args[0])
         return keys, values
 
     monkeypatch.setattr(PreallocatedLayer, "update", recorded)
@@ -254,4 +256,4 @@ def test_measuring_on_a_gpu(shape: ModelShape, teacher_config: PuzzleConfig, poi
     clock = probe._clock
     assert isinstance(clock, timer.CapturedGraph)
     torch.cuda.synchronize()
-    assert torch.equal(clock._result, expected)  # type: ignore[arg-type]
+    assert torch.allclose(clock._result, expected, atol=1e-2)  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def make_file(**sections: object) -> ConstraintFile:
 def make_problem(
     rng: random.Random, num_sites: int, choices: int, rows: Sequence[str] = ("max",), wide: int = 0, conflicts: int = 0
 ) -> Problem:
-    """A random problem; ``wide`` items cover two or three neighbouring sites; bounds lie in the middle of what occurs."""
+    """A random problem; ``wide`` items cover two or three neighbouring sites; bounds lie amid what occurs."""
     sites = tuple(Site(layer, "ffn") for layer in range(num_sites))
     items = [Item(f"{site}.{k}", (site,), (FfnSpec("narrow", k + 1),)) for site in sites for k in range(choices)]
     for number in range(wide):

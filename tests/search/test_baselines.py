@@ -91,7 +91,7 @@ def test_greedy_fits_and_lies_between_the_optimum_and_uniform_on_many_sites(seed
 
 
 def test_greedy_takes_the_hull_in_order_of_gain_per_cost() -> None:
-    """Two sites, by hand: gains per cost are 3 (site 0), 2 and 0.5 (site 1); the middle item of site 0 is off the hull."""
+    """By hand: gains per cost are 3 at site 0, whose middle item is off the hull, 2 and 0.5 at site 1."""
     problem = make_problem(random.Random(0), num_sites=2, choices=3)
     ids = [item.id for item in problem.items]
     costs = dict(zip(ids, (0.0, 1.0, 2.0, 0.0, 1.0, 3.0), strict=True))

@@ -1,4 +1,4 @@
-"""A whole search in a fresh interpreter: nothing of the torch lane is loaded, and what is slow only where it is used."""
+"""A whole search in a fresh interpreter loads nothing of the torch lane, and what is slow only where it is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ items = make_items(shape)
 file = make_file(
     workloads={"chat": {"isl": 128, "osl": 64, "batch_size": 4}},
     constraints={"params": "70%", "chat.e2e_ms": "75%"},
-    solutions={"count": 50, "min_difference": 0.5},
+    solutions={"count": 10, "min_difference": 1.0},
 )
 found = search(shape, items, make_scores(items), make_costs(shape), file, {"scores": "abc"})
 after_search = sorted(sys.modules)
@@ -33,7 +33,7 @@ def test_search_loads_no_torch_and_no_pandas() -> None:
         [sys.executable, "-c", SCRIPT, str(here)], cwd=here.parents[1], capture_output=True, text=True, check=True
     )
     told = json.loads(done.stdout)
-    assert told["points"] > told["found"] > 1
+    assert told["points"] > told["found"] > 0
     assert "ortools" in told["modules"]
     for name in ("torch", "transformers", "pandas", "matplotlib"):
         assert name not in told["modules"]

@@ -1,0 +1,226 @@
+"""The command line: ``puzzle COMMAND …``. Parses, calls, prints; every error of the user is one line and an exit code.
+
+Exit codes: 0 done, 1 internal error, 2 configuration, 3 infeasible, 4 missing measurement, 5 unreadable, corrupt or
+unwritable file, 6 stale unit. Nothing heavy is imported before it is known to be needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puzzle.types import ConfigError, PuzzleError
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+
+TEMPLATE = """\
+# A puzzle run: one teacher, one search space, one limit. `puzzle validate FILE`, then `puzzle run FILE`.
+run: {run}                    # everything is written here; killed at any moment, the same command continues
+teacher: {teacher}                      # a Hugging Face folder, a hub id, or `demo` (the bundled model)
+space: {space}                        # the variants on offer at every layer: a file, or a name from blocks/
+constraints: half-memory           # what the student must fit: a file, or a name from search/
+seed: 0
+device: auto                       # auto, cpu, cuda, mps
+data:
+  text: {text}                       # .txt, .jsonl (one {{"text": …}} per line), a folder, or `demo`
+  sequence_tokens: {sequence_tokens}
+distill:                           # block-wise local distillation, per variant
+  tokens: {bld_tokens}
+  learning_rate: 1e-3
+score: {{sequences: {score_sequences}}}
+profile: {{grid: {grid}}}             # what is measured: a file, or a name from profiling/
+kd:                                # global distillation of the finished student
+  tokens: {kd_tokens}
+  learning_rate: 5e-4
+evaluate: {{sequences: {report_sequences}}}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+        return 0
+    except PuzzleError as error:
+        if options.debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        if options.debug:
+            raise
+        hint = {errno.ENOSPC: "; free some space and run the same command again", errno.EROFS: "; use a folder that can be written"}
+        return _fail(f"{error.filename or 'disk'}: {error.strerror}{hint.get(error.errno or 0, '')}", 5)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command continues where this one was", 130)
+    except Exception as error:  # a bug of ours: say so in one line, and how to see more
+        if options.debug:
+            raise
+        return _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug, and report it)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"puzzle: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    from puzzle.pipeline import STAGES
+
+    parser = argparse.ArgumentParser(prog="puzzle", description="The most accurate model that fits your limits.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    new = commands.add_parser("new", help="write a commented config")
+    new.add_argument("config", type=Path)
+    new.add_argument("--teacher", default="demo")
+    new.set_defaults(command=_new)
+
+    for name, command, text in (
+        ("run", _run, "do everything that is not done yet"),
+        ("validate", _validate, "find every error before anything runs"),
+        ("status", _status, "say what is done, stale and missing"),
+    ):
+        _with_run(commands.add_parser(name, help=text)).set_defaults(command=command)
+    commands.choices["run"].add_argument("--dry-run", action="store_true", help="print the units and an estimate")
+    commands.choices["run"].add_argument("--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew")
+
+    for stage in STAGES:
+        staged = _with_run(commands.add_parser(stage.name, help=stage.summary))
+        staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
+        staged.set_defaults(command=_stage, stage=stage.name)
+
+    pareto = _with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
+    pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
+    pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
+    pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
+    pareto.set_defaults(command=_pareto)
+
+    show = commands.add_parser("show", help="print a table of the run")
+    show.add_argument("what", choices=["library", "scores", "costs"])
+    _with_run(show).set_defaults(command=_show)
+    return parser
+
+
+def _with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a config file, or the folder of a run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the config")
+    parser.add_argument("--constraints", metavar="FILE", help="another constraint file than the config's")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"])
+    return parser
+
+
+def _open(options: argparse.Namespace) -> Run:
+    from puzzle.run import Run
+
+    overrides = [*options.set, *([f"device={options.device}"] if options.device else [])]
+    return Run.open(options.run, overrides, options.constraints)
+
+
+def _new(options: argparse.Namespace) -> None:
+    if options.config.exists():
+        raise ConfigError(f"{options.config} exists; choose another name")
+    demo = options.teacher == "demo"
+    values = {
+        "run": f"runs/{options.config.stem}",
+        "teacher": options.teacher,
+        "space": "demo" if demo else "llama",
+        "text": "demo" if demo else "my-text.jsonl",
+        "sequence_tokens": 256 if demo else 2048,
+        "bld_tokens": 16384 if demo else 50_000_000,
+        "score_sequences": 24 if demo else 64,
+        "grid": "demo" if demo else "serving",
+        "kd_tokens": 262144 if demo else 500_000_000,
+        "report_sequences": 96 if demo else 128,
+    }
+    options.config.parent.mkdir(parents=True, exist_ok=True)
+    options.config.write_text(TEMPLATE.format(**values), encoding="utf-8")
+    print(f"wrote {options.config}; next: puzzle validate {options.config}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+    from puzzle.validate import dry_run, validate
+
+    run = _open(options)
+    if options.dry_run:
+        print(dry_run(run))
+        return
+    validate(run)
+    pipeline.run_all(run, options.redo)
+    print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+    print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoint  {run.student / 'export' / 'hf'}")
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from puzzle.validate import validate
+
+    run = _open(options)
+    validate(run)
+    print(f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, {len(run.grid_points)} grid points)")
+
+
+def _status(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+
+    run = _open(options)
+    for stage in pipeline.STAGES:
+        states = pipeline.unit_states(run, stage)
+        counts = {state: states.count(state) for state in ("done", "stale", "missing")}
+        print(f"{stage.name:<11}" + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+
+    run = _open(options)
+    pipeline.run_stage(run, options.stage, options.redo)
+    if options.stage == "search":
+        for rank, solution in enumerate(run.solutions(), start=1):
+            bound = f"{solution.status}, bound {solution.bound_nats:.4f}"
+            print(f"solution {rank}: {solution.objective_nats:.4f} nats predicted ({bound})")
+            for name, value in solution.totals.items():
+                print(f"  {name:<28}{value:,.4f}".rstrip("0").rstrip("."))
+        print(run.solution / "architecture.json")
+    elif options.stage == "report":
+        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+
+
+def _pareto(options: argparse.Namespace) -> None:
+    from puzzle import search
+    from puzzle.search.pareto import plot
+    from puzzle.tables import read_costs, read_scores
+
+    run = _open(options)
+    scores, costs = read_scores(run.scores), read_costs(run.costs)
+    front = search.pareto_front(run.shape, run.items, scores, costs, run.constraint_file, options.cost)
+    print(front.frame(options.points).to_string(index=False))
+    folder = options.output or run.folder / "pareto"
+    folder.mkdir(parents=True, exist_ok=True)
+    front.frame().to_csv(folder / "pareto.csv", index=False)
+    plot(front, folder / "pareto.png")
+    print(f"{len(front)} points; {folder / 'pareto.csv'}, {folder / 'pareto.png'}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from puzzle import tables
+
+    run = _open(options)
+    if options.what == "scores":
+        frame = tables.scores_frame(tables.read_scores(run.scores))
+    elif options.what == "costs":
+        frame = tables.costs_frame(tables.read_costs(run.costs))
+    else:
+        frame = tables.library_frame(run.folder / "library" / "trained")
+    print(frame.to_string(index=False))
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The stages in order, what each needs, and the loop that makes what is missing: ``run``, ``status``, ``validate``.
+
+The only place where the pure lane and the torch lane meet: stages that compute with a model are looked up in
+``puzzle.stages`` when, and only when, one of their units is missing. Searching never loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Literal
+
+from puzzle import artifacts, config, search
+from puzzle.run import Planned, Run
+from puzzle.tables import read_costs, read_scores
+from puzzle.types import ConfigError, MissingMeasurementError, Solution, to_json
+
+if TYPE_CHECKING:
+    from puzzle.progress import Progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``needs`` are the stages whose units it reads."""
+
+    name: str
+    needs: tuple[str, ...]
+    plan: Callable[[Run], list[Planned]]
+    summary: str
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("data", (), Run.plan_data, "tokenise the text into four disjoint splits"),
+    Stage("importance", ("data",), Run.plan_importance, "rank FFN channels and layers on calibration tokens"),
+    Stage("init", ("importance",), Run.plan_init, "make the variants' starting points"),
+    Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation"),
+    Stage("score", ("distill",), Run.plan_score, "score every variant: KL when it alone replaces the teacher's block"),
+    Stage("profile", (), Run.plan_profile, "measure what every block shape costs on this device"),
+    Stage("search", ("score", "profile"), Run.plan_search, "find the best architecture under the constraint file"),
+    Stage("build", ("search", "distill"), Run.plan_build, "put the student together"),
+    Stage("kd", ("build",), Run.plan_kd, "distil the student globally"),
+    Stage("evaluate", ("kd",), Run.plan_evaluate, "compare teacher and student on the report split"),
+    Stage("export", ("evaluate",), Run.plan_export, "write and verify a Hugging Face checkpoint"),
+    Stage("report", ("export",), Run.plan_report, "draw the result"),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+State = Literal["done", "stale", "missing"]
+
+
+def run_all(run: Run, redo: str | None = None) -> None:
+    """Makes everything that is missing, in order; with ``redo``, that stage and all that rests on it anew."""
+    with artifacts.exclusive(run.folder):
+        _prepare(run)
+        if redo is not None:
+            for stage in _resting_on(redo):
+                _forget(run, stage)
+        for stage in STAGES:
+            _make(run, stage)
+
+
+def run_stage(run: Run, name: str, redo: bool = False) -> None:
+    """Makes one stage's missing units; MissingMeasurementError where an earlier stage is not complete."""
+    stage = BY_NAME[name]
+    with artifacts.exclusive(run.folder):
+        _prepare(run)
+        for needed in stage.needs:
+            undone = sum(state != "done" for state in unit_states(run, BY_NAME[needed]))
+            if undone:
+                raise MissingMeasurementError(f"{name} needs {undone} more units of {needed}; run `puzzle {needed}` first")
+        if redo:
+            _forget(run, stage)
+        _make(run, stage)
+
+
+def _prepare(run: Run) -> None:
+    artifacts.sweep(run.folder)
+    text = config.dump(run.config)
+    path = run.folder / "config.yaml"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        artifacts.write_text(path, text)
+    names = ("puzzle-nas", "torch", "transformers", "ortools", "numpy", "safetensors")
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in names}}
+    environment = json.dumps({"versions": versions, "machine": platform.machine(), "system": platform.platform()}, indent=1)
+    if not (run.folder / "env.json").exists():
+        artifacts.write_text(run.folder / "env.json", environment + "\n")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _resting_on(name: str) -> list[Stage]:
+    """The stage and all that need it, directly or not, in order."""
+    if name not in BY_NAME:
+        raise ConfigError(f"--redo {name}: no such stage; stages: {', '.join(BY_NAME)}")
+    affected = {name}
+    for stage in STAGES:
+        if affected.intersection(stage.needs):
+            affected.add(stage.name)
+    return [stage for stage in STAGES if stage.name in affected]
+
+
+def _forget(run: Run, stage: Stage) -> None:
+    for unit in stage.plan(run):
+        artifacts.remove(unit.path)
+
+
+def _make(run: Run, stage: Stage) -> None:
+    missing = [unit for unit in stage.plan(run) if not artifacts.is_current(unit.path, unit.inputs, stage.name)]
+    if not missing:
+        return
+    from puzzle.progress import stage_progress
+
+    with stage_progress(stage.name, len(missing), run.events) as progress:
+        _maker(stage.name)(run, missing, progress)
+
+
+def _maker(name: str) -> Callable[[Run, Sequence[Planned], Progress], None]:
+    if name == "search":
+        return _make_solution
+    if name == "report":
+        from puzzle.report import make_report
+
+        return make_report
+    from puzzle.stages import MAKERS
+
+    return MAKERS[name]
+
+
+def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    (unit,) = missing
+    solutions = solve(run, unit.inputs)
+
+    def write(aside: artifacts.Path) -> Mapping[str, object]:
+        chosen = {str(site): item.specs[0] for item in run.items if item.id in solutions[0].items for site in item.sites}
+        architecture = {
+            "teacher": run.config.teacher,
+            "sites": {site: to_json(spec) for site, spec in chosen.items()},
+        }
+        (aside / "architecture.json").write_text(json.dumps(architecture, indent=1) + "\n", encoding="utf-8")
+        found = {"solutions": [to_json(solution) for solution in solutions]}
+        (aside / "solution.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return found
+
+    artifacts.publish_folder(unit.path, unit.inputs, write)
+    progress.advance(unit.path.name)
+
+
+def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
+    """The search on the run's tables, without writing anything."""
+    table, costs = read_scores(run.scores), read_costs(run.costs)
+    return search.search(run.shape, run.items, table, costs, run.constraint_file, inputs)
+
+
+def unit_states(run: Run, stage: Stage) -> list[State]:
+    """The state of each unit of a stage."""
+    return [unit_state(unit) for unit in stage.plan(run)]
+
+
+def unit_state(unit: Planned) -> State:
+    if not unit.path.exists():
+        return "missing"
+    return "stale" if artifacts.changed_inputs(unit.path, unit.inputs) else "done"

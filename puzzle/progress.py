@@ -1,0 +1,67 @@
+"""Progress of a stage for the person who waits: a bar with an ETA on a terminal, one line per stage elsewhere.
+
+Also writes the run's events: what started, what finished, how long it took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from puzzle.artifacts import append_event
+
+console = Console(stderr=True, highlight=False)
+
+
+class Progress:
+    """One stage's bar. Units may advance it whole, or in fractions while several are under way together."""
+
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+        self._settled = 0.0
+
+    def total(self, total: int, done: int) -> None:
+        """Counts something finer than units from now on."""
+        self._settled = done
+        self._bars.update(self._task, total=total, completed=done)
+
+    def advance(self, what: str) -> None:
+        """One more is done."""
+        self._settled += 1
+        self._bars.update(self._task, completed=self._settled, what=what)
+
+    def fraction(self, share: float) -> None:
+        """A share of one is done."""
+        self._bars.advance(self._task, share)
+
+    def settle(self, count: int) -> None:
+        """The fractions of ``count`` are now whole."""
+        self._settled += count
+        self._bars.update(self._task, completed=self._settled)
+
+
+@contextlib.contextmanager
+def stage_progress(stage: str, num_units: int, events: Path) -> Iterator[Progress]:
+    """Shows and records one stage; an interrupted stage leaves no ``finished`` event."""
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    append_event(events, {"time": time.time(), "stage": stage, "event": "started", "units": num_units})
+    started = time.monotonic()
+    with Bars(*columns, console=console, transient=True) as bars:
+        yield Progress(bars, bars.add_task(stage, total=num_units, what=""))
+    seconds = time.monotonic() - started
+    append_event(events, {"time": time.time(), "stage": stage, "event": "finished", "seconds": round(seconds, 3)})
+    console.print(f"{stage:<10} {num_units} unit{'s' if num_units != 1 else ''} in {seconds:.1f} s")

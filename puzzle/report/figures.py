@@ -1,0 +1,97 @@
+"""The picture of a run: architecture layer by layer, quality before and after, the front, predicted against measured.
+
+Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG. Colours are Okabe and Ito's, distinct to the colour-blind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puzzle.report.summary import MODELS, TIMES, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ATTENTION, FFN, TEACHER, ACCENT = "#0072B2", "#E69F00", "#999999", "#D55E00"
+MAX_FRONT_POINTS = 2000
+
+
+def draw(summary: Summary, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes: Any = figure.subplots(2, 2)
+    _architecture(axes[0, 0], summary)
+    _quality(axes[0, 1], summary)
+    _front(axes[1, 0], summary)
+    _times(axes[1, 1], summary)
+    figure.suptitle(summary.title)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _architecture(axes: Axes, summary: Summary) -> None:
+    """One row a layer: attention to the left, FFN to the right, each as wide as its share of the teacher's block."""
+    for layer, ((attention, ffn), (left, right)) in enumerate(zip(summary.architecture, summary.widths, strict=True)):
+        axes.barh(layer, -1, color="none", edgecolor=TEACHER, linewidth=0.5)
+        axes.barh(layer, 1, color="none", edgecolor=TEACHER, linewidth=0.5)
+        axes.barh(layer, -left, color=ATTENTION)
+        axes.barh(layer, right, color=FFN)
+        if len(summary.architecture) <= 40:
+            axes.text(-1.03, layer, attention, ha="right", va="center", fontsize=8)
+            axes.text(1.03, layer, ffn, ha="left", va="center", fontsize=8)
+    axes.set_xlim(-1.6, 1.6)
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["1", "½", "0", "½", "1"])
+    axes.set_xlabel("parameters, share of the teacher's: attention (left), FFN (right)")
+    axes.set_ylabel("layer")
+    axes.invert_yaxis()
+    axes.set_title("Architecture")
+
+
+def _quality(axes: Axes, summary: Summary) -> None:
+    names = MODELS[1:]
+    figures = (("kl_nats", "KL to the teacher", ATTENTION), ("ce_gap_nats", "CE gap to the teacher", FFN))
+    for offset, (figure, label, colour) in enumerate(figures):
+        values = [summary.quality[name][figure] for name in names]
+        places = [index + 0.38 * (offset - 0.5) for index in range(len(names))]
+        errors = [value["standard_error"] for value in values]
+        means = [value["mean"] for value in values]
+        axes.bar(places, means, 0.36, yerr=errors, color=colour, label=label, capsize=3)
+    axes.set_xticks(range(len(names)), ["before GKD", "after GKD"])
+    axes.set_ylabel("nats per token (report split, ± standard error)")
+    axes.legend()
+    axes.set_title("Quality of the student")
+
+
+def _front(axes: Axes, summary: Summary) -> None:
+    front, solution = summary.front, summary.solution
+    points = front.thinned(MAX_FRONT_POINTS)
+    axes.step(front.cost[points], front.objective[points], where="post", color=ATTENTION, label="best by score")
+    if front.teacher_cost is not None:
+        axes.plot([front.teacher_cost], [0], "*", color="black", markersize=12, label="teacher")
+    chosen = ([solution.totals[front.cost_name]], [solution.objective_nats])
+    axes.plot(*chosen, "o", color=ACCENT, label="chosen")
+    axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
+    axes.set_ylabel(f"{front.objective_name}, sum of single scores")
+    axes.legend()
+    axes.set_title("Front")
+
+
+def _times(axes: Axes, summary: Summary) -> None:
+    """Predicted over measured, for every time that was both."""
+    labels, ratios = [], []
+    for workload, of in summary.speed.items():
+        for model in ("teacher", "student"):
+            for name in TIMES:
+                predicted = summary.predicted[model].get(f"{workload}.{name}")
+                if predicted is not None:
+                    labels.append(f"{model}\n{workload}.{name}")
+                    ratios.append(predicted / of[model][name])
+    axes.set_title("Predicted over measured")
+    if not ratios:
+        axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)
+        return
+    axes.bar(range(len(ratios)), ratios, color=ATTENTION)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylabel("ratio (1 = came true)")

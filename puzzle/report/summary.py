@@ -1,0 +1,125 @@
+"""What a run found, gathered from its units into one record, and as a table.
+
+Reads the solution, the evaluation and the cost table; computes what the search predicts for the teacher and for the
+student; writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from puzzle import artifacts, search
+from puzzle.tables import read_costs, read_scores
+from puzzle.types import GIB, Solution, Spec
+from puzzle.variants import params, variant_name
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+    from puzzle.search.pareto import Front
+
+MODELS = ("teacher", "student before GKD", "student")
+TIMES = {"ttft_ms": "ms", "tpot_ms": "ms", "output_tok_per_s": "tok/s"}
+DTYPE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a figure for the teacher, the student before GKD, and the student."""
+
+    name: str
+    cells: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    title: str
+    solution: Solution
+    predicted: Mapping[str, Mapping[str, float]]  # model → metric → value
+    quality: Mapping[str, Mapping[str, Mapping[str, float]]]  # model → figure → mean, standard_error
+    params: Mapping[str, int]
+    speed: Mapping[str, Mapping[str, Mapping[str, float]]]  # workload → model → figure
+    architecture: tuple[tuple[str, str], ...]  # attention and FFN variant of each layer
+    widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
+    front: Front
+
+    @classmethod
+    def of(cls, run: Run) -> Summary:
+        solution = run.solutions()[0]
+        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        table, costs = read_scores(run.scores), read_costs(run.costs)
+        problem = search.problems(run.shape, run.items, table, costs, run.constraint_file)[0]
+        keep = [item.id for item in run.items if item.specs[0].kind == "keep"]
+        specs: dict[str, Spec] = {str(item.sites[0]): item.specs[0] for item in run.chosen_items()}
+        layers = [(specs[f"L{i:03d}.attention"], specs[f"L{i:03d}.ffn"]) for i in range(run.shape.num_layers)]
+        cost = next((name for name in solution.totals if name.endswith("memory_gib")), "params")
+        return cls(
+            title=f"{run.config.teacher}: {run.constraints.stem}",
+            solution=solution,
+            predicted={"teacher": problem.totals(keep), "student": solution.totals},
+            quality=evaluation["quality"],
+            params=evaluation["params"],
+            speed=evaluation["speed"],
+            architecture=tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in layers),
+            widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
+            front=search.pareto_front(run.shape, run.items, table, costs, run.constraint_file, cost),
+        )
+
+    def rows(self) -> list[Row]:
+        """Parameters and bytes, quality, then times: predicted beside measured."""
+        rows = [
+            self._row("parameters", lambda model: f"{self.params[model]:,}"),
+            self._row("weights, GiB (bf16)", lambda model: f"{self.params[model] * DTYPE_BYTES / GIB:.4f}"),
+        ]
+        for name, label in (
+            ("ce_nats", "CE, nats/token"),
+            ("bits_per_byte", "bits per byte"),
+            ("kl_nats", "KL to the teacher, nats/token"),
+            ("ce_gap_nats", "CE gap to the teacher"),
+            ("agreement", "top-1 agreement"),
+        ):
+            rows.append(self._row(label, lambda model, name=name: _estimate(self.quality[model][name])))
+        for metric in self.predicted["student"]:
+            if metric.endswith(("memory_gib", "kv_cache_gib")):
+                rows.append(Row(f"{metric}, predicted", self._two(f"{self.predicted[m][metric]:.4f}" for m in ("teacher", "student"))))
+        for workload, of in self.speed.items():
+            for name, unit in TIMES.items():
+                key = f"{workload}.{name}"
+                cells = self._two(_times(self.predicted[m].get(key), of[m][name]) for m in ("teacher", "student"))
+                rows.append(Row(f"{key}, {unit}: predicted / measured", cells))
+        return rows
+
+    def _row(self, name: str, cell: Any) -> Row:
+        first, second, third = (cell(model) for model in MODELS)
+        return Row(name, (first, second, third))
+
+    @staticmethod
+    def _two(cells: Any) -> tuple[str, str, str]:
+        teacher, student = cells
+        return teacher, "", student
+
+    def markdown(self) -> str:
+        lines = [f"# {self.title}", "", f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
+        lines += [f"| {row.name} | {' | '.join(row.cells)} |" for row in self.rows()]
+        lines += ["", "Standard errors (±) are over sequences of the report split, on which nothing was chosen.", ""]
+        lines += ["| layer | attention | FFN |", "|---|---|---|"]
+        lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
+        return "\n".join(lines) + "\n"
+
+
+def _share(spec: Spec, run: Run) -> float:
+    """Parameters of the variant over those of the teacher's block."""
+    keep = type(spec)("keep")
+    return params(spec, run.shape) / params(keep, run.shape)
+
+
+def _estimate(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+
+
+def _times(predicted: float | None, measured: float) -> str:
+    return f"{measured:.2f} measured" if predicted is None else f"{predicted:.2f} / {measured:.2f}"
+
+
+__all__ = ["Row", "Summary"]

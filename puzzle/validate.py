@@ -1,0 +1,170 @@
+"""Finds every error of a run before anything runs, and estimates what the run will take.
+
+Reads what :class:`~puzzle.run.Run` reads; computes the search problem on made-up scores and costs of exactly the units
+that would be made, so a bound on something that will not be measured is found now. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from puzzle import checkpoint, pipeline, search
+from puzzle.data_source import text_path
+from puzzle.profiling.table import REST, SKIPPED
+from puzzle.run import Run
+from puzzle.tables import ScoreTable
+from puzzle.types import ConfigError, Cost, PuzzleError, Score
+from puzzle.variants import flops_per_token, params, rest_params, shape_id
+
+TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
+EFFICIENCY = 0.4  # of the matmul rate that a whole training step reaches; for the estimate only
+ADAM_BYTES = 16  # per trained parameter: weight, gradient, two moments, fp32
+
+
+def validate(run: Run) -> None:
+    """ConfigError (or a more telling PuzzleError) with every problem found, one a line."""
+    checks: tuple[Callable[[Run], object], ...] = (
+        lambda run: run.shape,
+        lambda run: checkpoint.weight_files(run.teacher),
+        lambda run: checkpoint.tokenizer_fingerprint(run.teacher),
+        lambda run: text_path(run.config.data.text),
+        _check_sequences,
+        lambda run: run.items,
+        lambda run: run.grid_points,
+        lambda run: run.constraint_file,
+        _check_device,
+        _check_constraints,
+    )
+    problems: list[PuzzleError] = []
+    for check in checks:
+        try:
+            check(run)
+        except PuzzleError as error:
+            if str(error) not in map(str, problems):
+                problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
+
+
+def _check_sequences(run: Run) -> None:
+    asked, most = run.config.data.sequence_tokens, run.shape.max_position_embeddings
+    if asked > most:
+        raise ConfigError(f"data.sequence_tokens is {asked}, but the teacher takes at most {most} tokens; lower it")
+
+
+def _check_device(run: Run) -> None:
+    if run.config.device in ("cuda", "mps"):
+        from puzzle.teacher import Compute
+
+        Compute.choose(run.config.device, run.config.dtype)
+
+
+def _check_constraints(run: Run) -> None:
+    scores = [
+        Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
+        for item in run.items
+        for metric in ("kl", "ce_delta")
+        if item.specs[0].kind != "keep"
+    ]
+    search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
+
+
+def _promised_costs(run: Run) -> list[Cost]:
+    """A cost of 1 ms at every point that ``profile`` will measure, on the device and in the dtype it will use."""
+    if run.config.device == "auto" and not any("_ms" in name or "_per_s" in name for name in run.constraint_file.constraints):
+        device, weights = "cpu", "fp32"  # no bound asks for a time: no need to find out what device there is
+    else:
+        device, weights = _profiled_device(run)
+    shapes = {shape_id(item.specs[0], run.shape) for item in run.items}.difference(SKIPPED) | {REST}
+    return [
+        Cost(
+            name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, "transformers",
+            1.0, 1.0, 1.0, "measured",
+        )
+        for point in run.grid_points
+        for name in sorted(shapes)
+    ]  # fmt: skip
+
+
+def _profiled_device(run: Run) -> tuple[str, str]:
+    from puzzle.profiling.device import device_name
+    from puzzle.teacher import Compute
+
+    device = str(Compute.choose(run.config.device, run.config.dtype).device)
+    auto = "bf16" if device.startswith("cuda") else "fp32"
+    return device_name(device), auto if run.config.profile.weights == "auto" else run.config.profile.weights
+
+
+def dry_run(run: Run) -> str:
+    """The units that would be made, and a rough estimate of time, disk and memory."""
+    validate(run)
+    rate = _matmul_flops_per_s(run)
+    lines = [f"{'stage':<12}{'to do':>8}{'of':>8}{'minutes':>10}"]
+    total = 0.0
+    for stage in pipeline.STAGES:
+        states = pipeline.unit_states(run, stage)
+        undone = sum(state != "done" for state in states)
+        minutes = _stage_flops(run, stage.name) * undone / max(1, len(states)) / (rate * EFFICIENCY) / 60
+        total += minutes
+        lines.append(f"{stage.name:<12}{undone:>8}{len(states):>8}{minutes:>10.1f}")
+    library = 2 * 4 * sum(params(item.specs[0], run.shape) for item in run.stored_items)
+    teacher = _teacher_params(run)
+    per_pass = [params(item.specs[0], run.shape) for item in run.stored_items]
+    trained = sum(per_pass) * run.config.distill.layers_per_pass / run.shape.num_layers
+    memory = 4 * teacher + max(ADAM_BYTES * trained, (4 + ADAM_BYTES) * teacher)
+    lines += [
+        f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)",
+        f"about {(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory and activations",
+    ]
+    return "\n".join(lines)
+
+
+def _teacher_params(run: Run) -> int:
+    kept = sum(params(item.specs[0], run.shape) for item in run.items if item.specs[0].kind == "keep")
+    return kept + rest_params(run.shape)
+
+
+def _stage_flops(run: Run, stage: str) -> float:
+    """Forward and backward FLOPs of one whole stage; what does not compute with the model counts as nothing."""
+    tokens = run.config.data.sequence_tokens
+    variant = sum(flops_per_token(item.specs[0], run.shape, tokens / 2) for item in run.stored_items)
+    kept = [item for item in run.items if item.specs[0].kind == "keep"]
+    head = 2 * run.shape.vocab_size * run.shape.hidden_size
+    forward = sum(flops_per_token(item.specs[0], run.shape, tokens / 2) for item in kept) + head
+    per_token = {
+        "importance": forward,
+        "init": 2 * forward + variant,
+        "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
+        "score": (forward / 2 + head) * (len(run.items) - len(kept)),
+        "kd": forward + (1 + TRAIN_FORWARDS) * forward,
+        "evaluate": 6 * forward,
+    }
+    count = {
+        "importance": run.config.init.sequences * tokens,
+        "init": run.config.init.sequences * tokens,
+        "distill": run.config.distill.tokens,
+        "score": run.config.score.sequences * tokens,
+        "kd": run.config.kd.tokens,
+        "evaluate": run.config.evaluate.sequences * tokens,
+    }
+    return per_token.get(stage, 0.0) * count.get(stage, 0)
+
+
+def _matmul_flops_per_s(run: Run) -> float:
+    import torch
+
+    from puzzle.teacher import Compute
+
+    compute = Compute.choose(run.config.device, run.config.dtype)
+    dtype = torch.bfloat16 if compute.bf16 else torch.float32
+    size = 512 if compute.device.type == "cpu" else 4096
+    left = torch.randn(size, size, device=compute.device, dtype=dtype)
+    (left @ left).sum().item()
+    rounds, started = 10, time.perf_counter()
+    for _ in range(rounds):
+        product = left @ left
+    product.sum().item()
+    return 2 * size**3 * rounds / (time.perf_counter() - started)

@@ -1,0 +1,122 @@
+"""The pipeline as a user drives it: run, run again, change something, ask for the state."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from puzzle.cli import main
+from puzzle.run import Run
+from tests.pipeline.conftest import Project
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def copy(finished: Project, tmp_path: Path) -> Project:
+    """A finished run that the test may change. Its config still names the original folders, whose content is the same."""
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    text = finished.config.read_text().replace(str(finished.folder), str(tmp_path / "copy"))
+    (tmp_path / "copy" / "config.yaml").write_text(text)
+    return Project(tmp_path / "copy")
+
+
+def test_a_run_ends_with_a_verified_checkpoint_and_a_report(finished: Project) -> None:
+    run = Run.open(finished.config)
+    marker = json.loads((run.student / "export" / "unit.json").read_text())
+    assert marker["payload"]["verification"]["passed"] is True
+    assert (run.student / "export" / "hf" / "config.json").is_file()
+    assert (run.student / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    report = (run.student / "report" / "report.md").read_text()
+    assert "KL to the teacher" in report
+    assert "predicted / measured" in report
+
+
+def test_a_second_run_changes_nothing(copy: Project) -> None:
+    # the copy lies elsewhere, so its config.yaml is written anew; nothing that was computed may change
+    def computed() -> dict[str, bytes]:
+        return {name: data for name, data in tree(copy.run).items() if not name.endswith("config.yaml")}
+
+    before = computed()
+    assert main(["--debug", "run", str(copy.config)]) == 0
+    assert computed() == before
+
+
+def test_a_new_constraint_file_repeats_nothing_above_search(copy: Project) -> None:
+    limit = copy.folder / "tighter.yaml"
+    limit.write_text((copy.folder / "limit.yaml").read_text().replace("80%", "70%"))
+    before = tree(copy.run)
+    assert main(["--debug", "search", str(copy.config), "--constraints", str(limit)]) == 0
+    after = tree(copy.run)
+    new = {name for name in after if before.get(name) != after[name]} - {"config.yaml", "events.jsonl"}
+    assert new
+    assert all(name.startswith("solutions/tighter-") for name in new)
+
+
+def test_status_counts_done_missing_and_stale(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy.run / "library" / "trained" / "L000.ffn.linear")
+    assert main(["status", str(copy.config), "--set", "score.sequences=3"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["init"] == "8 done"  # two layers of gqa-2, linear, narrow-24, linear
+    assert lines["distill"] == "7 done, 1 missing"
+    assert lines["score"] == "4 stale"
+
+
+def test_changed_settings_are_refused_by_name_until_redone(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = [str(copy.config), "--set", "distill.learning_rate=2e-3"]
+    assert main(["run", *changed]) == 6
+    error = capsys.readouterr().err
+    assert "changed: distill" in error
+    assert "--redo distill" in error
+    before = tree(copy.run / "library" / "trained")
+    assert main(["--debug", "run", *changed, "--redo", "distill"]) == 0
+    assert tree(copy.run / "library" / "trained") != before
+
+
+def test_how_many_layers_train_at_once_changes_no_bit(copy: Project) -> None:
+    before = tree(copy.run / "library" / "trained")
+    shutil.rmtree(copy.run / "library" / "trained")
+    assert main(["--debug", "distill", str(copy.config), "--set", "distill.layers_per_pass=2"]) == 0
+    assert tree(copy.run / "library" / "trained") == before
+
+
+def test_a_stage_says_what_it_needs_first(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(project.config)]) == 4
+    assert "run `puzzle distill` first" in capsys.readouterr().err
+
+
+def test_pareto_writes_table_and_picture(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "pareto", str(copy.config), "--cost", "chat.memory_gib"]) == 0
+    assert (copy.run / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (copy.run / "pareto" / "pareto.csv").read_text().startswith("point,chat.memory_gib,kl_nats")
+    assert "chat.memory_gib" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "run", str(project.config), "--dry-run"]) == 0
+    assert "GiB of memory" in capsys.readouterr().out
+    assert not project.run.exists()
+
+
+@pytest.mark.parametrize("command", ["search", "pareto"])
+def test_searching_a_finished_run_never_imports_torch(copy: Project, command: str) -> None:
+    shutil.rmtree(copy.run / "solutions")
+    code = (
+        "import sys; from puzzle.cli import main; code = main(sys.argv[1:]); "
+        "assert code == 0, code; assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command, str(copy.config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_show_prints_every_table(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    for what, expected in (("library", "loss_after"), ("scores", "standard_error"), ("costs", "ms_p90")):
+        assert main(["--debug", "show", what, str(copy.config)]) == 0
+        assert expected in capsys.readouterr().out
