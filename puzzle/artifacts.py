@@ -54,9 +54,8 @@ class Unit:
 
 def publish_json(path: Path, inputs: Mapping[str, str], payload: Mapping[str, Any]) -> Unit:
     """Publishes ``payload`` as a single-file unit."""
-    aside = _fresh_aside(path)
-    _write_json(aside, _marker(inputs, fingerprint(payload), payload))
-    _rename(aside, path)
+    with _aside(path) as aside:
+        _write_json(aside, _marker(inputs, fingerprint(payload), payload))
     return read_unit(path)
 
 
@@ -64,17 +63,16 @@ def publish_folder(
     folder: Path, inputs: Mapping[str, str], write: Callable[[Path], Mapping[str, Any] | None]
 ) -> Unit:
     """Publishes a folder: ``write(aside)`` fills it and returns the marker's payload."""
-    aside = _fresh_aside(folder)
-    _before("mkdir", aside)
-    aside.mkdir()
-    payload = dict(write(aside) or {})
-    files = {}
-    for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-        _flush(file)
-        files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_fingerprint(file)}
-    content = fingerprint({"files": files, "payload": payload})
-    _write_json(aside / MARKER, {**_marker(inputs, content, payload), "files": files})
-    _rename(aside, folder)
+    with _aside(folder) as aside:
+        _before("mkdir", aside)
+        aside.mkdir()
+        payload = dict(write(aside) or {})
+        files = {}
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            _flush(file)
+            files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_fingerprint(file)}
+        content = fingerprint({"files": files, "payload": payload})
+        _write_json(aside / MARKER, {**_marker(inputs, content, payload), "files": files})
     return read_unit(folder)
 
 
@@ -138,37 +136,50 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is no unit (config, environment), atomically."""
-    aside = _fresh_aside(path)
-    _before("write", aside)
-    aside.write_text(text, encoding="utf-8")
-    _flush(aside)
-    _rename(aside, path)
+    with _aside(path) as aside:
+        _before("write", aside)
+        aside.write_text(text, encoding="utf-8")
+        _flush(aside)
 
 
 def remove(path: Path) -> None:
     """Removes a unit at one stroke: renamed aside first, so it is never seen half gone."""
     if not path.exists():
         return
-    aside = _fresh_aside(path)
-    _rename(path, aside)
-    _before("remove", aside)
-    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    with _aside(path) as aside:
+        _before("rename", aside)
+        os.replace(path, aside)
+        _before("remove", aside)
+        _delete(aside)
 
 
 def sweep(folder: Path) -> None:
     """Removes what crashes left aside anywhere under ``folder``."""
     for aside in list(folder.rglob(f"{_ASIDE}*")):
-        if aside.exists():
-            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        _delete(aside)
 
 
-def _fresh_aside(path: Path) -> Path:
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; renamed to ``path`` at the end if something is there, deleted on an error."""
     _before("mkdir", path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(_ASIDE + path.name)
-    if aside.exists():
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-    return aside
+    _delete(aside)
+    try:
+        yield aside
+        if aside.exists():
+            _rename(aside, path)
+    except (Exception, KeyboardInterrupt):
+        _delete(aside)
+        raise
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -185,9 +196,15 @@ def _flush(path: Path) -> None:
 
 def _rename(source: Path, target: Path) -> None:
     _before("rename", target)
+    _flush_folder(source)
     os.replace(source, target)
-    if os.name == "posix":  # the rename itself reaches the disk with the folder that holds it
-        folder = os.open(target.parent, os.O_RDONLY)
+    _flush_folder(target.parent)
+
+
+def _flush_folder(path: Path) -> None:
+    """Names reach the disk with the folder that holds them; Windows cannot open a folder for that."""
+    if os.name == "posix" and path.is_dir():
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -60,7 +60,7 @@ def stage_progress(stage: str, num_units: int, events: Path) -> Iterator[Progres
     )
     append_event(events, {"time": time.time(), "stage": stage, "event": "started", "units": num_units})
     started = time.monotonic()
-    with Bars(*columns, console=console, transient=True) as bars:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield Progress(bars, bars.add_task(stage, total=num_units, what=""))
     seconds = time.monotonic() - started
     append_event(events, {"time": time.time(), "stage": stage, "event": "finished", "seconds": round(seconds, 3)})

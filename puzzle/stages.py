@@ -7,7 +7,6 @@ missing, reads what earlier stages published, and writes nothing but those units
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,8 +222,7 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     artifacts.publish_folder(
         unit.path, unit.inputs, functools.partial(_write_model, job.finish(), teacher_dtype(run))
     )
-    if checkpoints.exists():
-        shutil.rmtree(checkpoints)
+    artifacts.remove(checkpoints)
 
 
 def _newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Unit | None:

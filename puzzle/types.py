@@ -337,5 +337,6 @@ def from_json(kind: type[Record], data: Any, source: object) -> Record:
         return _adapter(kind).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or kind.__name__
-        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}: {first['msg']}") from None
+        where = "".join(f"{part}: " for part in first["loc"] if part != kind.__name__)
+        message = first["msg"].removeprefix("Value error, ")
+        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}{message}") from None

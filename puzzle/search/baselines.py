@@ -15,7 +15,7 @@ from puzzle.search.problem import Problem, Row
 from puzzle.types import ConfigError, InfeasibleError, Item, Site
 from puzzle.variants import variant_name
 
-__all__ = ["best_uniform", "greedy", "random_feasible"]
+__all__ = ["best_uniform", "feasible_uniform", "greedy", "random_feasible"]
 
 ATTEMPTS_PER_CHOICE = 20
 LEAST_STEP = 1e-12  # of a bound: what rounding alone gains could go round in circles
@@ -26,6 +26,11 @@ def best_uniform(problem: Problem) -> tuple[str, ...]:
 
     InfeasibleError if no pair fits.
     """
+    return min(feasible_uniform(problem), key=problem.objective_of)
+
+
+def feasible_uniform(problem: Problem) -> tuple[tuple[str, ...], ...]:
+    """Every feasible architecture that is the same at every layer; InfeasibleError if there is none."""
     by_name: dict[str, dict[str, dict[Site, str]]] = {"attention": {}, "ffn": {}}
     for site, items in _single(problem).items():
         for item in items:
@@ -36,10 +41,10 @@ def best_uniform(problem: Problem) -> tuple[str, ...]:
             at = {**attention, **ffn}
             if len(at) == len(problem.sites):  # a variant that failed somewhere cannot be everywhere
                 candidates.append(tuple(at[site] for site in problem.sites))
-    feasible = [chosen for chosen in candidates if not problem.violations(chosen)]
+    feasible = tuple(chosen for chosen in candidates if not problem.violations(chosen))
     if not feasible:
         raise InfeasibleError(f"none of {len(candidates)} uniform architectures keeps {_written(problem)}")
-    return min(feasible, key=problem.objective_of)
+    return feasible
 
 
 def random_feasible(problem: Problem, seed: int, count: int) -> tuple[tuple[str, ...], ...]:

@@ -24,7 +24,7 @@ init: {{sequences: 8}}
 distill: {{tokens: 64, batch_size: 2, layers_per_pass: 1}}
 score: {{sequences: 4}}
 profile: {{grid: {folder}/grid.yaml}}
-kd: {{tokens: 128, batch_size: 2, warmup_steps: 1, checkpoint_steps: 2}}
+kd: {{tokens: 192, batch_size: 2, warmup_steps: 1, checkpoint_steps: 2}}
 evaluate: {{sequences: 4}}
 """
 FILES = {

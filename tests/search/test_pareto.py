@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +13,7 @@ import pytest
 from search_factories import all_choices, make_costs, make_file, make_items, make_problem, make_scores
 
 from puzzle.search import pareto_front, search
+from puzzle.search.mip import solve
 from puzzle.search.pareto import front, plot
 from puzzle.search.problem import Problem
 from puzzle.types import ConfigError, Conflict, InfeasibleError, Item, ModelShape
@@ -44,14 +46,28 @@ def test_front_is_that_of_brute_force(seed: int, wide: int) -> None:
         assert float(problem.objective_of(chosen)) == pytest.approx(found.objective[point])
 
 
-def test_costs_that_differ_only_by_the_order_of_addition_are_one_point() -> None:
-    """0.1 + 0.2 + 0.3 depends on the order; every permutation costs the same here, so one point is best."""
-    problem = make_problem(random.Random(0), num_sites=6, choices=3)
+@pytest.mark.parametrize("seed", range(4))
+def test_costs_that_differ_only_by_the_order_of_addition_are_one_point(seed: int) -> None:
+    """In floats (a + b) + c is not a + (b + c); points a rounding apart would all stay, and multiply."""
+    problem = make_problem(random.Random(seed), num_sites=24, choices=3)
+    three = (0.1, 0.1 * math.sqrt(2), 0.1 * math.pi)
     quantity = replace(
-        problem.rows[0].quantity, coefficients={item.id: (0.1, 0.2, 0.3)[int(item.id[-1])] for item in problem.items}
+        problem.rows[0].quantity, coefficients={item.id: three[int(item.id[-1])] for item in problem.items}
     )
     found = front(replace(problem, rows=(), quantities=(quantity,)), "cost0")
-    assert len(found) <= 13  # 0.6 to 1.8 in steps of 0.1
+    assert len(found) > 10
+    assert np.diff(found.cost).min() > 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_front_and_solver_agree_where_brute_force_ends(seed: int) -> None:
+    problem = make_problem(random.Random(seed), num_sites=40, choices=6)
+    (row,) = problem.rows
+    assert row.upper is not None
+    whole = front(problem, "cost0")
+    point = whole.best_within(float(row.upper))
+    assert point is not None
+    assert solve([problem], {}).solutions[0].objective_nats == pytest.approx(whole.objective[point], rel=1e-9)
 
 
 def test_best_within_a_limit_is_the_searchs_answer(shape: ModelShape) -> None:

@@ -1,0 +1,31 @@
+# Two commands on a fresh machine: `make demo` runs the main job on the bundled teacher, `make test` runs the tests.
+# Each makes its own virtual environment. PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.run
+	@test -f runs/demo.yaml || $(VENV)/bin/puzzle new runs/demo.yaml
+	$(VENV)/bin/puzzle run runs/demo.yaml
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)
