@@ -59,9 +59,7 @@ def publish_json(path: Path, inputs: Mapping[str, str], payload: Mapping[str, An
     return read_unit(path)
 
 
-def publish_folder(
-    folder: Path, inputs: Mapping[str, str], write: Callable[[Path], Mapping[str, Any] | None]
-) -> Unit:
+def publish_folder(folder: Path, inputs: Mapping[str, str], write: Callable[[Path], Mapping[str, Any] | None]) -> Unit:
     """Publishes a folder: ``write(aside)`` fills it and returns the marker's payload."""
     with _aside(folder) as aside:
         _before("mkdir", aside)
@@ -81,14 +79,14 @@ def _marker(inputs: Mapping[str, str], content: str, payload: Mapping[str, Any])
 
 
 def read_unit(path: Path) -> Unit:
-    """The unit at ``path``. CorruptFileError if its marker is unreadable or a file of it is missing or of another size."""
+    """The unit at ``path``. CorruptFileError if its marker is unreadable, or a file missing or of another size."""
     marker_path = path / MARKER if path.is_dir() else path
     marker = read_json(marker_path)
     try:
         if marker["schema_version"] != SCHEMA_VERSION:
             raise CorruptFileError(
-                f"{marker_path}: written by another version of puzzle (schema {marker['schema_version']}, this one reads "
-                f"{SCHEMA_VERSION}); use that version, or start a new run folder"
+                f"{marker_path}: written by another version of puzzle (schema {marker['schema_version']}, this one "
+                f"reads {SCHEMA_VERSION}); use that version, or start a new run folder"
             )
         unit = Unit(path, dict(marker["inputs"]), str(marker["content"]), dict(marker["payload"]))
         sizes = {name: int(entry["bytes"]) for name, entry in marker.get("files", {}).items()}
@@ -103,7 +101,7 @@ def read_unit(path: Path) -> Unit:
 
 
 def is_current(path: Path, inputs: Mapping[str, str], stage: str) -> bool:
-    """Whether the unit exists and was made from ``inputs``. StaleUnitError, naming what changed, if made from others."""
+    """Whether the unit exists and was made from ``inputs``. StaleUnitError, naming what changed, if from others."""
     if not path.exists():
         return False
     changed = changed_inputs(path, inputs)
@@ -249,5 +247,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PuzzleError(f"{run_dir}: another puzzle process is working on this run; wait for it or stop it") from None
+            raise PuzzleError(
+                f"{run_dir}: another puzzle process is working on this run; wait for it or stop it"
+            ) from None
         yield

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from puzzle.blocks.layer import block_of, part_state
 from puzzle.modeling import PuzzleForCausalLM
@@ -53,7 +53,7 @@ def build_student(
             state.update({f"model.layers.{site.layer}.{name}": tensor for name, tensor in part.items()})
     student = PuzzleForCausalLM(config)
     load_state(student, state, "student")
-    return freeze(student.to(teacher.device))
+    return freeze(nn.Module.to(student, teacher.device))
 
 
 def write_model(model: PuzzleForCausalLM, folder: Path, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as seen without torch: where it is, its shape, its tensors' headers, its fingerprint.
+"""A Hugging Face checkpoint folder as seen without torch: where it is, its shape, its headers, its fingerprint.
 
 Reads ``config.json`` and the headers of the safetensors files; writes nothing. Every way in which a folder can fail to
 be a usable teacher is found here, before anything runs.
@@ -40,10 +40,14 @@ def _download(repo_id: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "LICENSE*", "README.md"]
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except GatedRepoError:
-        raise ConfigError(f"teacher: {repo_id} is gated; accept its licence on the hub and run `hf auth login`") from None
+        raise ConfigError(
+            f"teacher: {repo_id} is gated; accept its licence on the hub and run `hf auth login`"
+        ) from None
     except Exception as error:  # the hub client raises whatever its HTTP library does; all of it means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"teacher: {repo_id}: no such local folder, and not to be had from the hub ({reason})") from None
+        raise ConfigError(
+            f"teacher: {repo_id}: no such local folder, and not to be had from the hub ({reason})"
+        ) from None
 
 
 def read_shape(folder: Path) -> ModelShape:

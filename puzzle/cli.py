@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if options.debug:
             raise
-        hint = {errno.ENOSPC: "; free some space and run the same command again", errno.EROFS: "; use a folder that can be written"}
+        hint = {
+            errno.ENOSPC: "; free some space and run the same command again",
+            errno.EROFS: "; use a folder that can be written",
+        }
         return _fail(f"{error.filename or 'disk'}: {error.strerror}{hint.get(error.errno or 0, '')}", 5)
     except KeyboardInterrupt:
         return _fail("stopped; the same command continues where this one was", 130)
@@ -89,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         _with_run(commands.add_parser(name, help=text)).set_defaults(command=command)
     commands.choices["run"].add_argument("--dry-run", action="store_true", help="print the units and an estimate")
-    commands.choices["run"].add_argument("--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew")
+    commands.choices["run"].add_argument(
+        "--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew"
+    )
 
     for stage in STAGES:
         staged = _with_run(commands.add_parser(stage.name, help=stage.summary))
@@ -163,7 +168,10 @@ def _validate(options: argparse.Namespace) -> None:
 
     run = _open(options)
     validate(run)
-    print(f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, {len(run.grid_points)} grid points)")
+    print(
+        f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, "
+        f"{len(run.grid_points)} points of the grid)"
+    )
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -219,7 +227,6 @@ def _show(options: argparse.Namespace) -> None:
     else:
         frame = tables.library_frame(run.folder / "library" / "trained")
     print(frame.to_string(index=False))
-
 
 
 if __name__ == "__main__":

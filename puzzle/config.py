@@ -187,7 +187,7 @@ def locate(kind: Literal["space", "constraints", "grid"], name: str) -> Path:
 
 
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
-    """The file as a ``kind``; ``overrides`` are ``a.b=value`` with the value in YAML. ConfigError lists every mistake."""
+    """The file as a ``kind``; ``overrides`` are ``a.b=value``, the value in YAML. ConfigError lists every mistake."""
     document = read_yaml(path)
     for override in overrides:
         _apply(document, override)
@@ -259,7 +259,7 @@ def _plain(node: Any) -> Any:
 
 def _explain(kind: type[BaseModel], path: Path, document: CommentedMap, problem: dict[str, Any]) -> str:
     # pydantic names the union branch it tried in `loc`; only what the file itself contains counts as a place
-    place = _existing(document, [part for part in problem["loc"]])
+    place = _existing(document, list(problem["loc"]))
     where = f"{path}:{_line(document, place)}"
     key = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
@@ -273,20 +273,18 @@ def _explain(kind: type[BaseModel], path: Path, document: CommentedMap, problem:
 
 def _existing(document: Any, loc: Sequence[str | int]) -> list[str | int]:
     place: list[str | int] = []
-    node = document
+    node: Any = document
     for part in loc:
-        if isinstance(node, Mapping) and part in node:
+        keys: Any = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list) else ()
+        if part in keys:
             place.append(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            place.append(part)
-        else:
-            continue
-        node = node[part]
+            node = node[part]
     return place
 
 
 def _line(document: Any, place: Sequence[str | int]) -> int:
-    line, node = 1, document
+    line = 1
+    node: Any = document
     for part in place:
         position = None
         if isinstance(node, CommentedMap | CommentedSeq) and node.lc.data:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from puzzle.data_source import SPLITS, documents
 from puzzle.types import ConfigError, CorruptFileError
 
+
 class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
 
@@ -44,7 +45,7 @@ class TokenData:
         available = self.num_sequences(split)
         if count > available:
             raise ConfigError(
-                f"split {split!r} holds {available} sequences of {self.sequence_tokens} tokens, {count} were asked for; "
+                f"split {split!r} holds {available} windows of {self.sequence_tokens} tokens, {count} were asked for; "
                 "give more text or ask for fewer sequences"
             )
         order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(available)[:count]
@@ -55,8 +56,8 @@ class TokenData:
         per_epoch = self.num_sequences("train") - 1
         if per_epoch < 1:
             raise ConfigError(
-                f"split 'train' holds {len(self.tokens['train'])} tokens, too few for sequences of {self.sequence_tokens}; "
-                "give more text or lower data.sequence_tokens"
+                f"train holds {len(self.tokens['train'])} tokens: too few for windows of {self.sequence_tokens};"
+                " give more text or lower data.sequence_tokens"
             )
         starts = []
         for index in range(step * batch_size, (step + 1) * batch_size):
@@ -81,7 +82,9 @@ def write_tokens(path: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, An
     arrays, bytes_per_token = {}, {}
     for split in SPLITS:
         if not texts[split]:
-            raise ConfigError(f"{path}: too little text: no document falls into the split {split!r}; give more documents")
+            raise ConfigError(
+                f"{path}: too little text: no document falls into the split {split!r}; give more documents"
+            )
         rows = tokenizer(texts[split], add_special_tokens=False)["input_ids"]
         arrays[split] = np.concatenate([np.array([*head, *row], np.int32) for row in rows])
         bytes_per_token[split] = sum(len(text.encode()) for text in texts[split]) / max(1, len(arrays[split]))

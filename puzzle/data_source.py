@@ -55,9 +55,8 @@ def documents(path: Path) -> Iterator[Document]:
 
 def _read(path: Path) -> str:
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-        with opened as file:
-            return file.read()
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{path}: unreadable text ({error})") from None
 

@@ -73,7 +73,9 @@ def _residual_stream(model: PuzzleForCausalLM, ids: Tensor) -> list[Tensor]:
 class Distillation:
     """A student under GKD: its optimiser and the number of steps done."""
 
-    def __init__(self, student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, config: KdConfig, compute: Compute) -> None:
+    def __init__(
+        self, student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, config: KdConfig, compute: Compute
+    ) -> None:
         self.student, self.teacher, self.config, self.compute = student, teacher, config, compute
         self.step = 0
         self.parameters = dict(student.named_parameters())

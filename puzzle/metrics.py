@@ -26,7 +26,9 @@ class TokenMetrics:
     agreement: Tensor
 
 
-def token_metrics(student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], ids: Tensor) -> TokenMetrics:
+def token_metrics(
+    student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], ids: Tensor
+) -> TokenMetrics:
     """Compares two (B, T, D) final hidden states under their ``heads`` (student's, teacher's); ``ids`` is (B, T)."""
     student, teacher = student_hidden[:, :-1].flatten(0, 1), teacher_hidden[:, :-1].flatten(0, 1)  # (N, D)
     labels = ids[:, 1:].flatten()
@@ -48,7 +50,7 @@ def token_metrics(student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[n
 
 
 def kl_loss(student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module]) -> Tensor:
-    """Mean KL(teacher ‖ student) per token with gradients to the student; logits are recomputed in the backward pass."""
+    """Mean KL(teacher ‖ student) per token, with gradients to the student; logits are recomputed going backward."""
     student, teacher = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)  # (N, D)
 
     def chunk_sum(student_part: Tensor, teacher_part: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from puzzle import artifacts, config, search
@@ -59,6 +60,7 @@ def run_all(run: Run, redo: str | None = None) -> None:
                 _forget(run, stage)
         for stage in STAGES:
             _make(run, stage)
+        _tidy(run)
 
 
 def run_stage(run: Run, name: str, redo: bool = False) -> None:
@@ -69,21 +71,33 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
         for needed in stage.needs:
             undone = sum(state != "done" for state in unit_states(run, BY_NAME[needed]))
             if undone:
-                raise MissingMeasurementError(f"{name} needs {undone} more units of {needed}; run `puzzle {needed}` first")
+                raise MissingMeasurementError(
+                    f"{name} needs {undone} more units of {needed}; run `puzzle {needed}` first"
+                )
         if redo:
             _forget(run, stage)
         _make(run, stage)
+        _tidy(run)
+
+
+def _tidy(run: Run) -> None:
+    """Removes what crashes left half-written, and checkpoints of students that are finished."""
+    artifacts.sweep(run.folder)
+    for final in run.folder.glob("students/*/final"):
+        artifacts.remove(final.parent / "kd")
 
 
 def _prepare(run: Run) -> None:
-    artifacts.sweep(run.folder)
+    _tidy(run)
     text = config.dump(run.config)
     path = run.folder / "config.yaml"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         artifacts.write_text(path, text)
     names = ("puzzle-nas", "torch", "transformers", "ortools", "numpy", "safetensors")
     versions = {"python": platform.python_version(), **{name: _version(name) for name in names}}
-    environment = json.dumps({"versions": versions, "machine": platform.machine(), "system": platform.platform()}, indent=1)
+    environment = json.dumps(
+        {"versions": versions, "machine": platform.machine(), "system": platform.platform()}, indent=1
+    )
     if not (run.folder / "env.json").exists():
         artifacts.write_text(run.folder / "env.json", environment + "\n")
 
@@ -137,8 +151,10 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
     (unit,) = missing
     solutions = solve(run, unit.inputs)
 
-    def write(aside: artifacts.Path) -> Mapping[str, object]:
-        chosen = {str(site): item.specs[0] for item in run.items if item.id in solutions[0].items for site in item.sites}
+    def write(aside: Path) -> Mapping[str, object]:
+        chosen = {
+            str(site): item.specs[0] for item in run.items if item.id in solutions[0].items for site in item.sites
+        }
         architecture = {
             "teacher": run.config.teacher,
             "sites": {site: to_json(spec) for site, spec in chosen.items()},

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
 
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.device import device_name
@@ -31,7 +32,9 @@ class Speed:
     output_tok_per_s: float
 
 
-def measured_speed(run: Run, models: Mapping[str, PuzzleForCausalLM], batch_sizes: Mapping[str, int]) -> dict[str, dict[str, Speed]]:
+def measured_speed(
+    run: Run, models: Mapping[str, PuzzleForCausalLM], batch_sizes: Mapping[str, int]
+) -> dict[str, dict[str, Speed]]:
     """By workload and model; workloads that this device and runtime do not serve are left out."""
     device = device_name(str(next(iter(models.values())).device))
     served = [
@@ -49,9 +52,14 @@ def _measure(
     workload: Workload, batch_size: int, models: Mapping[str, PuzzleForCausalLM], repeats: int, seed: int
 ) -> dict[str, Speed]:
     dtype = TORCH_DTYPES[workload.weights]  # type: ignore[index]
-    cast = {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}
+    cast = {
+        name: model if model.dtype == dtype else nn.Module.to(copy.deepcopy(model), dtype)
+        for name, model in models.items()
+    }
     last = workload.isl + max(0, workload.osl - 2)
-    contexts = sorted({round(workload.isl + (last - workload.isl) * k / (DECODE_POINTS - 1)) for k in range(DECODE_POINTS)})
+    contexts = sorted(
+        {round(workload.isl + (last - workload.isl) * k / (DECODE_POINTS - 1)) for k in range(DECODE_POINTS)}
+    )
     points = [GridPoint("prefill", batch_size, workload.isl), *(GridPoint("decode", batch_size, c) for c in contexts)]
     ms: dict[str, list[float]] = {name: [] for name in models}
     for point in points:

@@ -219,10 +219,7 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
             artifacts.publish_folder(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save)
             for path in older:
                 artifacts.remove(path)
-    artifacts.publish_folder(
-        unit.path, unit.inputs, functools.partial(_write_model, job.finish(), teacher_dtype(run))
-    )
-    artifacts.remove(checkpoints)
+    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, job.finish(), teacher_dtype(run)))
 
 
 def _newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Unit | None:
@@ -259,7 +256,8 @@ def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
     from puzzle.export.verify import verify_hf, write_reference
 
     (unit,) = missing
-    model = load_model(run.student / "final", Compute(torch.device("cpu"), bf16=False)).to(teacher_dtype(run))
+    on_cpu = Compute(torch.device("cpu"), bf16=False)
+    model = torch.nn.Module.to(load_model(run.student / "final", on_cpu), teacher_dtype(run))
 
     def write(aside: Path) -> dict[str, Any]:
         folder = aside / "hf"
@@ -269,7 +267,9 @@ def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         verification = verify_hf(folder, reference)
         reference.unlink()
         if not verification.passed:
-            raise ConfigError(f"the exported checkpoint does not reload as it should: {'; '.join(verification.failures)}")
+            raise ConfigError(
+                f"the exported checkpoint does not reload as it should: {'; '.join(verification.failures)}"
+            )
         return {"verification": to_json(verification)}
 
     artifacts.publish_folder(unit.path, unit.inputs, write)

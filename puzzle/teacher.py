@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from puzzle.checkpoint import weight_files
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
@@ -52,7 +52,7 @@ def _best_device() -> str:
 
 def _fast_bf16(device: str) -> bool:
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device == "cpu":
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile"))
@@ -80,10 +80,10 @@ def load_model(folder: Path, compute: Compute) -> PuzzleForCausalLM:
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
     load_state(model, {name: tensor.float() for name, tensor in state.items()}, str(folder))
-    return freeze(model.to(compute.device))
+    return freeze(nn.Module.to(model, compute.device))
 
 
-def load_state(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """``load_state_dict`` that says in one line what is missing, superfluous or of another shape."""
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
@@ -97,7 +97,7 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], source: str) -
 
 def freeze(model: PuzzleForCausalLM) -> PuzzleForCausalLM:
     model.requires_grad_(False)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -99,7 +98,7 @@ class Site(_Strict):
 
 @dataclass(frozen=True)
 class AttentionSpec(_Strict):
-    """``precision`` None is the teacher's. Kinds: keep, gqa (``num_kv_heads``), window (``window_tokens``), linear, skip."""
+    """``precision`` None: the teacher's. keep, gqa (``num_kv_heads``), window (``window_tokens``)."""
 
     kind: Literal["keep", "gqa", "window", "linear", "skip"]
     num_kv_heads: int | None = None
@@ -108,13 +107,15 @@ class AttentionSpec(_Strict):
 
     def __post_init__(self) -> None:
         _require((self.kind == "gqa") == (self.num_kv_heads is not None), "gqa, and only gqa, names num_kv_heads")
-        _require((self.kind == "window") == (self.window_tokens is not None), "window, and only window, names window_tokens")
+        _require(
+            (self.kind == "window") == (self.window_tokens is not None), "window, and only window, names window_tokens"
+        )
         _require((self.num_kv_heads or 1) > 0 and (self.window_tokens or 1) > 0, "sizes must be positive")
 
 
 @dataclass(frozen=True)
 class FfnSpec(_Strict):
-    """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts`` and/or ``num_active_experts``), linear, skip."""
+    """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts``, ``num_active_experts``), linear, skip."""
 
     kind: Literal["keep", "narrow", "experts", "linear", "skip"]
     intermediate_size: int | None = None
@@ -124,7 +125,9 @@ class FfnSpec(_Strict):
 
     def __post_init__(self) -> None:
         has_experts = self.num_experts is not None or self.num_active_experts is not None
-        _require((self.kind == "narrow") == (self.intermediate_size is not None), "narrow, and only narrow, names a width")
+        _require(
+            (self.kind == "narrow") == (self.intermediate_size is not None), "narrow, and only narrow, names a width"
+        )
         _require((self.kind == "experts") == has_experts, "experts, and only experts, names num(_active)_experts")
         sizes = (self.intermediate_size, self.num_experts, self.num_active_experts)
         _require(all(size is None or size > 0 for size in sizes), "sizes must be positive")
@@ -169,7 +172,9 @@ class Entry(_Strict):
     status: str  # initial | trained | failed(reason)
 
     def __post_init__(self) -> None:
-        known = self.status in ("initial", "trained") or (self.status.startswith("failed(") and self.status.endswith(")"))
+        known = self.status in ("initial", "trained") or (
+            self.status.startswith("failed(") and self.status.endswith(")")
+        )
         _require(known, f"{self.item_id}: unknown status {self.status!r}")
 
 
@@ -238,7 +243,9 @@ class Interaction(_Strict):
     value_nats: float
 
     def __post_init__(self) -> None:
-        _require(self.item_a != self.item_b and math.isfinite(self.value_nats), "an interaction joins two items, finitely")
+        _require(
+            self.item_a != self.item_b and math.isfinite(self.value_nats), "an interaction joins two items, finitely"
+        )
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,7 @@ class Capability(_Strict):
 
 @dataclass(frozen=True)
 class Solution(_Strict):
-    """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` fingerprints of what it rests on."""
+    """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` what it rests on."""
 
     items: tuple[str, ...]
     objective_nats: float
@@ -319,11 +326,7 @@ class Workload(_Strict):
 
 
 Record = TypeVar("Record")
-
-
-@cache
-def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
-    return TypeAdapter(kind)
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -331,10 +334,16 @@ def to_json(record: Any) -> dict[str, Any]:
     return asdict(record)
 
 
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:  # building one costs a hundred times what using it does
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def from_json(kind: type[Record], data: Any, source: object) -> Record:
-    """The record in ``data``; unknown, missing and wrong fields are a :class:`CorruptFileError` that names ``source``."""
+    """The record in ``data``; unknown, missing, wrong fields are a :class:`CorruptFileError` that names ``source``."""
     try:
-        return _adapter(kind).validate_python(data)
+        return _adapter(kind).validate_python(data)  # type: ignore[no-any-return]
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"] if part != kind.__name__)

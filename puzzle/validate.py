@@ -74,7 +74,9 @@ def _check_constraints(run: Run) -> None:
 
 def _promised_costs(run: Run) -> list[Cost]:
     """A cost of 1 ms at every point that ``profile`` will measure, on the device and in the dtype it will use."""
-    if run.config.device == "auto" and not any("_ms" in name or "_per_s" in name for name in run.constraint_file.constraints):
+    if run.config.device == "auto" and not any(
+        "_ms" in name or "_per_s" in name for name in run.constraint_file.constraints
+    ):
         device, weights = "cpu", "fp32"  # no bound asks for a time: no need to find out what device there is
     else:
         device, weights = _profiled_device(run)
@@ -117,7 +119,7 @@ def dry_run(run: Run) -> str:
     memory = 4 * teacher + max(ADAM_BYTES * trained, (4 + ADAM_BYTES) * teacher)
     lines += [
         f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)",
-        f"about {(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory and activations",
+        f"{(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations",
     ]
     return "\n".join(lines)
 

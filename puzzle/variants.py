@@ -1,7 +1,7 @@
 """The registry of variants as data: names, validity, parameters, bytes and FLOPs. Computes from shapes alone.
 
 A variant is written ``kind[-size][@precision]``: ``keep``, ``gqa-2``, ``narrow-2816@fp8``. Sizes hold for one layer of
-the teacher's :class:`~puzzle.types.ModelShape`; a site owns its pre-norm, so every variant but ``skip`` counts one norm.
+the teacher's :class:`~puzzle.types.ModelShape`; a site owns its pre-norm, so all but ``skip`` count one norm.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def parse_variant(part: Part, name: str, shape: ModelShape, multiple_of: int = 1
         raise ConfigError(f"{name!r} is no {part} variant; allowed: {allowed}")
     kind, size = match["kind"], match["size"]
     if (size is None) == (kind in SIZED):
-        raise ConfigError(f"{name!r}: {kind} {'needs a size, e.g. ' + kind + '-2' if kind in SIZED else 'takes no size'}")
+        raise ConfigError(
+            f"{name!r}: {kind} {'needs a size, e.g. ' + kind + '-2' if kind in SIZED else 'takes no size'}"
+        )
     if match["precision"]:
         raise ConfigError(f"{name!r}: precisions are not on offer yet; leave out @{match['precision']}")
     if match["percent"]:
@@ -72,7 +74,7 @@ class SearchSpace:
     def parse(
         cls, attention: Iterable[str], ffn: Iterable[str], shape: ModelShape, multiple_of: int = 1
     ) -> SearchSpace:
-        """From names; ``gqa-*`` stands for every proper divisor of the KV heads. Doubles and the full size fall away."""
+        """From names; ``gqa-*`` is every proper divisor of the KV heads. Doubles and the full size fall away."""
         expanded = [
             name if name != "gqa-*" else f"gqa-{count}"
             for name in attention

@@ -15,16 +15,17 @@ from puzzle import checkpoint
 PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
-PURE = (
-    "types config artifacts variants checkpoint data_source tables profiling profiling.memory profiling.table profiling.grid "
-    "profiling.device search.problem search.metrics search.constraints search.linear search.infeasible search.mip "
-    "search.pareto search.baselines search run report.summary report.figures report export.card progress pipeline validate cli"
-).split()
-TORCH = (
-    "modeling.configuration_puzzle modeling.modeling_puzzle modeling teacher data metrics blocks blocks.layer blocks.library "
-    "blocks.importance blocks.initialise blocks.distill scoring scoring.exact build kd evaluate export export.hf "
-    "export.verify profiling.timer profiling.kv_cache profiling.measure speed stages"
-).split()
+PURE = """
+    types config artifacts variants checkpoint data_source tables profiling profiling.memory profiling.table
+    profiling.grid profiling.device search.problem search.metrics search.constraints search.linear
+    search.infeasible search.mip search.pareto search.baselines search run report.summary report.figures report
+    export.card progress pipeline validate cli
+""".split()  # noqa: SIM905
+TORCH = """
+    modeling.configuration_puzzle modeling.modeling_puzzle modeling teacher data metrics blocks blocks.layer
+    blocks.library blocks.importance blocks.initialise blocks.distill scoring scoring.exact build kd evaluate
+    export export.hf export.verify profiling.timer profiling.kv_cache profiling.measure speed stages
+""".split()  # noqa: SIM905
 ALONE = {"export.verify_child", "demo", "demo.make_teacher", ""}
 
 

@@ -1,9 +1,9 @@
 """Block-wise local distillation (Puzzle, section 2.1): variants learn to do what the teacher's block does.
 
 Reads teacher activations; many variants train on one teacher pass, with no gradient across layers. The loss is the
-normalised MSE ``|o_teacher - o_variant|² / |o_teacher|²`` over a batch, where o is (``loss_at: layer``, the paper's) the
-layer's output, an attention variant being followed by the teacher's frozen FFN, or (``site``) what the site adds to the
-residual stream. The first position is left out: its massive activations would be most of the norm.
+normalised MSE ``|o_teacher - o_variant|² / |o_teacher|²`` over a batch, where o is (``loss_at: layer``, the paper's)
+the layer's output, an attention variant being followed by the teacher's frozen FFN, or (``site``) what the site adds to
+the residual stream. The first position is left out: its massive activations would be most of the norm.
 
 Nothing of one variant's result depends on which others train beside it.
 """
@@ -69,7 +69,11 @@ def local_loss(learner_layer: PuzzleDecoderLayer, part: Part, one: LayerPass, lo
         middle = one.before + delta
         return normalised_mse(middle + learner_layer.ffn_delta(middle), one.after)
     delta = learner_layer.ffn_delta(one.middle)
-    return normalised_mse(delta, one.after - one.middle) if loss_at == "site" else normalised_mse(one.middle + delta, one.after)
+    return (
+        normalised_mse(delta, one.after - one.middle)
+        if loss_at == "site"
+        else normalised_mse(one.middle + delta, one.after)
+    )
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -83,7 +87,9 @@ def num_steps(config: DistillConfig, sequence_tokens: int) -> int:
     return math.ceil(config.tokens / (config.batch_size * sequence_tokens))
 
 
-def make_learner(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[str, Tensor], config: DistillConfig) -> Learner:
+def make_learner(
+    teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[str, Tensor], config: DistillConfig
+) -> Learner:
     part, spec = item.sites[0].part, item.specs[0]
     layer = variant_layer(teacher_layer, part, spec, weights)
     layer.requires_grad_(False)
@@ -122,7 +128,9 @@ def distill(
     after = held_out_losses(model, learners, held_out, config.loss_at)
     tokens = steps * config.batch_size * held_out[0].shape[1]
     return {
-        learner.item: Distilled(part_state(learner.layer, learner.part), before[learner.item], after[learner.item], tokens)
+        learner.item: Distilled(
+            part_state(learner.layer, learner.part), before[learner.item], after[learner.item], tokens
+        )
         for learner in learners
     }
 

@@ -14,6 +14,7 @@ summed in fp64 over batches; the first position of each sequence is left out.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ def paper_start(layer: PuzzleDecoderLayer, part: Part, spec: Spec, channels: Ten
     """Weights of ``spec`` from the teacher's ``layer``; ``channels`` (I,) is the importance of its FFN channels."""
     state = {name: tensor.clone() for name, tensor in part_state(layer, part).items()}
     if spec.kind == "gqa":
-        return _pool_kv_heads(layer, state, spec.num_kv_heads or 0)  # type: ignore[union-attr]
+        return _pool_kv_heads(layer, state, spec.num_kv_heads or 0)
     if spec.kind == "narrow":
-        kept = channels.topk(spec.intermediate_size or 0).indices.sort().values  # type: ignore[union-attr]
+        kept = channels.topk(spec.intermediate_size or 0).indices.sort().values
         return {name: _keep_channels(name, tensor, kept) for name, tensor in state.items()}
     if spec.kind == "linear":
         return _linear(layer, part, state)
@@ -91,7 +92,8 @@ def _features(variant: PuzzleDecoderLayer, part: Part, one: LayerPass) -> Tensor
 
 
 def _pool_kv_heads(layer: PuzzleDecoderLayer, state: dict[str, Tensor], num_kv_heads: int) -> dict[str, Tensor]:
-    head_dim = layer.self_attn.head_dim
+    attention: Any = layer.self_attn
+    head_dim = attention.head_dim
     for name, tensor in state.items():
         if ".k_proj." in name or ".v_proj." in name:
             heads = tensor.view(num_kv_heads, -1, head_dim, *tensor.shape[1:])  # (K, merged, head_dim, ...)
@@ -107,10 +109,11 @@ def _keep_channels(name: str, tensor: Tensor, kept: Tensor) -> Tensor:
 
 def _linear(layer: PuzzleDecoderLayer, part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if part == "ffn":
-        product = layer.mlp.down_proj.weight @ layer.mlp.up_proj.weight
+        mlp: Any = layer.mlp
+        product = mlp.down_proj.weight @ mlp.up_proj.weight
         norm = "post_attention_layernorm.weight"
         return {norm: state[norm], "mlp.linear_mlp.weight": product.detach().clone()}
-    attention = layer.self_attn
+    attention: Any = layer.self_attn
     values = attention.v_proj.weight.view(-1, attention.head_dim, attention.v_proj.in_features)  # (K, head_dim, D)
     per_head = values.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1)  # (heads * head_dim, D)
     product = attention.o_proj.weight @ per_head

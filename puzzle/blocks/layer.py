@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from puzzle.modeling import PuzzleConfig
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import load_state
-from puzzle.types import AttentionSpec, FfnSpec, ModelShape, Part, Spec
+from puzzle.types import AttentionSpec, FfnSpec, Part, Spec
 
 PREFIXES: dict[Part, tuple[str, ...]] = {
     "attention": ("input_layernorm.", "self_attn."),
@@ -32,18 +30,22 @@ def block_of(attention: AttentionSpec, ffn: FfnSpec) -> dict[str, dict[str, Any]
     names = {"attention": "num_kv_heads", "ffn": "intermediate_size"}
     kinds: dict[str, str] = {"attention": attention.kind, "ffn": ffn.kind}
     return {
-        part: {"kind": kinds[part]} | ({names[part]: size} if (size := sizes[part]) is not None else {}) for part in kinds
+        part: {"kind": kinds[part]} | ({names[part]: size} if (size := sizes[part]) is not None else {})
+        for part in kinds
     }
 
 
 def config_with(config: PuzzleConfig, layer_idx: int, block: Mapping[str, Any]) -> PuzzleConfig:
     """``config`` with one layer's block replaced."""
     changed = copy.deepcopy(config)
+    assert changed.blocks is not None
     changed.blocks[layer_idx] = dict(block)
     return changed
 
 
-def variant_layer(teacher_layer: PuzzleDecoderLayer, part: Part, spec: Spec, weights: Mapping[str, Tensor]) -> PuzzleDecoderLayer:
+def variant_layer(
+    teacher_layer: PuzzleDecoderLayer, part: Part, spec: Spec, weights: Mapping[str, Tensor]
+) -> PuzzleDecoderLayer:
     """A copy of the teacher's layer with ``spec`` in ``part``, holding ``weights`` there; the other part is shared."""
     index, config = teacher_layer.layer_idx, teacher_layer.config
     specs: dict[Part, Any] = {"attention": AttentionSpec("keep"), "ffn": FfnSpec("keep"), part: spec}

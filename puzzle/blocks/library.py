@@ -1,6 +1,6 @@
 """The library on disk: one immutable unit per trained variant, in ``library/{initial,trained}/ITEM/``.
 
-Writes and reads ``weights.safetensors`` (fp32, names within a layer). ``keep`` is the teacher itself and ``skip`` has no
+Writes and reads ``weights.safetensors`` (fp32, names within a layer). ``keep`` is the teacher itself, ``skip`` has no
 weights; neither is stored.
 """
 
@@ -14,14 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puzzle.teacher import read_tensors
-from puzzle.types import CorruptFileError, Item
-
+from puzzle.types import CorruptFileError
 
 WEIGHTS = "weights.safetensors"
-
-
-def is_stored(item: Item) -> bool:
-    return any(spec.kind in STORED_KINDS for spec in item.specs)
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -5,8 +5,8 @@ Reads the source of Python's standard library (the running interpreter's, or ``-
 Face Llama checkpoint in bf16 with its tokenizer), ``training_log.jsonl`` and ``TEACHER.json`` (final figures).
 
 The split is by file, a function of the path alone: 6 % ``report``, 4 % ``score``, 4 % ``select``, the rest ``train``.
-The teacher sees ``train`` and the library's tests (never bundled), so held-out figures are held out. Generated code-page
-tables are left out everywhere: they are near-copies of one another and would leak between splits.
+The teacher sees ``train`` and the library's tests (never bundled), so held-out figures are held out. Generated code
+pages are left out everywhere: they are near-copies of one another and would leak between splits.
 
 Training: next-token cross-entropy in bf16 autocast, Muon for the matrices (Jordan et al. 2024) and AdamW for embedding
 and norms, warm-up, constant rate, linear decay to zero. Batch ``step`` is a pure function of ``(seed, step)``; a
@@ -40,7 +40,15 @@ BATCH_TOKENS, MICRO_BATCH_TOKENS = 8192, 2048
 # from which step on windows of how many tokens: short ones cost a third less, the final decay learns the full length
 WINDOW_SCHEDULE = ((0, 512), (500, 256), (1170, 512))
 NUM_STEPS, WARMUP_STEPS, DECAY_FRACTION, MUON_LR, ADAM_LR, WEIGHT_DECAY = 1800, 100, 0.35, 0.02, 3e-3, 0.05
-GENERATED = ("encodings/cp", "encodings/mac_", "encodings/iso8859", "encodings/koi8", "encodings/kz1048", "encodings/hp_")
+CHECKPOINT = "checkpoint.safetensors"
+GENERATED = (
+    "encodings/cp",
+    "encodings/mac_",
+    "encodings/iso8859",
+    "encodings/koi8",
+    "encodings/kz1048",
+    "encodings/hp_",
+)
 
 
 def split_of(path: str) -> str:
@@ -165,7 +173,7 @@ def new_model() -> Any:
 
 
 def train(stdlib: Path, work: Path, num_steps: int) -> None:
-    """Trains to ``num_steps`` of 8192 tokens, continuing from ``work/checkpoint.pt`` where there is one."""
+    """Trains to ``num_steps`` of 8192 tokens, continuing from its checkpoint where there is one."""
     import torch
 
     work.mkdir(parents=True, exist_ok=True)
@@ -177,13 +185,9 @@ def train(stdlib: Path, work: Path, num_steps: int) -> None:
         torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=WEIGHT_DECAY),
         torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    checkpoint, first = work / "checkpoint.pt", 0
+    checkpoint, first = work / CHECKPOINT, 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        first = state["step"]
+        first = load_state(checkpoint, model, optimisers)
     started = time.monotonic()
     for step in range(first, num_steps):
         factor = learning_rate_factor(step, num_steps)
@@ -209,9 +213,40 @@ def train(stdlib: Path, work: Path, num_steps: int) -> None:
             with open(work / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
         if (step + 1) % 100 == 0 or step + 1 == num_steps:
-            state = {"step": step + 1, "model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
-            torch.save(state, aside := checkpoint.with_suffix(".tmp"))
-            os.replace(aside, checkpoint)
+            save_state(checkpoint, step + 1, model, optimisers)
+
+
+def save_state(path: Path, step: int, model: Any, optimisers: list[Any]) -> None:
+    """Weights, optimiser states and the step, in one safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    for index, optimiser in enumerate(optimisers):
+        for place, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{index}/{place}/{key}": value for key, value in state.items()}
+    save_file(tensors, aside := path.with_suffix(".tmp"), metadata={"step": str(step)})
+    os.replace(aside, path)
+
+
+def load_state(path: Path, model: Any, optimisers: list[Any]) -> int:
+    """Restores what :func:`save_state` wrote; returns the step."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model/{name}"])
+    for index, optimiser in enumerate(optimisers):
+        states: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimiser/{index}/"):
+                place, key = name.split("/")[2:]
+                states.setdefault(int(place), {})[key] = tensor
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+    return step
 
 
 def cross_entropy(model: Any, tokens: np.ndarray) -> tuple[float, float]:
@@ -243,9 +278,8 @@ def finish(stdlib: Path, work: Path) -> None:
     import torch
     import transformers
 
-    state = torch.load(work / "checkpoint.pt", weights_only=True)
     model = new_model()
-    model.load_state_dict(state["model"])
+    step = load_state(work / CHECKPOINT, model, [])
     model.to(torch.bfloat16).save_pretrained(TEACHER)
     model.float()
     train_tokens, (test_tokens, test_bytes) = training_tokens(stdlib, work), held_out()
@@ -261,7 +295,7 @@ def finish(stdlib: Path, work: Path) -> None:
     card = {
         "params": sum(p.numel() for p in model.parameters()),
         "train_tokens_unique": len(train_tokens),
-        "train_tokens_seen": state["step"] * BATCH_TOKENS,
+        "train_tokens_seen": step * BATCH_TOKENS,
         "held_out_tokens": len(test_tokens),
         "held_out_ce_nats": round(ce, 4),
         "held_out_ce_se": round(se, 4),

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from puzzle.profiling.grid import GridPoint
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class PreallocatedLayer(DynamicLayer):
     """K and V of one attention: (B, Hkv, cached + new tokens, head_dim), the first ``cached_tokens`` of them fixed."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, cached_tokens: int) -> None:

@@ -112,7 +112,7 @@ def random_model(
     devices = [torch.device(device)] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
-        model: PuzzleForCausalLM = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PuzzleForCausalLM = AutoModelForCausalLM.from_config(
             stack_config, dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa"
         )
     model.eval()  # type: ignore[no-untyped-call]

@@ -79,7 +79,7 @@ class CapturedGraph:
 
         self._device = torch.device(device)
         with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(CAPTURE_WARMUPS):
@@ -89,8 +89,8 @@ class CapturedGraph:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=pool):
                 self._result = work()  # lives in the graph's memory pool for as long as the graph
-            self._start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._start: Any = torch.cuda.Event(enable_timing=True)
+            self._end: Any = torch.cuda.Event(enable_timing=True)
 
     def __call__(self) -> float:
         import torch

@@ -1,6 +1,6 @@
 """The picture of a run: architecture layer by layer, quality before and after, the front, predicted against measured.
 
-Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG. Colours are Okabe and Ito's, distinct to the colour-blind.
+Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG. Colours: Okabe and Ito's, safe for the colour-blind.
 """
 
 from __future__ import annotations

@@ -82,7 +82,12 @@ class Summary:
             rows.append(self._row(label, lambda model, name=name: _estimate(self.quality[model][name])))
         for metric in self.predicted["student"]:
             if metric.endswith(("memory_gib", "kv_cache_gib")):
-                rows.append(Row(f"{metric}, predicted", self._two(f"{self.predicted[m][metric]:.4f}" for m in ("teacher", "student"))))
+                rows.append(
+                    Row(
+                        f"{metric}, predicted",
+                        self._two(f"{self.predicted[m][metric]:.4f}" for m in ("teacher", "student")),
+                    )
+                )
         for workload, of in self.speed.items():
             for name, unit in TIMES.items():
                 key = f"{workload}.{name}"

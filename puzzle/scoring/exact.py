@@ -39,22 +39,22 @@ def exact_scores(
         for item in items_of_layer.get(index, []):
             layer = variant_layer(teacher_layer, item.sites[0].part, item.specs[0], read_weights(item))
             columns = [
-                token_metrics(
-                    _replaced(model, layer, item, one), reference, (model.lm_head, model.lm_head), ids
-                )
+                token_metrics(_replaced(model, layer, item, one), reference, (model.lm_head, model.lm_head), ids)
                 for one, reference, ids in zip(passes, references, batches, strict=True)
             ]
-            yield item, {
-                metric: torch.cat([of_tokens(tokens).double().mean(1) for tokens in columns])
-                for metric, of_tokens in METRICS.items()
-            }
+            yield (
+                item,
+                {
+                    metric: torch.cat([of_tokens(tokens).double().mean(1) for tokens in columns])
+                    for metric, of_tokens in METRICS.items()
+                },
+            )
 
 
 def _replaced(model: PuzzleForCausalLM, layer: PuzzleDecoderLayer, item: Item, one: LayerPass) -> Tensor:
-    """Final hidden states with ``layer`` in the teacher's place; an FFN variant starts after the teacher's attention."""
+    """Final hidden states with ``layer`` in place; an FFN variant starts after the teacher's attention."""
     if item.sites[0].part == "attention":
         hidden = layer(one.before, position_embeddings=one.position)
     else:
         hidden = one.middle + layer.ffn_delta(one.middle)
     return run_suffix(model, hidden, one.position, item.sites[0].layer + 1)
-

@@ -39,13 +39,17 @@ def start(layer: PuzzleDecoderLayer, passes: list[LayerPass], part: Part, spec: 
     return paper_start(layer, part, spec, layer_importance(layer, passes).ffn_channels)
 
 
-def site_error(layer: PuzzleDecoderLayer, passes: list[LayerPass], part: Part, spec: Spec, weights: dict[str, Tensor]) -> float:
+def site_error(
+    layer: PuzzleDecoderLayer, passes: list[LayerPass], part: Part, spec: Spec, weights: dict[str, Tensor]
+) -> float:
     variant = variant_layer(layer, part, spec, weights)
     with torch.no_grad():
         return sum(local_loss(variant, part, one, "site").item() for one in passes) / len(passes)
 
 
-def test_the_contribution_of_a_channel_is_the_papers(layer_and_passes: tuple[PuzzleDecoderLayer, list[LayerPass]]) -> None:
+def test_the_contribution_of_a_channel_is_the_papers(
+    layer_and_passes: tuple[PuzzleDecoderLayer, list[LayerPass]],
+) -> None:
     layer, passes = layer_and_passes
     middle = torch.cat([one.middle for one in passes])[:, 1:]
     normed, mlp = layer.post_attention_layernorm(middle), layer.mlp

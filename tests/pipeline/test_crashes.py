@@ -44,7 +44,7 @@ def with_costs_of(finished: Project, project: Project) -> Project:
 def test_a_crash_at_every_disk_operation_in_turn(
     finished: Project, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each operation of the whole run crashes once, the first time it is reached; every crash is followed by a restart."""
+    """Each operation of the whole run crashes once, when first reached; a restart follows each crash."""
     with_costs_of(finished, project)
     crashed: set[tuple[str, str]] = set()
 
@@ -76,7 +76,9 @@ def test_sigkill_at_random_moments(finished: Project, project: Project) -> None:
     command = [sys.executable, "-m", "puzzle.cli", "run", str(project.config)]
     kills = 0
     for _ in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         units = count_units(project)
         until = units + rng.randrange(1, 9)  # killed when that many more units are there, wherever it then is
         while process.poll() is None and count_units(project) < until:

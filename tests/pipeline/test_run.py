@@ -21,7 +21,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def copy(finished: Project, tmp_path: Path) -> Project:
-    """A finished run that the test may change. Its config still names the original folders, whose content is the same."""
+    """A finished run that the test may change. Its config still names the original folders, of the same content."""
     shutil.copytree(finished.folder, tmp_path / "copy")
     text = finished.config.read_text().replace(str(finished.folder), str(tmp_path / "copy"))
     (tmp_path / "copy" / "config.yaml").write_text(text)

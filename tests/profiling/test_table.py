@@ -88,11 +88,9 @@ def test_skip_costs_nothing_even_where_nothing_was_measured() -> None:
 def test_outside_the_grid_names_what_is_missing_and_the_command(
     shape_id: str, phase: str, batch_size: int, isl: int, osl: int, message: str
 ) -> None:
+    lengths = (isl,) if phase == "prefill" else (isl, osl)
     with pytest.raises(MissingMeasurementError, match=message) as caught:
-        if phase == "prefill":
-            TABLE.prefill_ms(shape_id, batch_size, isl)
-        else:
-            TABLE.decode_ms(shape_id, batch_size, isl, osl)
+        getattr(TABLE, f"{phase}_ms")(shape_id, batch_size, *lengths)
     assert "workload chat" in str(caught.value)
     assert "`puzzle profile RUN --set profile.grid=GRID.yaml`" in str(caught.value)
     assert caught.value.exit_code == 4

@@ -54,7 +54,9 @@ def test_scores_are_those_of_the_whole_student(teacher: PuzzleForCausalLM) -> No
     assert list(found) == items
     for item in items:
         keeps = [
-            site_item(type(item.sites[0])(layer, part), AttentionSpec("keep") if part == "attention" else FfnSpec("keep"))
+            site_item(
+                type(item.sites[0])(layer, part), AttentionSpec("keep") if part == "attention" else FfnSpec("keep")
+            )
             for layer in range(layers)
             for part in ("attention", "ffn")
             if (layer, part) != (item.sites[0].layer, item.sites[0].part)

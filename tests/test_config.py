@@ -1,0 +1,120 @@
+"""Every file we ship goes through the real command line, and every mistake in a user's file is found and explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from puzzle import config
+from puzzle.cli import main
+from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
+from puzzle.search.constraints import bounds
+from puzzle.types import ConfigError
+from puzzle.variants import SearchSpace
+from tests.test_variants import SHAPE
+
+SHIPPED = config.shipped_inputs()
+
+
+def names(folder: str) -> list[str]:
+    found = sorted(path.stem for path in (SHIPPED / folder).glob("*.yaml"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("space", names("blocks"))
+def test_every_shipped_space_is_valid_for_the_demo(tmp_path: Path, space: str) -> None:
+    assert main(["new", str(tmp_path / "demo.yaml")]) == 0
+    assert main(["--debug", "validate", str(tmp_path / "demo.yaml"), "--set", f"space={space}", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("name", names("search"))
+def test_every_shipped_constraint_file_means_something(name: str) -> None:
+    assert bounds(config.load(ConstraintFile, config.locate("constraints", name)))
+
+
+@pytest.mark.parametrize("name", names("profiling"))
+def test_every_shipped_grid_loads(name: str) -> None:
+    assert config.load(GridFile, config.locate("grid", name)).decode_context_tokens
+
+
+def test_the_template_is_a_valid_config_for_demo_and_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", str(tmp_path / "mine.yaml"), "--teacher", "/models/llama"]) == 0
+    loaded = config.load(RunConfig, tmp_path / "mine.yaml")
+    assert loaded.teacher == "/models/llama"
+    assert loaded.kd.learning_rate == 5e-4
+    lines = (tmp_path / "mine.yaml").read_text().splitlines()
+    assert 15 <= len(lines) <= 25
+    assert main(["new", str(tmp_path / "mine.yaml")]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_config_dumped_reads_back_as_itself(tmp_path: Path) -> None:
+    loaded = RunConfig(run="r", constraints="c", seed=3, data=config.DataConfig(text="x.txt"))
+    (tmp_path / "dumped.yaml").write_text(config.dump(loaded))
+    assert config.load(RunConfig, tmp_path / "dumped.yaml") == loaded
+
+
+def test_the_llama_space_has_the_papers_54_blocks() -> None:
+    path = config.locate("space", "llama")
+    file = config.load(SpaceFile, path)
+    shape = type(SHAPE)("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, False)
+    space = SearchSpace.parse(file.attention, file.ffn, shape, file.ffn_multiple_of)
+    assert len(space.attention) * len(space.ffn) == 54
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: r\nconstraints: c\nkd: {tokens: -5}\n", "x.yaml:3: kd.tokens"),
+        ("run: r\nconstraints: c\nkd:\n  token: 5\n", "x.yaml:4: unknown key 'kd.token'; did you mean 'tokens'"),
+        ("run: r\n", "x.yaml:1: missing key 'constraints'"),
+        ("run: r\nconstraints: c\ndevice: gpu\n", "x.yaml:3: device"),
+        ("run: r\nconstraints: c\ndistill: {learning_rate: .nan}\n", "x.yaml:3: distill.learning_rate"),
+        ("run: r\nconstraints: c\nseed: 1.5\n", "x.yaml:3: seed"),
+        ("- a\n- b\n", "x.yaml:1: expected `key: value` lines"),
+        ("", "x.yaml:1: expected `key: value` lines"),
+        ("run: r\nrun: s\nconstraints: c\n", "x.yaml:2"),
+        ("run: 'r\n", "x.yaml:"),
+    ],
+)
+def test_mistakes_are_found_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(RunConfig, path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("constraints: {params: {maximum: 5}}\n", "unknown key 'constraints.params.maximum'; did you mean 'max'"),
+        ("constraints: {params: {}}\n", "give at least one of min, max, eq"),
+        ("constraints: {params: a lot}\n", "constraints.params"),
+        ("constraint: {params: 5}\n", "did you mean 'constraints'"),
+        ("workloads: {chat: {isl: 8}}\nconstraints: {params: 5}\n", "missing key 'workloads.chat.osl'"),
+        ("constraints: {params: 5}\nsolutions: {min_difference: 2}\n", "x.yaml:2: solutions.min_difference"),
+    ],
+)
+def test_mistakes_in_a_constraint_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(ConstraintFile, path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["distill.tokens", "=5", "seed.x=5", "seed=[1"])
+def test_overrides_that_are_none(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("run: r\nconstraints: c\nseed: 1\n")
+    with pytest.raises(ConfigError, match="--set"):
+        config.load(RunConfig, path, [override])
+
+
+def test_a_name_that_is_not_shipped_names_those_that_are() -> None:
+    with pytest.raises(ConfigError, match="half-memory.*did you mean 'half-memory'"):
+        config.locate("constraints", "half-memoy")
