@@ -10,25 +10,22 @@ grid measures all shapes, the teacher and three heterogeneous students in the sa
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from environment import environment
 
 from puzzle.config import GridFile, load, locate
 from puzzle.modeling import PuzzleConfig
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, grid_points
-from puzzle.profiling.measure import ModelProbe, SiteStack, block_of, measure_many, random_model, site_probe
+from puzzle.profiling.measure import ModelProbe, SiteStack, measure_many, random_model, site_probe
 from puzzle.types import AttentionSpec, FfnSpec, ModelShape
-from puzzle.variants import SearchSpace, shape_id
+from puzzle.variants import SearchSpace, block_part, shape_id
 
 RESULTS = Path(__file__).parent / "results" / "profile_accuracy.json"
 ATTENTION = ("keep", "gqa-*", "linear", "skip")
@@ -90,7 +87,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     built = {
         name: random_model(
             config,
-            [{"attention": block_of(attention), "ffn": block_of(ffn)} for attention, ffn in layers],
+            [{"attention": block_part(attention), "ffn": block_part(ffn)} for attention, ffn in layers],
             args.device,
             args.dtype,
         )
@@ -139,19 +136,8 @@ def main() -> None:
     summary = {"median_error": statistics.median(errors), "largest_error": max(errors)}
     print(f"median error {summary['median_error']:.1%}, largest {summary['largest_error']:.1%}")
     result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "device": device_name(args.device),
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "environment": environment(args.device)
+        | {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None},
         "settings": {"model": args.model or "bundled shape", "dtype": args.dtype, "grid": args.grid, "seed": args.seed},
         "summary": summary,
         "rows": rows,

@@ -18,6 +18,7 @@ from puzzle import artifacts, config, search
 from puzzle.run import Planned, Run
 from puzzle.tables import read_costs, read_scores
 from puzzle.types import ConfigError, MissingMeasurementError, Solution, to_json
+from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
     from puzzle.progress import Progress
@@ -150,15 +151,16 @@ def _maker(name: str) -> Callable[[Run, Sequence[Planned], Progress], None]:
 def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     solutions = solve(run, unit.inputs)
+    best = set(solutions[0].items)
 
     def write(aside: Path) -> Mapping[str, object]:
         chosen = {
-            str(site): item.specs[0] for item in run.items if item.id in solutions[0].items for site in item.sites
+            str(site): spec
+            for item in run.items
+            if item.id in best
+            for site, spec in zip(item.sites, item.specs, strict=True)
         }
-        architecture = {
-            "teacher": run.config.teacher,
-            "sites": {site: to_json(spec) for site, spec in chosen.items()},
-        }
+        architecture = {site: variant_name(spec) for site, spec in chosen.items()}
         (aside / "architecture.json").write_text(json.dumps(architecture, indent=1) + "\n", encoding="utf-8")
         found = {"solutions": [to_json(solution) for solution in solutions]}
         (aside / "solution.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from puzzle.types import ConfigError, Item, Score, to_json
 from puzzle.variants import shape_id
 
 BATCH_SEQUENCES = 8
+transformers.logging.set_verbosity_error()  # its warnings are about uses that are not ours
+transformers.logging.disable_progress_bar()
 
 
 def compute_of(run: Run) -> Compute:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Part, Site, Spec
 
@@ -51,6 +52,11 @@ def parse_variant(part: Part, name: str, shape: ModelShape, multiple_of: int = 1
     spec: Spec = AttentionSpec(kind, **sizes) if part == "attention" else FfnSpec(kind, **sizes)  # type: ignore[arg-type]
     check(spec, shape)
     return spec
+
+
+def block_part(spec: Spec) -> dict[str, Any]:
+    """The spec as one part of an entry of ``PuzzleConfig.blocks``: its kind and, where it has one, its size."""
+    return {"kind": spec.kind} | ({SIZED[spec.kind]: getattr(spec, SIZED[spec.kind])} if spec.kind in SIZED else {})
 
 
 def check(spec: Spec, shape: ModelShape) -> None:

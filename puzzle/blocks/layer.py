@@ -17,6 +17,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import load_state
 from puzzle.types import AttentionSpec, FfnSpec, Part, Spec
+from puzzle.variants import block_part
 
 PREFIXES: dict[Part, tuple[str, ...]] = {
     "attention": ("input_layernorm.", "self_attn."),
@@ -26,13 +27,7 @@ PREFIXES: dict[Part, tuple[str, ...]] = {
 
 def block_of(attention: AttentionSpec, ffn: FfnSpec) -> dict[str, dict[str, Any]]:
     """The entry of ``config.blocks`` that the two specs mean."""
-    sizes = {"attention": attention.num_kv_heads, "ffn": ffn.intermediate_size}
-    names = {"attention": "num_kv_heads", "ffn": "intermediate_size"}
-    kinds: dict[str, str] = {"attention": attention.kind, "ffn": ffn.kind}
-    return {
-        part: {"kind": kinds[part]} | ({names[part]: size} if (size := sizes[part]) is not None else {})
-        for part in kinds
-    }
+    return {"attention": block_part(attention), "ffn": block_part(ffn)}
 
 
 def config_with(config: PuzzleConfig, layer_idx: int, block: Mapping[str, Any]) -> PuzzleConfig:
@@ -87,19 +82,3 @@ def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def teacher_part_spec(part: Part) -> Spec:
-    return AttentionSpec("keep") if part == "attention" else FfnSpec("keep")
-
-
-__all__ = [
-    "block_of",
-    "captured_inputs",
-    "config_with",
-    "output_projection",
-    "part_parameters",
-    "part_state",
-    "teacher_part_spec",
-    "variant_layer",
-]

@@ -37,7 +37,7 @@ from puzzle.profiling.kv_cache import PreallocatedCache
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.profiling.timer import Clock, Timing, graph_pool, make_clock, synchronize
 from puzzle.types import AttentionSpec, ConfigError, Cost, FfnSpec, ModelShape, Spec
-from puzzle.variants import SIZED, shape_id
+from puzzle.variants import block_part, shape_id
 
 Dtype = Literal["fp32", "bf16"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,7 +78,7 @@ class SiteStack:
         distinct = {name: spec for name, spec in by_shape.items() if name not in SKIPPED}
         keep, skip = {"kind": "keep"}, {"kind": "skip"}
         blocks = [{"attention": keep, "ffn": keep}] * NUM_NEIGHBOURS
-        blocks += [{"attention": skip, "ffn": skip, _part(spec): block_of(spec)} for spec in distinct.values()]
+        blocks += [{"attention": skip, "ffn": skip, _part(spec): block_part(spec)} for spec in distinct.values()]
         blocks += [{"attention": skip, "ffn": skip}] * NUM_EMPTY
         model = random_model(config, blocks, device, dtype, seed)
         layers = tuple(model.model.layers)
@@ -94,11 +94,6 @@ class SiteStack:
 
 def _part(spec: Spec) -> str:
     return "attention" if isinstance(spec, AttentionSpec) else "ffn"
-
-
-def block_of(spec: Spec) -> dict[str, Any]:
-    """The spec as one part of an entry of ``PuzzleConfig.blocks``."""
-    return {"kind": spec.kind} | ({SIZED[spec.kind]: getattr(spec, SIZED[spec.kind])} if spec.kind in SIZED else {})
 
 
 def random_model(

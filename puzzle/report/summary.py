@@ -70,7 +70,7 @@ class Summary:
         """Parameters and bytes, quality, then times: predicted beside measured."""
         rows = [
             self._row("parameters", lambda model: f"{self.params[model]:,}"),
-            self._row("weights, GiB (bf16)", lambda model: f"{self.params[model] * DTYPE_BYTES / GIB:.4f}"),
+            self._row("weights, GiB (bf16)", lambda model: f"{self.params[model] * DTYPE_BYTES / GIB:.4g}"),
         ]
         for name, label in (
             ("ce_nats", "CE, nats/token"),
@@ -85,7 +85,7 @@ class Summary:
                 rows.append(
                     Row(
                         f"{metric}, predicted",
-                        self._two(f"{self.predicted[m][metric]:.4f}" for m in ("teacher", "student")),
+                        self._two(f"{self.predicted[m][metric]:.4g}" for m in ("teacher", "student")),
                     )
                 )
         for workload, of in self.speed.items():

@@ -23,7 +23,6 @@ from puzzle.profiling.measure import (
     ModelProbe,
     PointTooLargeError,
     SiteStack,
-    block_of,
     measure_many,
     measure_model,
     measure_point,
@@ -33,6 +32,7 @@ from puzzle.profiling.measure import (
 from puzzle.profiling.memory import kv_cache_bytes
 from puzzle.profiling.table import CostTable
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec, Workload
+from puzzle.variants import block_part
 
 SPECS: tuple[Spec, ...] = (
     AttentionSpec("keep"),
@@ -237,9 +237,9 @@ def test_random_weights_do_not_touch_the_global_seed(shape: ModelShape, teacher_
 
 
 def test_blocks_are_those_of_the_specs() -> None:
-    assert block_of(AttentionSpec("gqa", num_kv_heads=2)) == {"kind": "gqa", "num_kv_heads": 2}
-    assert block_of(FfnSpec("narrow", intermediate_size=16)) == {"kind": "narrow", "intermediate_size": 16}
-    assert block_of(FfnSpec("skip")) == {"kind": "skip"}
+    assert block_part(AttentionSpec("gqa", num_kv_heads=2)) == {"kind": "gqa", "num_kv_heads": 2}
+    assert block_part(FfnSpec("narrow", intermediate_size=16)) == {"kind": "narrow", "intermediate_size": 16}
+    assert block_part(FfnSpec("skip")) == {"kind": "skip"}
 
 
 @pytest.mark.gpu

@@ -10,9 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.profiling.measure import block_of, random_model
+from puzzle.profiling.measure import random_model
 from puzzle.profiling.memory import kv_cache_bytes, rest_weight_bytes, to_gib, weight_bytes, workspace_bytes
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec, Workload
+from puzzle.variants import block_part
 
 MakeConfig = Callable[[ModelShape], PuzzleConfig]
 KEEP_ATTENTION, KEEP_FFN = AttentionSpec("keep"), FfnSpec("keep")
@@ -24,7 +25,7 @@ MIX: list[tuple[AttentionSpec, FfnSpec]] = [
     (KEEP_ATTENTION, KEEP_FFN),
 ]
 SPECS: list[Spec] = [spec for layer in MIX for spec in layer]
-BLOCKS = [{"attention": block_of(attention), "ffn": block_of(ffn)} for attention, ffn in MIX]
+BLOCKS = [{"attention": block_part(attention), "ffn": block_part(ffn)} for attention, ffn in MIX]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: the tests marked `gpu`, then the benchmarks. Results go to $OUT.
+#   WHEELS=folder   install what the machine lacks from there, without a network
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OUT="${OUT:-benchmarks/results}" PYTHONPATH=. PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+if [ -n "${WHEELS:-}" ]; then
+    python3 -m pip install --quiet --no-index --find-links "$WHEELS" ortools ruamel.yaml pydantic rich pytest matplotlib pandas
+fi
+python3 -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log"
+python3 benchmarks/bench_profile_accuracy.py --device cuda --dtype bf16 --grid demo --out "$OUT/profile_accuracy_gpu.json"
