@@ -56,6 +56,11 @@ class Run:
     def teacher(self) -> Path:
         return checkpoint.locate_teacher(self.config.teacher)
 
+    @property
+    def teacher_name(self) -> str:
+        """For people: the hub id, or the folder's name."""
+        return Path(self.config.teacher).name if Path(self.config.teacher).is_dir() else self.config.teacher
+
     @cached_property
     def shape(self) -> ModelShape:
         return checkpoint.read_shape(self.teacher)

@@ -41,6 +41,7 @@ BATCH_TOKENS, MICRO_BATCH_TOKENS = 8192, 2048
 WINDOW_SCHEDULE = ((0, 512), (500, 256), (1170, 512))
 NUM_STEPS, WARMUP_STEPS, DECAY_FRACTION, MUON_LR, ADAM_LR, WEIGHT_DECAY = 1800, 100, 0.35, 0.02, 3e-3, 0.05
 CHECKPOINT = "checkpoint.safetensors"
+SKIP_WINDOWS = 64  # held-out windows on which the cost of skipping each site is taken
 GENERATED = (
     "encodings/cp",
     "encodings/mac_",
@@ -209,7 +210,9 @@ def train(stdlib: Path, work: Path, num_steps: int) -> None:
             rate = (step + 1 - first) * BATCH_TOKENS / (time.monotonic() - started)
             record = {"step": step + 1, "train_ce_nats": round(mean_loss, 4), "tokens_per_s": round(rate)}
             if (step + 1) % 200 == 0:
-                record["held_out_ce_nats"] = round(cross_entropy(model, test_tokens[: 64 * SEQUENCE_TOKENS])[0], 4)
+                record["held_out_ce_nats"] = round(
+                    cross_entropy(model, test_tokens[: SKIP_WINDOWS * SEQUENCE_TOKENS])[0], 4
+                )
             with open(work / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
         if (step + 1) % 100 == 0 or step + 1 == num_steps:
@@ -285,12 +288,13 @@ def finish(stdlib: Path, work: Path) -> None:
     train_tokens, (test_tokens, test_bytes) = training_tokens(stdlib, work), held_out()
     ce, se = cross_entropy(model, test_tokens)
     unigram, bigram = ngram_baselines(train_tokens, test_tokens)
-    skip_costs = {}
+    some = test_tokens[: SKIP_WINDOWS * SEQUENCE_TOKENS]
+    base, skip_costs = cross_entropy(model, some)[0], {}
     for index, layer in enumerate(model.model.layers):
         for site, weight in (("attention", layer.self_attn.o_proj.weight), ("ffn", layer.mlp.down_proj.weight)):
             kept = weight.data.clone()
             weight.data.zero_()
-            skip_costs[f"L{index:03d}.{site}"] = round(cross_entropy(model, test_tokens)[0] - ce, 4)
+            skip_costs[f"L{index:03d}.{site}"] = round(cross_entropy(model, some)[0] - base, 4)
             weight.data.copy_(kept)
     card = {
         "params": sum(p.numel() for p in model.parameters()),

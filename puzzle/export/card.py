@@ -43,7 +43,7 @@ def model_card(run: Run) -> str:
     """The text of README.md."""
     config = run.config
     return _TEXT.format(
-        teacher=config.teacher,
+        teacher=run.teacher_name,
         table=Summary.of(run).markdown(),
         text=config.data.text,
         constraints=run.constraints.name,

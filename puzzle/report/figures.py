@@ -32,6 +32,8 @@ def draw(summary: Summary, path: Path) -> None:
 
 def _architecture(axes: Axes, summary: Summary) -> None:
     """One row a layer: attention to the left, FFN to the right, each as wide as its share of the teacher's block."""
+    from matplotlib.ticker import MaxNLocator
+
     for layer, ((attention, ffn), (left, right)) in enumerate(zip(summary.architecture, summary.widths, strict=True)):
         axes.barh(layer, -1, color="none", edgecolor=TEACHER, linewidth=0.5)
         axes.barh(layer, 1, color="none", edgecolor=TEACHER, linewidth=0.5)
@@ -44,6 +46,7 @@ def _architecture(axes: Axes, summary: Summary) -> None:
     axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["1", "½", "0", "½", "1"])
     axes.set_xlabel("parameters, share of the teacher's: attention (left), FFN (right)")
     axes.set_ylabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
     axes.set_title("Architecture")
 
@@ -85,13 +88,14 @@ def _times(axes: Axes, summary: Summary) -> None:
             for name in TIMES:
                 predicted = summary.predicted[model].get(f"{workload}.{name}")
                 if predicted is not None:
-                    labels.append(f"{model}\n{workload}.{name}")
+                    labels.append(f"{model}, {workload}.{name}")
                     ratios.append(predicted / of[model][name])
     axes.set_title("Predicted over measured")
     if not ratios:
         axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)
         return
-    axes.bar(range(len(ratios)), ratios, color=ATTENTION)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels, fontsize=7)
-    axes.set_ylabel("ratio (1 = came true)")
+    axes.barh(range(len(ratios)), ratios, color=ATTENTION)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio (1 = came true)")
