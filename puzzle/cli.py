@@ -138,10 +138,10 @@ def _new(options: argparse.Namespace) -> None:
         "space": "demo" if demo else "llama",
         "text": "demo" if demo else "my-text.jsonl",
         "sequence_tokens": 256 if demo else 2048,
-        "bld_tokens": 16384 if demo else 50_000_000,
+        "bld_tokens": 65536 if demo else 50_000_000,
         "score_sequences": 24 if demo else 64,
         "grid": "demo" if demo else "serving",
-        "kd_tokens": 262144 if demo else 500_000_000,
+        "kd_tokens": 393216 if demo else 500_000_000,
         "report_sequences": 96 if demo else 128,
     }
     options.config.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Whole models timed at a workload, to hold against what the cost table predicted.
+"""Whole models timed at a workload, beside the sum of their parts timed in the same rounds.
 
-Reads models; times teacher and student interleaved in the same process. A workload of another device or runtime is not
-timed, and says so by its absence.
+Reads models and their architectures. What the search predicted comes from a table measured earlier; on a machine whose
+speed drifts, only parts and whole of the same minute tell whether times add up, so both are given. A workload of
+another device or runtime is not timed, and says so by its absence.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import nn
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.measure import ENGINE, TORCH_DTYPES, ModelProbe, measure_many
+from puzzle.profiling.measure import ENGINE, TORCH_DTYPES, Dtype, ModelProbe, SiteStack, measure_many, site_probe
+from puzzle.profiling.table import REST, SKIPPED
 from puzzle.run import Run
 from puzzle.search.constraints import workloads
-from puzzle.types import Workload
+from puzzle.types import Spec, Workload
+from puzzle.variants import shape_id
 
 DECODE_POINTS = 3
 
@@ -32,41 +35,63 @@ class Speed:
     output_tok_per_s: float
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A whole model's speed, and that of the sum of its parts."""
+
+    whole: Speed
+    parts: Speed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the specs at its sites."""
+
+    model: PuzzleForCausalLM
+    specs: tuple[Spec, ...]
+
+
 def measured_speed(
-    run: Run, models: Mapping[str, PuzzleForCausalLM], batch_sizes: Mapping[str, int]
-) -> dict[str, dict[str, Speed]]:
+    run: Run, subjects: Mapping[str, Subject], batch_sizes: Mapping[str, int]
+) -> dict[str, dict[str, Timed]]:
     """By workload and model; workloads that this device and runtime do not serve are left out."""
-    device = device_name(str(next(iter(models.values())).device))
+    device = str(next(iter(subjects.values())).model.device)
     served = [
         workload
         for workload in workloads(run.constraint_file, run.shape)
-        if (workload.device, workload.runtime, workload.tp) == (device, ENGINE, 1) and workload.weights in TORCH_DTYPES
+        if (workload.device, workload.runtime, workload.tp) == (device_name(device), ENGINE, 1)
+        and workload.weights in TORCH_DTYPES
     ]
-    return {
-        workload.name: _measure(workload, batch_sizes[workload.name], models, run.grid.repeats, run.config.seed)
-        for workload in served
-    }
+    return {workload.name: _measure(run, workload, batch_sizes[workload.name], subjects) for workload in served}
 
 
-def _measure(
-    workload: Workload, batch_size: int, models: Mapping[str, PuzzleForCausalLM], repeats: int, seed: int
-) -> dict[str, Speed]:
-    dtype = TORCH_DTYPES[workload.weights]  # type: ignore[index]
-    cast = {
-        name: model if model.dtype == dtype else nn.Module.to(copy.deepcopy(model), dtype)
-        for name, model in models.items()
+def _measure(run: Run, workload: Workload, batch_size: int, subjects: Mapping[str, Subject]) -> dict[str, Timed]:
+    weights: Dtype = workload.weights  # type: ignore[assignment]
+    dtype, device = TORCH_DTYPES[weights], str(next(iter(subjects.values())).model.device)
+    models = {
+        name: subject.model if subject.model.dtype == dtype else nn.Module.to(copy.deepcopy(subject.model), dtype)
+        for name, subject in subjects.items()
     }
+    config = next(iter(models.values())).config
+    stack = SiteStack.build(run.shape, config, [item.specs[0] for item in run.items], device, weights, run.config.seed)
     last = workload.isl + max(0, workload.osl - 2)
     contexts = sorted(
         {round(workload.isl + (last - workload.isl) * k / (DECODE_POINTS - 1)) for k in range(DECODE_POINTS)}
     )
     points = [GridPoint("prefill", batch_size, workload.isl), *(GridPoint("decode", batch_size, c) for c in contexts)]
-    ms: dict[str, list[float]] = {name: [] for name in models}
+    whole: dict[str, list[float]] = {name: [] for name in models}
+    parts: dict[str, list[float]] = {name: [] for name in models}
     for point in points:
-        timings = measure_many([ModelProbe(name, model, point) for name, model in cast.items()], repeats, seed)
-        for name in models:
-            ms[name].append(timings[name].ms)
-    return {name: _speed(workload, batch_size, values) for name, values in ms.items()}
+        probes = [site_probe(stack, point), *(ModelProbe(name, model, point) for name, model in models.items())]
+        timings = measure_many(probes, run.grid.repeats, run.config.seed)
+        for name, subject in subjects.items():
+            ids = [shape_id(spec, run.shape) for spec in subject.specs]
+            whole[name].append(timings[name].ms)
+            parts[name].append(sum(timings[part].ms for part in (REST, *ids) if part not in SKIPPED))
+    return {
+        name: Timed(_speed(workload, batch_size, whole[name]), _speed(workload, batch_size, parts[name]))
+        for name in models
+    }
 
 
 def _speed(workload: Workload, batch_size: int, values: list[float]) -> Speed:
@@ -78,4 +103,4 @@ def _speed(workload: Workload, batch_size: int, values: list[float]) -> Speed:
     return Speed(ttft, tpot, batch_size * workload.osl / end_to_end * 1e3)
 
 
-__all__ = ["Speed", "measured_speed"]
+__all__ = ["Speed", "Subject", "Timed", "measured_speed"]

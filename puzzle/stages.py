@@ -25,7 +25,7 @@ from puzzle.modeling import PuzzleForCausalLM
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.scoring.exact import exact_scores
-from puzzle.speed import measured_speed
+from puzzle.speed import Subject, measured_speed
 from puzzle.teacher import Compute, load_model, load_tokenizer, read_tensors, stream_layers
 from puzzle.types import ConfigError, Item, Score, to_json
 from puzzle.variants import shape_id
@@ -247,7 +247,11 @@ def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> N
     quality = {name: to_json(evaluate(model, teacher, batches, bytes_per_token)) for name, model in models.items()}
     totals = run.solutions()[0].totals
     batch_sizes = {name: round(totals[f"{name}.batch_size"]) for name in run.constraint_file.workloads}
-    speeds = measured_speed(run, {"teacher": teacher, "student": models["student"]}, batch_sizes)
+    subjects = {
+        "teacher": Subject(teacher, tuple(item.specs[0] for item in run.items if item.specs[0].kind == "keep")),
+        "student": Subject(models["student"], tuple(spec for item in run.chosen_items() for spec in item.specs)),
+    }
+    speeds = measured_speed(run, subjects, batch_sizes)
     speed = {workload: {name: to_json(one) for name, one in of.items()} for workload, of in speeds.items()}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     artifacts.publish_json(unit.path, unit.inputs, {"quality": quality, "params": params, "speed": speed})

@@ -81,21 +81,24 @@ def _front(axes: Axes, summary: Summary) -> None:
 
 
 def _times(axes: Axes, summary: Summary) -> None:
-    """Predicted over measured, for every time that was both."""
+    """The search's prediction, and the sum of the parts measured beside the whole, over the whole."""
     labels, ratios = [], []
     for workload, of in summary.speed.items():
-        for model in ("teacher", "student"):
+        for model, timed in of.items():
             for name in TIMES:
                 predicted = summary.predicted[model].get(f"{workload}.{name}")
-                if predicted is not None:
-                    labels.append(f"{model}, {workload}.{name}")
-                    ratios.append(predicted / of[model][name])
-    axes.set_title("Predicted over measured")
+                labels.append(f"{model}, {workload}.{name}")
+                whole = timed["whole"][name]
+                ratios.append(((predicted or 0.0) / whole, timed["parts"][name] / whole))
+    axes.set_title("Times: predicted, and sum of parts, over the whole model measured")
     if not ratios:
         axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)
         return
-    axes.barh(range(len(ratios)), ratios, color=ATTENTION)
+    for offset, (label, colour) in enumerate((("predicted from the profile", ATTENTION), ("parts, same rounds", FFN))):
+        places = [index + 0.4 * (offset - 0.5) for index in range(len(ratios))]
+        axes.barh(places, [pair[offset] for pair in ratios], 0.38, color=colour, label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("ratio (1 = came true)")
+    axes.legend(loc="lower right")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 MODELS = ("teacher", "student before GKD", "student")
 TIMES = {"ttft_ms": "ms", "tpot_ms": "ms", "output_tok_per_s": "tok/s"}
 DTYPE_BYTES = 2
+NOTES = """\
+Standard errors (±) are over sequences of the report split, on which nothing was chosen. Times: what the search
+predicted from the profile; then, measured in the same rounds, the sum of the parts and the whole model. Parts against
+whole says whether times add up; predicted against whole also holds how the machine's speed drifted since the profile."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Summary:
     predicted: Mapping[str, Mapping[str, float]]  # model → metric → value
     quality: Mapping[str, Mapping[str, Mapping[str, float]]]  # model → figure → mean, standard_error
     params: Mapping[str, int]
-    speed: Mapping[str, Mapping[str, Mapping[str, float]]]  # workload → model → figure
+    speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]  # workload → model → whole or parts → figure
     architecture: tuple[tuple[str, str], ...]  # attention and FFN variant of each layer
     widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
     front: Front
@@ -91,8 +95,8 @@ class Summary:
         for workload, of in self.speed.items():
             for name, unit in TIMES.items():
                 key = f"{workload}.{name}"
-                cells = self._two(_times(self.predicted[m].get(key), of[m][name]) for m in ("teacher", "student"))
-                rows.append(Row(f"{key}, {unit}: predicted / measured", cells))
+                cells = self._two(_times(self.predicted[m].get(key), of[m], name) for m in ("teacher", "student"))
+                rows.append(Row(f"{key}, {unit}: predicted / parts / whole", cells))
         return rows
 
     def _row(self, name: str, cell: Any) -> Row:
@@ -107,7 +111,7 @@ class Summary:
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {row.name} | {' | '.join(row.cells)} |" for row in self.rows()]
-        lines += ["", "Standard errors (±) are over sequences of the report split, on which nothing was chosen.", ""]
+        lines += ["", NOTES, ""]
         lines += ["| layer | attention | FFN |", "|---|---|---|"]
         lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
         return "\n".join(lines) + "\n"
@@ -123,8 +127,9 @@ def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
 
 
-def _times(predicted: float | None, measured: float) -> str:
-    return f"{measured:.2f} measured" if predicted is None else f"{predicted:.2f} / {measured:.2f}"
+def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:
+    from_table = "not profiled" if predicted is None else f"{predicted:.2f}"
+    return f"{from_table} / {timed['parts'][name]:.2f} / {timed['whole'][name]:.2f}"
 
 
 __all__ = ["Row", "Summary"]
