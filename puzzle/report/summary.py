@@ -25,7 +25,7 @@ DTYPE_BYTES = 2
 NOTES = """\
 Standard errors (±) are over sequences of the report split, on which nothing was chosen. Times: what the search
 predicted from the profile; then, measured in the same rounds, the sum of the parts and the whole model. Parts against
-whole says whether times add up; predicted against whole also holds how the machine's speed drifted since the profile."""
+whole says whether times add up; predicted against whole also holds how the machine drifted since the profile."""
 
 
 @dataclass(frozen=True)
