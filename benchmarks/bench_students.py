@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(options, name) for name in ("share", "bld_tokens", "kd_tokens")}
     found = json.loads(options.output.read_text()) if options.output.exists() else {}
     results = found.get("results", {}) if found.get("settings") == settings else {}
