@@ -27,6 +27,7 @@ from puzzle.config import ConstraintFile
 from puzzle.evaluate import evaluate
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.run import Run
+from puzzle.schedule import num_steps
 from puzzle.search import baselines, mip
 from puzzle.search.problem import Problem
 from puzzle.tables import read_scores
@@ -92,7 +93,7 @@ def best_on_select(run: Run, candidates: Sequence[Sequence[str]]) -> Sequence[st
 def distilled(run: Run, student: PuzzleForCausalLM) -> PuzzleForCausalLM:
     settings, compute, tokens = run.config.kd, stages.compute_of(run), stages.tokens_of(run)
     job = kd.Distillation(student, stages.teacher_of(run), settings, compute)
-    steps = kd.num_steps(settings, run.config.data.sequence_tokens)
+    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     job.run(batches, steps, steps, lambda _: None)
     return job.finish()

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
 
 SCHEMA_VERSION = 1
@@ -69,6 +71,8 @@ def publish_folder(folder: Path, inputs: Mapping[str, str], write: Callable[[Pat
         for file in sorted(path for path in aside.rglob("*") if path.is_file()):
             _flush(file)
             files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_fingerprint(file)}
+        for inner in (path for path in aside.rglob("*") if path.is_dir()):
+            _flush_folder(inner)
         content = fingerprint({"files": files, "payload": payload})
         _write_json(aside / MARKER, {**_marker(inputs, content, payload), "files": files})
     return read_unit(folder)
@@ -168,6 +172,9 @@ def _aside(path: Path) -> Iterator[Path]:
         yield aside
         if aside.exists():
             _rename(aside, path)
+    except SafetensorError as error:  # what safetensors makes of a full or failing disk
+        _delete(aside)
+        raise CorruptFileError(f"{path}: cannot be written ({error}); free some space and run again") from None
     except (Exception, KeyboardInterrupt):
         _delete(aside)
         raise

@@ -10,11 +10,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puzzle.artifacts import file_fingerprint, fingerprint, read_json
+from puzzle.artifacts import file_fingerprint, fingerprint, read_json, write_text
 from puzzle.types import ConfigError, CorruptFileError, ModelShape
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"
 FAMILIES = ("llama",)  # the torch lane's table (modeling_puzzle.FAMILIES) holds the same names; a test compares them
+# What a tokenizer may consist of; at least one vocabulary must be there.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _INDEX = "model.safetensors.index.json"
 
 
@@ -37,7 +48,7 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "LICENSE*", "README.md"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except GatedRepoError:
         raise ConfigError(
@@ -106,15 +117,25 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     return header
 
 
-def checkpoint_fingerprint(folder: Path) -> str:
-    """By content: ``config.json`` and all weights."""
-    files = [folder / "config.json", *weight_files(folder)]
-    return fingerprint({file.name: file_fingerprint(file) for file in files})
+def checkpoint_fingerprint(folder: Path, memory: Path) -> str:
+    """By content: ``config.json`` and all weights. ``memory`` remembers hashes by size and time of change, so that
+    hundreds of GB are read once; it is written only where its folder exists already."""
+    known = read_json(memory) if memory.exists() else {}
+    found: dict[str, Any] = {}
+    for file in (folder / "config.json", *weight_files(folder)):
+        status = file.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        entry = known.get(file.name)
+        content = entry[1] if entry and entry[0] == stamp else file_fingerprint(file)
+        found[file.name] = [stamp, content]
+    if found != known and memory.parent.is_dir():
+        write_text(memory, json.dumps(found, indent=1) + "\n")
+    return fingerprint({name: content for name, (_, content) in found.items()})
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """By content of whatever tokenizer files there are."""
-    files = sorted(path for path in folder.glob("*token*") if path.suffix in (".json", ".model"))
-    if not files:
-        raise ConfigError(f"{folder}: no tokenizer files; save the model's tokenizer into its folder")
+    """By content of whatever tokenizer files there are; ConfigError if there is no vocabulary."""
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise ConfigError(f"{folder}: no tokenizer here; looked for {', '.join(VOCABULARY_FILES)}")
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return fingerprint({file.name: file_fingerprint(file) for file in files})

@@ -59,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errno.ENOSPC: "; free some space and run the same command again",
             errno.EROFS: "; use a folder that can be written",
         }
-        return _fail(f"{error.filename or 'disk'}: {error.strerror}{hint.get(error.errno or 0, '')}", 5)
+        return _fail(f"{error.filename or 'disk'}: {error.strerror or error}{hint.get(error.errno or 0, '')}", 5)
     except KeyboardInterrupt:
         return _fail("stopped; the same command continues where this one was", 130)
+    except MemoryError:
+        return _fail("out of memory; lower the batch sizes (distill, kd) or sequence counts and run the same again", 1)
     except Exception as error:  # a bug of ours: say so in one line, and how to see more
         if options.debug:
             raise
@@ -117,6 +119,9 @@ def _with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="a config file, or the folder of a run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the config")
     parser.add_argument("--constraints", metavar="FILE", help="another constraint file than the config's")
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"])
     return parser
 
@@ -203,10 +208,10 @@ def _stage(options: argparse.Namespace) -> None:
 def _pareto(options: argparse.Namespace) -> None:
     from puzzle import search
     from puzzle.search.pareto import plot
-    from puzzle.tables import read_costs, read_scores
+    from puzzle.tables import read_scores
 
     run = _open(options)
-    scores, costs = read_scores(run.scores), read_costs(run.costs)
+    scores, costs = read_scores(run.scores), run.read_costs()
     front = search.pareto_front(run.shape, run.items, scores, costs, run.constraint_file, options.cost)
     print(front.frame(options.points).to_string(index=False))
     folder = options.output or run.folder / "pareto"

@@ -81,9 +81,17 @@ class KdConfig(_Model):
     lm_weight: NonNegative = 0.0
     checkpoint_steps: Positive = 100
 
+    @model_validator(mode="after")
+    def _some_loss(self) -> KdConfig:
+        if not self.kl_weight + self.cosine_weight + self.lm_weight:
+            raise ValueError("all weights are 0; give at least one of kl_weight, cosine_weight, lm_weight")
+        return self
+
 
 class EvaluateConfig(_Model):
-    sequences: Positive = 64
+    """At least two sequences: one has no standard error."""
+
+    sequences: Annotated[int, Field(ge=2)] = 64
 
 
 class RunConfig(_Model):
@@ -276,9 +284,10 @@ def _existing(document: Any, loc: Sequence[str | int]) -> list[str | int]:
     node: Any = document
     for part in loc:
         keys: Any = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list) else ()
-        if part in keys:
-            place.append(part)
-            node = node[part]
+        found = next((key for key in keys if str(key) == str(part)), None)  # YAML's keys may be numbers
+        if found is not None:
+            place.append(found)
+            node = node[found]
     return place
 
 

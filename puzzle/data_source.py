@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def documents(path: Path) -> Iterator[Document]:
         for file in sorted(path.rglob("*")):
             if file.is_file() and file.suffix in TEXT_SUFFIXES:
                 yield from documents(file)
-    elif path.suffix in (".jsonl", ".gz"):
+    elif ".jsonl" in path.suffixes:
         yield from _records(path)
     else:
         text = _read(path)
@@ -57,17 +58,21 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{path}: unreadable text ({error})") from None
 
 
 def _records(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            text = record["text"]
-        except (ValueError, KeyError, TypeError):
-            raise CorruptFileError(f'{path}:{number}: expected a JSON object with a "text"') from None
+        except ValueError:
+            record = None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(record, dict) or not isinstance(text, str):
+            raise CorruptFileError(f'{path}:{number}: expected a JSON object with a "text"')
         name = str(record.get("path", f"{path.name}#{number}"))
         split = record.get("split") or _split_of(name)
         if split not in SPLITS:

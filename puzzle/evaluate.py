@@ -25,7 +25,7 @@ class Estimate:
 
     @classmethod
     def of(cls, per_sequence: Tensor) -> Estimate:
-        values = per_sequence.double()
+        values = per_sequence.cpu().double()
         error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
         return cls(values.mean().item(), error)
 

@@ -22,23 +22,11 @@ from torch import Tensor
 from puzzle.config import KdConfig
 from puzzle.metrics import kl_loss
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
 from puzzle.teacher import Compute, embed, freeze, layers_of, read_tensors
+from puzzle.types import ConfigError
 
-CLIP_NORM, BETAS = 1.0, (0.9, 0.95)
 STATE = "state.safetensors"
-
-
-def num_steps(config: KdConfig, sequence_tokens: int) -> int:
-    return math.ceil(config.tokens / (config.batch_size * sequence_tokens))
-
-
-def learning_rate(config: KdConfig, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, cosine decay to ``min_learning_rate``."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, ids: Tensor, config: KdConfig) -> Tensor:
@@ -78,6 +66,7 @@ class Distillation:
     ) -> None:
         self.student, self.teacher, self.config, self.compute = student, teacher, config, compute
         self.step = 0
+        self.floor = config.min_learning_rate / config.learning_rate
         self.parameters = dict(student.named_parameters())
         student.requires_grad_(True)
         self.optimiser = torch.optim.AdamW(
@@ -87,7 +76,8 @@ class Distillation:
     def run(self, batches: Callable[..., Tensor], until: int, steps: int, on_step: Callable[[float], None]) -> None:
         """Trains up to step ``until`` of a schedule of ``steps``; ``on_step`` gets each step's loss."""
         while self.step < until:
-            self.optimiser.param_groups[0]["lr"] = learning_rate(self.config, self.step, steps)
+            factor = warmup_cosine(self.step, steps, self.config.warmup_steps, self.floor)
+            self.optimiser.param_groups[0]["lr"] = self.config.learning_rate * factor
             ids = batches(step=self.step).to(self.compute.device)
             with self.compute.autocast():
                 loss = distillation_loss(self.student, self.teacher, ids, self.config)
@@ -96,7 +86,9 @@ class Distillation:
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
             self.step += 1
-            on_step(loss.item())
+            if not math.isfinite(value := loss.item()):
+                raise ConfigError(f"kd: the loss is not finite at step {self.step}; lower kd.learning_rate")
+            on_step(value)
 
     def finish(self) -> PuzzleForCausalLM:
         return freeze(self.student)
@@ -116,8 +108,7 @@ class Distillation:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model/{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].to(parameter.device).clone() for key in keys
-                }
+                keys = ("step", "exp_avg", "exp_avg_sq")  # absent where a parameter never got a gradient
+                state = {key: tensors[f"{key}/{name}"] for key in keys if f"{key}/{name}" in tensors}
+                self.optimiser.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
         self.step = payload["step"]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from puzzle import artifacts, config, search
 from puzzle.run import Planned, Run
-from puzzle.tables import read_costs, read_scores
-from puzzle.types import ConfigError, MissingMeasurementError, Solution, to_json
+from puzzle.tables import read_scores
+from puzzle.types import ConfigError, MissingMeasurementError, Solution, StaleUnitError, to_json
 from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def run_all(run: Run, redo: str | None = None) -> None:
     with artifacts.exclusive(run.folder):
         _prepare(run)
         if redo is not None:
-            for stage in _resting_on(redo):
-                _forget(run, stage)
+            _forget([unit for stage in _resting_on(redo) for unit in stage.plan(run)])
         for stage in STAGES:
             _make(run, stage)
         _tidy(run)
@@ -70,13 +69,18 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
     with artifacts.exclusive(run.folder):
         _prepare(run)
         for needed in stage.needs:
-            undone = sum(state != "done" for state in unit_states(run, BY_NAME[needed]))
-            if undone:
+            states = unit_states(run, BY_NAME[needed])
+            if "stale" in states:
+                raise StaleUnitError(
+                    f"{name} needs {needed}, of which {states.count('stale')} units were made from other inputs; "
+                    f"run `puzzle {needed} RUN --redo`, or go back to the settings they were made with"
+                )
+            if "missing" in states:
                 raise MissingMeasurementError(
-                    f"{name} needs {undone} more units of {needed}; run `puzzle {needed}` first"
+                    f"{name} needs {states.count('missing')} more units of {needed}; run `puzzle {needed} RUN` first"
                 )
         if redo:
-            _forget(run, stage)
+            _forget(stage.plan(run))
         _make(run, stage)
         _tidy(run)
 
@@ -90,10 +94,6 @@ def _tidy(run: Run) -> None:
 
 def _prepare(run: Run) -> None:
     _tidy(run)
-    text = config.dump(run.config)
-    path = run.folder / "config.yaml"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        artifacts.write_text(path, text)
     names = ("puzzle-nas", "torch", "transformers", "ortools", "numpy", "safetensors")
     versions = {"python": platform.python_version(), **{name: _version(name) for name in names}}
     environment = json.dumps(
@@ -101,6 +101,14 @@ def _prepare(run: Run) -> None:
     )
     if not (run.folder / "env.json").exists():
         artifacts.write_text(run.folder / "env.json", environment + "\n")
+
+
+def _record_config(run: Run) -> None:
+    """Written when something is about to be made with it, so it never claims settings that made nothing."""
+    text = config.dump(run.config)
+    path = run.folder / "config.yaml"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        artifacts.write_text(path, text)
 
 
 def _version(distribution: str) -> str:
@@ -121,15 +129,19 @@ def _resting_on(name: str) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in affected]
 
 
-def _forget(run: Run, stage: Stage) -> None:
-    for unit in stage.plan(run):
+def _forget(units: Sequence[Planned]) -> None:
+    """Removes the units, the latest stage's first: what is left never rests on what is gone."""
+    for unit in reversed(units):
         artifacts.remove(unit.path)
 
 
 def _make(run: Run, stage: Stage) -> None:
     missing = [unit for unit in stage.plan(run) if not artifacts.is_current(unit.path, unit.inputs, stage.name)]
+    if stage.name != "data" and run.data.exists():
+        run.check_sequence_counts()
     if not missing:
         return
+    _record_config(run)
     from puzzle.progress import stage_progress
 
     with stage_progress(stage.name, len(missing), run.events) as progress:
@@ -172,8 +184,7 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
 
 def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
     """The search on the run's tables, without writing anything."""
-    table, costs = read_scores(run.scores), read_costs(run.costs)
-    return search.search(run.shape, run.items, table, costs, run.constraint_file, inputs)
+    return search.search(run.shape, run.items, read_scores(run.scores), run.read_costs(), run.constraint_file, inputs)
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

@@ -8,7 +8,7 @@ whose marker holds the same fingerprints is done; one with others is stale (arti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from puzzle import artifacts, checkpoint, config
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.data_source import text_fingerprint, text_path
 from puzzle.profiling.grid import GridPoint, grid_points
-from puzzle.types import ConfigError, Item, ModelShape, Site, Solution, from_json
+from puzzle.tables import read_costs
+from puzzle.types import ConfigError, Cost, Item, ModelShape, Site, Solution, from_json
 from puzzle.variants import SearchSpace, shape_id
 
 STORED_KINDS = ("gqa", "narrow", "linear")
 ABSENT = "absent"
+STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ class Run:
         """For people: the hub id, or the folder's name."""
         return Path(self.config.teacher).name if Path(self.config.teacher).is_dir() else self.config.teacher
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the student is made, for its model card."""
+        return {
+            "teacher": self.teacher_name,
+            "text": Path(self.config.data.text).name,
+            "constraints": self.constraints.name,
+            "bld_tokens": self.config.distill.tokens,
+            "kd_tokens": self.config.kd.tokens,
+            "seed": self.config.seed,
+        }
+
     @cached_property
     def shape(self) -> ModelShape:
         return checkpoint.read_shape(self.teacher)
@@ -97,7 +111,37 @@ class Run:
 
     @cached_property
     def teacher_fingerprint(self) -> str:
-        return checkpoint.checkpoint_fingerprint(self.teacher)
+        return checkpoint.checkpoint_fingerprint(self.teacher, self.folder / "fingerprints.json")
+
+    @cached_property
+    def stored_dtype(self) -> str:
+        """The dtype of the teacher's weights on disk, by torch's name."""
+        settings = artifacts.read_json(self.teacher / "config.json")
+        dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
+        if dtype not in STORED_DTYPES:
+            allowed = ", ".join(STORED_DTYPES)
+            raise ConfigError(f"{self.teacher / 'config.json'}: dtype {dtype!r} is not supported; supported: {allowed}")
+        return dtype
+
+    def read_costs(self) -> tuple[Cost, ...]:
+        """The costs at the grid's points; what an earlier grid left in the folder is not among them."""
+        return read_costs(self.costs, [f"{point.id}.json" for point in self.grid_points])
+
+    def check_sequence_counts(self) -> None:
+        """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
+        counts = artifacts.read_unit(self.data).payload["num_tokens"]
+        tokens = self.config.data.sequence_tokens
+        asked = {
+            "init.sequences": ("train", self.config.init.sequences),
+            "score.sequences": ("score", self.config.score.sequences),
+            "evaluate.sequences": ("report", self.config.evaluate.sequences),
+        }
+        for key, (split, wanted) in asked.items():
+            if wanted > (there := counts[split] // tokens):
+                raise ConfigError(
+                    f"{key} is {wanted}, but split {split!r} holds {there} sequences of {tokens} tokens; "
+                    "give more text or ask for fewer"
+                )
 
     # --- where things lie ------------------------------------------------------------------------------------------
 
@@ -245,6 +289,7 @@ class Run:
             "final": _content(self.student / "final"),
             "evaluation": _content(self.student / "evaluation.json"),
             "tokenizer": checkpoint.tokenizer_fingerprint(self.teacher),
+            "recipe": artifacts.fingerprint(self.recipe),
         }
         return [Planned(self.student / "export", inputs)]
 
@@ -279,12 +324,6 @@ class Run:
 
     def _chosen_if_any(self) -> tuple[Item, ...]:
         return self.chosen_items() if self.solution.exists() else ()
-
-    def on_device(self, device: str | None) -> Run:
-        """The same run with ``--device``."""
-        if device is None:
-            return self
-        return replace(self, config=self.config.model_copy(update={"device": device}))
 
 
 def _content(path: Path) -> str:

@@ -11,13 +11,24 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.measure import ENGINE, TORCH_DTYPES, Dtype, ModelProbe, SiteStack, measure_many, site_probe
+from puzzle.profiling.measure import (
+    ENGINE,
+    TORCH_DTYPES,
+    Dtype,
+    ModelProbe,
+    PointTooLargeError,
+    SiteStack,
+    measure_many,
+    site_probe,
+)
 from puzzle.profiling.table import REST, SKIPPED
+from puzzle.progress import console
 from puzzle.run import Run
 from puzzle.search.constraints import workloads
 from puzzle.types import Spec, Workload
@@ -61,8 +72,15 @@ def measured_speed(
         for workload in workloads(run.constraint_file, run.shape)
         if (workload.device, workload.runtime, workload.tp) == (device_name(device), ENGINE, 1)
         and workload.weights in TORCH_DTYPES
+        and workload.kv == workload.weights
     ]
-    return {workload.name: _measure(run, workload, batch_sizes[workload.name], subjects) for workload in served}
+    found = {}
+    for workload in served:
+        try:
+            found[workload.name] = _measure(run, workload, batch_sizes[workload.name], subjects)
+        except (PointTooLargeError, torch.OutOfMemoryError):  # the teacher often does not fit where its student does
+            console.print(f"{workload.name}: teacher and student do not fit beside one another, so they are not timed")
+    return found
 
 
 def _measure(run: Run, workload: Workload, batch_size: int, subjects: Mapping[str, Subject]) -> dict[str, Timed]:

@@ -7,6 +7,7 @@ missing, reads what earlier stages published, and writes nothing but those units
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from puzzle.export.card import model_card
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
+from puzzle.schedule import num_steps
 from puzzle.scoring.exact import exact_scores
 from puzzle.speed import Subject, measured_speed
-from puzzle.teacher import Compute, load_model, load_tokenizer, read_tensors, stream_layers
-from puzzle.types import ConfigError, Item, Score, to_json
+from puzzle.teacher import Compute, load_config, load_model, load_tokenizer, read_tensors, stream_layers
+from puzzle.types import Item, PuzzleError, Score, to_json
 from puzzle.variants import shape_id
 
 BATCH_SEQUENCES = 8
@@ -63,6 +65,7 @@ def sequences_of(run: Run, split: str, count: int) -> list[Tensor]:
 def make_data(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     path = text_path(run.config.data.text)
+    load_config(run.teacher)  # what transformers refuses is refused now, not after the first long stage
     tokenizer = load_tokenizer(run.teacher)
     artifacts.publish_folder(unit.path, unit.inputs, lambda aside: data.write_tokens(path, tokenizer, aside))
     progress.advance(unit.path.name)
@@ -114,13 +117,16 @@ def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> No
     for group in _groups_of_layers(todo, settings.layers_per_pass):
         starts = {item: library.read_weights(run.initial(item)) for item in group}
         batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
-        steps = distill.num_steps(settings, run.config.data.sequence_tokens)
+        steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
         on_step = functools.partial(progress.fraction, len(group) / max(1, steps))
         done = distill.distill(teacher_of(run), starts, batches, held_out, settings, compute, on_step)
         for item, result in done.items():
-            payload = {"loss_before": result.loss_before, "loss_after": result.loss_after, "tokens": result.tokens}
-            unit = wanted[run.trained(item)]
-            artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_variant, result.weights, payload))
+            unit, weights = wanted[run.trained(item)], result.weights
+            payload: dict[str, Any] = {"loss_before": result.loss_before, "loss_after": result.loss_after}
+            if not math.isfinite(result.loss_before + result.loss_after):
+                weights, payload = starts[item], {"failed": "its loss is not finite after distillation"}
+            payload["tokens"] = result.tokens
+            artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_variant, weights, payload))
         progress.settle(len(group))
 
 
@@ -145,8 +151,15 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     def read(item: Item) -> Mapping[str, Tensor]:
         return library.read_weights(run.trained(item)) if item.specs[0].kind != "skip" else {}
 
+    for site in [site for site in sites if not pending[site]]:
+        unit = wanted[run.scores / f"{site}.json"]
+        artifacts.publish_json(unit.path, unit.inputs, {"scores": [], "failed": []})
+        progress.advance(str(site))
     for item, values in exact_scores(teacher_of(run), by_layer, read, batches):
-        if all(torch.isfinite(column).all() for column in values.values()):
+        diverged = _failure(run, item)
+        if diverged is not None:
+            failed[item] = diverged
+        elif all(torch.isfinite(column).all() for column in values.values()):
             found[item] = [
                 Score(item.id, "teacher", "teacher", metric, "score", tuple(column.tolist()), sequence_tokens)
                 for metric, column in values.items()
@@ -165,6 +178,14 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
             progress.settle(1)
 
 
+def _failure(run: Run, item: Item) -> str | None:
+    """Why the item's training failed, if it did."""
+    if item.specs[0].kind == "skip":
+        return None
+    reason = artifacts.read_unit(run.trained(item)).payload.get("failed")
+    return str(reason) if reason is not None else None
+
+
 def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     from puzzle.profiling import measure
 
@@ -172,7 +193,8 @@ def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> No
     weights = run.config.profile.weights
     dtype: measure.Dtype = weights if weights != "auto" else "bf16" if device.startswith("cuda") else "fp32"
     specs = {shape_id(item.specs[0], run.shape): item.specs[0] for item in run.items}
-    stack = measure.SiteStack.build(run.shape, teacher_of(run).config, specs.values(), device, dtype, run.config.seed)
+    _cached_model.cache_clear()  # room for the largest points
+    stack = measure.SiteStack.build(run.shape, load_config(run.teacher), specs.values(), device, dtype, run.config.seed)
     points = {run.costs / f"{point.id}.json": point for point in run.grid_points}
     for unit in missing:
         costs = measure.measure_point(stack, points[unit.path], run.grid.repeats, run.config.seed)
@@ -191,11 +213,7 @@ def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None
 
 def teacher_dtype(run: Run) -> torch.dtype:
     """The dtype the teacher's weights are stored in: the student's too."""
-    name = artifacts.read_json(run.teacher / "config.json")
-    stored = name.get("dtype") or name.get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(stored), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"{run.teacher / 'config.json'}: unknown dtype {stored!r}")
+    dtype: torch.dtype = getattr(torch, run.stored_dtype)
     return dtype
 
 
@@ -211,7 +229,7 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     checkpoints = run.student / "kd"
     if newest := _newest_checkpoint(checkpoints, unit.inputs):
         job.load(newest.path, newest.payload)
-    steps = kd.num_steps(settings, run.config.data.sequence_tokens)
+    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     progress.total(steps, job.step)
     while job.step < steps:
@@ -237,7 +255,7 @@ def _newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Uni
 def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     compute, teacher, tokens = compute_of(run), teacher_of(run), tokens_of(run)
-    batches = sequences_of(run, "report", min(run.config.evaluate.sequences, tokens.num_sequences("report")))
+    batches = sequences_of(run, "report", run.config.evaluate.sequences)
     models = {
         "teacher": teacher,
         "student before GKD": load_model(run.student / "initial", compute),
@@ -274,7 +292,7 @@ def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         verification = verify_hf(folder, reference)
         reference.unlink()
         if not verification.passed:
-            raise ConfigError(
+            raise PuzzleError(
                 f"the exported checkpoint does not reload as it should: {'; '.join(verification.failures)}"
             )
         return {"verification": to_json(verification)}

@@ -6,7 +6,7 @@ Reads ``scores/*.json`` (payload ``{"scores": [Score …], "failed": [{"item_id"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,9 +81,10 @@ def read_scores(folder: Path) -> ScoreTable:
     return ScoreTable.of(scores, failed, content_fingerprint(folder))
 
 
-def read_costs(folder: Path) -> tuple[Cost, ...]:
-    """All costs in ``folder``, files in the order of their names."""
-    return tuple(cost for unit in _units(folder, "costs") for cost in _records(Cost, unit, "costs"))
+def read_costs(folder: Path, names: Collection[str] | None = None) -> tuple[Cost, ...]:
+    """All costs in ``folder``, or those in the files of these ``names``; files in the order of their names."""
+    units = [unit for unit in _units(folder, "costs") if names is None or unit.path.name in names]
+    return tuple(cost for unit in units for cost in _records(Cost, unit, "costs"))
 
 
 def content_fingerprint(folder: Path) -> str:

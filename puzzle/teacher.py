@@ -67,12 +67,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptFileError(f"{path}: unreadable ({error}); make or fetch it again") from None
 
 
-def load_model(folder: Path, compute: Compute) -> PuzzleForCausalLM:
-    """The model in ``folder``, frozen, in fp32 on the device: a family's checkpoint with every block kept."""
+def load_config(folder: Path) -> PuzzleConfig:
+    """The configuration in ``folder``, a family's as one that keeps every block."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # every family's configuration class refuses in its own way
+        raise ConfigError(
+            f"{folder / 'config.json'}: refused by transformers ({' '.join(str(error).split())})"
+        ) from None
     config = config if isinstance(config, PuzzleConfig) else PuzzleConfig.from_family(config)
+    config._attn_implementation = "sdpa"  # standalone layers need a causal kernel
+    return config
+
+
+def load_model(folder: Path, compute: Compute) -> PuzzleForCausalLM:
+    """The model in ``folder``, frozen, in fp32 on the device: a family's checkpoint with every block kept."""
+    config = load_config(folder)
     state: dict[str, Tensor] = {}
     for file in weight_files(folder):
         state.update(read_tensors(file))
@@ -106,8 +118,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # tokenizer libraries raise all sorts; all mean the same to the user
+        raise ConfigError(f"{folder}: no usable tokenizer ({type(error).__name__}: {error})".splitlines()[0]) from None
 
 
 def embed(model: PuzzleForCausalLM, ids: Tensor) -> tuple[Tensor, Position]:

@@ -48,6 +48,8 @@ def parse_variant(part: Part, name: str, shape: ModelShape, multiple_of: int = 1
         if kind != "narrow":
             raise ConfigError(f"{name!r}: only narrow takes a percentage")
         size = max(1, round(int(size) / 100 * shape.intermediate_size / multiple_of)) * multiple_of
+    if kind in SIZED and int(size) < 1:
+        raise ConfigError(f"{name!r}: the size must be at least 1")
     sizes = {SIZED[kind]: int(size)} if kind in SIZED else {}
     spec: Spec = AttentionSpec(kind, **sizes) if part == "attention" else FfnSpec(kind, **sizes)  # type: ignore[arg-type]
     check(spec, shape)
@@ -89,8 +91,8 @@ class SearchSpace:
         parsed_attention = [parse_variant("attention", name, shape) for name in expanded]
         parsed_ffn = [parse_variant("ffn", name, shape, multiple_of) for name in ffn]
         return cls(
-            tuple(spec for spec in _unique(parsed_attention, shape) if isinstance(spec, AttentionSpec)),
-            tuple(spec for spec in _unique(parsed_ffn, shape) if isinstance(spec, FfnSpec)),
+            tuple(spec for spec in _unique("attention", parsed_attention, shape) if isinstance(spec, AttentionSpec)),
+            tuple(spec for spec in _unique("ffn", parsed_ffn, shape) if isinstance(spec, FfnSpec)),
         )
 
     def specs(self, part: Part) -> tuple[Spec, ...]:
@@ -101,12 +103,11 @@ class SearchSpace:
         return tuple(site_item(site, spec) for site in shape.sites for spec in self.specs(site.part))
 
 
-def _unique(specs: list[Spec], shape: ModelShape) -> list[Spec]:
+def _unique(part: Part, specs: list[Spec], shape: ModelShape) -> list[Spec]:
     """``keep`` first, then each different shape once."""
     by_shape: dict[str, Spec] = {}
     for spec in specs:
         by_shape.setdefault(shape_id(spec, shape), spec)
-    part: Part = "attention" if isinstance(specs[0], AttentionSpec) else "ffn"
     keep: Spec = AttentionSpec("keep") if part == "attention" else FfnSpec("keep")
     by_shape.pop(shape_id(keep, shape), None)
     return [keep, *by_shape.values()]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from puzzle import artifacts
 from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
@@ -45,6 +46,15 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, error: BaseExcept
 
     with pytest.raises(type(error)):
         artifacts.publish_folder(tmp_path / "unit", INPUTS, fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_under_safetensors_is_named(tmp_path: Path) -> None:
+    def full(aside: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(CorruptFileError, match=r"unit: cannot be written .*No space left.*free some space"):
+        artifacts.publish_folder(tmp_path / "unit", INPUTS, full)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from puzzle import kd
 from puzzle.build import build_student
 from puzzle.config import KdConfig
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.schedule import warmup_cosine
 from puzzle.teacher import Compute, freeze
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site
 from puzzle.variants import site_item
@@ -93,8 +94,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(teacher: PuzzleForCausalLM, tmp_
 
 
 def test_the_rate_warms_up_and_decays_to_its_floor() -> None:
-    config = KdConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=4)
-    rates = [kd.learning_rate(config, step, 20) for step in range(21)]
-    assert rates[0] == pytest.approx(2.5e-4)
-    assert max(rates) == rates[4] == pytest.approx(1e-3)
-    assert rates[20] == pytest.approx(1e-4)
+    rates = [warmup_cosine(step, 20, 4, floor=0.1) for step in range(21)]
+    assert rates[0] == pytest.approx(0.25)
+    assert max(rates) == rates[4] == 1.0
+    assert rates[20] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_a_resume_knows_parameters_that_never_got_a_gradient(teacher: PuzzleForCausalLM, tmp_path: Path) -> None:
+    config = KdConfig(kl_weight=0.0, tokens=24 * 2, batch_size=2, warmup_steps=1)
+    job = kd.Distillation(student_of(teacher), teacher, config, FP32)
+    job.run(batches, 1, 2, lambda _: None)
+    payload = job.save(tmp_path)
+    resumed = kd.Distillation(student_of(teacher), teacher, config, FP32)
+    resumed.load(tmp_path, payload)
+    for one in (job, resumed):
+        one.run(batches, 2, 2, lambda _: None)
+    for name, parameter in job.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name]), name

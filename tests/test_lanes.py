@@ -16,7 +16,7 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types config artifacts variants checkpoint data_source tables profiling profiling.memory profiling.table
+    types config artifacts variants checkpoint data_source schedule tables profiling profiling.memory profiling.table
     profiling.grid profiling.device search.problem search.metrics search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search run report.summary report.figures report
     export.card progress pipeline validate cli

@@ -10,7 +10,6 @@ Nothing of one variant's result depends on which others train beside it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,10 +20,9 @@ from puzzle.blocks.layer import part_parameters, part_state, variant_layer
 from puzzle.config import DistillConfig
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.schedule import BETAS, CLIP_NORM, num_steps, warmup_cosine
 from puzzle.teacher import Compute, LayerPass, layers_of, run_layers
 from puzzle.types import Item, Part
-
-CLIP_NORM, BETAS = 1.0, (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,6 @@ def local_loss(learner_layer: PuzzleDecoderLayer, part: Part, one: LayerPass, lo
     )
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up, then cosine decay to zero."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
-def num_steps(config: DistillConfig, sequence_tokens: int) -> int:
-    return math.ceil(config.tokens / (config.batch_size * sequence_tokens))
-
-
 def make_learner(
     teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[str, Tensor], config: DistillConfig
 ) -> Learner:
@@ -114,10 +101,10 @@ def distill(
     learners = [make_learner(layers[item.sites[0].layer], item, weights, config) for item, weights in starts.items()]
     depth = max(learner.index for learner in learners) + 1
     before = held_out_losses(model, learners, held_out, config.loss_at)
-    steps = num_steps(config, held_out[0].shape[1])
+    steps = num_steps(config.tokens, config.batch_size, held_out[0].shape[1])
     warmup_steps = max(1, round(config.warmup_fraction * steps))
     for step in range(steps):
-        factor = learning_rate_factor(step, steps, warmup_steps)
+        factor = warmup_cosine(step, steps, warmup_steps)
         ids = batches(step=step).to(compute.device)
         with torch.no_grad(), compute.autocast():
             passes = run_layers(model, ids, depth)

@@ -29,15 +29,15 @@ class LayerImportance:
 @torch.no_grad()
 def layer_importance(layer: PuzzleDecoderLayer, passes: list[LayerPass]) -> LayerImportance:
     down = output_projection(layer, "ffn")
-    activity = torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device)
+    activity = torch.zeros(down.in_features, dtype=torch.float64)
     distances, num_tokens = 0.0, 0
     for one in passes:
         with captured_inputs(down) as seen:
             layer.ffn_delta(one.middle)
         activations = seen[0][:, 1:].flatten(0, 1)  # (N, I)
-        activity += activations.abs().sum(0, dtype=torch.float64)
+        activity += activations.abs().sum(0).cpu().double()
         cosine = F.cosine_similarity(one.before[:, 1:].float(), one.after[:, 1:].float(), dim=-1)
-        distances += (1 - cosine).sum(dtype=torch.float64).item()
+        distances += (1 - cosine).sum().item()
         num_tokens += len(activations)
-    contribution = activity / num_tokens * down.weight.double().norm(dim=0)
+    contribution = activity / num_tokens * down.weight.cpu().double().norm(dim=0)
     return LayerImportance(contribution.float(), distances / num_tokens)

@@ -8,7 +8,7 @@ on calibration tokens, shrunk towards the teacher's own columns P (zero for line
     W = argmin  Σ_tokens |W z − y|² + λ Σ_j (ZᵀZ)_jj |W_j − P_j|²     z: the variant's features, y: the teacher's output
 
 (compare ReplaceMe; Kwon et al. 2022). λ is scaled per feature, so outlier channels do not set it for all. Moments are
-summed in fp64 over batches; the first position of each sequence is left out.
+summed, and the system solved, in fp64 on the CPU; the first position of each sequence is left out.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def closed_form_start(
         return dict(start)
     variant = variant_layer(layer, part, spec, start)
     projection = output_projection(variant, part)
-    bias = output_projection(layer, part).bias
+    bias = projection.bias
     gram, cross = _moments(variant, layer, part, passes)
-    target = cross if bias is None else cross - _feature_sum(variant, part, passes)[:, None] * bias.double()
-    prior = torch.zeros_like(target) if spec.kind == "linear" else projection.weight.double().T
+    target = cross if bias is None else cross - _feature_sum(variant, part, passes)[:, None] * bias.cpu().double()
+    prior = torch.zeros_like(target) if spec.kind == "linear" else projection.weight.cpu().double().T
     ridge = RIDGE * gram.diagonal().clamp_min(gram.diagonal().mean() * 1e-6)
     fitted = torch.linalg.solve(gram + ridge.diag(), target + ridge[:, None] * prior).T  # (D, F)
     name = next(name for name, tensor in variant.named_parameters() if tensor is projection.weight)
-    return {**start, name: fitted.float().contiguous()}
+    return {**start, name: fitted.float().contiguous().to(projection.weight.device)}
 
 
 @torch.no_grad()
@@ -73,15 +73,14 @@ def _moments(
         features = _features(variant, part, one)
         change = one.middle - one.before if part == "attention" else one.after - one.middle
         outputs = change[:, 1:].flatten(0, 1)  # (N, D)
-        gram += (features.T @ features).double().cpu()
-        cross += (features.T @ outputs).double().cpu()
-    device = output_projection(variant, part).weight.device
-    return gram.to(device), cross.to(device)
+        gram += (features.T @ features).cpu().double()
+        cross += (features.T @ outputs).cpu().double()
+    return gram, cross
 
 
 @torch.no_grad()
 def _feature_sum(variant: PuzzleDecoderLayer, part: Part, passes: list[LayerPass]) -> Tensor:
-    return torch.stack([_features(variant, part, one).double().sum(0) for one in passes]).sum(0)
+    return torch.stack([_features(variant, part, one).cpu().double().sum(0) for one in passes]).sum(0)
 
 
 def _features(variant: PuzzleDecoderLayer, part: Part, one: LayerPass) -> Tensor:

@@ -41,13 +41,4 @@ teacher `{teacher}`, text `{text}`, constraint file `{constraints}`; BLD {bld_to
 
 def model_card(run: Run) -> str:
     """The text of README.md."""
-    config = run.config
-    return _TEXT.format(
-        teacher=run.teacher_name,
-        table=Summary.of(run).markdown(),
-        text=config.data.text,
-        constraints=run.constraints.name,
-        bld_tokens=config.distill.tokens,
-        kd_tokens=config.kd.tokens,
-        seed=config.seed,
-    )
+    return _TEXT.format(table=Summary.of(run).markdown(), **run.recipe)

@@ -17,21 +17,11 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from puzzle.checkpoint import TOKENIZER_FILES, VOCABULARY_FILES
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.modeling.configuration_puzzle import legacy_rope_fields
 from puzzle.types import ConfigError
 
-# What a tokenizer may consist of; at least one of the first four must be there.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 GENERATION_CONFIG = "generation_config.json"
 
 

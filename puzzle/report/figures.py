@@ -5,6 +5,7 @@ Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG. Colours: Okabe 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +87,9 @@ def _times(axes: Axes, summary: Summary) -> None:
     for workload, of in summary.speed.items():
         for model, timed in of.items():
             for name in TIMES:
-                predicted = summary.predicted[model].get(f"{workload}.{name}")
+                predicted = summary.predicted[model].get(f"{workload}.{name}", math.nan)  # not profiled: no bar
                 labels.append(f"{model}, {workload}.{name}")
-                whole = timed["whole"][name]
-                ratios.append(((predicted or 0.0) / whole, timed["parts"][name] / whole))
+                ratios.append((predicted / timed["whole"][name], timed["parts"][name] / timed["whole"][name]))
     axes.set_title("Times: predicted, and sum of parts, over the whole model measured")
     if not ratios:
         axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)

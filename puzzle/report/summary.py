@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, search
-from puzzle.tables import read_costs, read_scores
+from puzzle.run import STORED_DTYPES
+from puzzle.search import pareto
+from puzzle.tables import read_scores
 from puzzle.types import GIB, Solution, Spec
 from puzzle.variants import params, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
     from puzzle.search.pareto import Front
+    from puzzle.search.problem import Problem
 
 MODELS = ("teacher", "student before GKD", "student")
 TIMES = {"ttft_ms": "ms", "tpot_ms": "ms", "output_tok_per_s": "tok/s"}
-DTYPE_BYTES = 2
 NOTES = """\
 Standard errors (±) are over sequences of the report split, on which nothing was chosen. Times: what the search
 predicted from the profile; then, measured in the same rounds, the sum of the parts and the whole model. Parts against
@@ -43,6 +45,7 @@ class Summary:
     predicted: Mapping[str, Mapping[str, float]]  # model → metric → value
     quality: Mapping[str, Mapping[str, Mapping[str, float]]]  # model → figure → mean, standard_error
     params: Mapping[str, int]
+    stored_dtype: str
     speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]  # workload → model → whole or parts → figure
     architecture: tuple[tuple[str, str], ...]  # attention and FFN variant of each layer
     widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
@@ -52,8 +55,8 @@ class Summary:
     def of(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
         evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
-        table, costs = read_scores(run.scores), read_costs(run.costs)
-        problem = search.problems(run.shape, run.items, table, costs, run.constraint_file)[0]
+        found = search.problems(run.shape, run.items, read_scores(run.scores), run.read_costs(), run.constraint_file)
+        problem = next(one for one in found if _at_batch_sizes_of(one, solution))
         keep = [item.id for item in run.items if item.specs[0].kind == "keep"]
         specs: dict[str, Spec] = {str(item.sites[0]): item.specs[0] for item in run.chosen_items()}
         layers = [(specs[f"L{i:03d}.attention"], specs[f"L{i:03d}.ffn"]) for i in range(run.shape.num_layers)]
@@ -64,17 +67,21 @@ class Summary:
             predicted={"teacher": problem.totals(keep), "student": solution.totals},
             quality=evaluation["quality"],
             params=evaluation["params"],
+            stored_dtype=run.stored_dtype,
             speed=evaluation["speed"],
             architecture=tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in layers),
             widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
-            front=search.pareto_front(run.shape, run.items, table, costs, run.constraint_file, cost),
+            front=pareto.front(problem, cost),
         )
 
     def rows(self) -> list[Row]:
         """Parameters and bytes, quality, then times: predicted beside measured."""
         rows = [
             self._row("parameters", lambda model: f"{self.params[model]:,}"),
-            self._row("weights, GiB (bf16)", lambda model: f"{self.params[model] * DTYPE_BYTES / GIB:.4g}"),
+            self._row(
+                f"weights, GiB ({self.stored_dtype})",
+                lambda model: f"{self.params[model] * STORED_DTYPES[self.stored_dtype] / GIB:.4g}",
+            ),
         ]
         for name, label in (
             ("ce_nats", "CE, nats/token"),
@@ -115,6 +122,12 @@ class Summary:
         lines += ["| layer | attention | FFN |", "|---|---|---|"]
         lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
         return "\n".join(lines) + "\n"
+
+
+def _at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
+    """Whether the problem is the one that ``solution`` solved: each workload at the batch size it chose."""
+    sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
+    return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)
 
 
 def _share(spec: Spec, run: Run) -> float:

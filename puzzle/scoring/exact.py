@@ -45,7 +45,7 @@ def exact_scores(
             yield (
                 item,
                 {
-                    metric: torch.cat([of_tokens(tokens).double().mean(1) for tokens in columns])
+                    metric: torch.cat([of_tokens(tokens).cpu().double().mean(1) for tokens in columns])
                     for metric, of_tokens in METRICS.items()
                 },
             )

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from puzzle.blocks.distill import distill, learning_rate_factor, local_loss, normalised_mse
+from puzzle.blocks.distill import distill, local_loss, normalised_mse
 from puzzle.blocks.initialise import paper_start
 from puzzle.blocks.layer import variant_layer
 from puzzle.config import DistillConfig
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.schedule import warmup_cosine
 from puzzle.teacher import Compute, freeze, layers_of, run_layers
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
 from puzzle.variants import site_item
@@ -100,7 +101,7 @@ def test_the_layer_loss_of_an_attention_variant_sees_the_ffn(teacher: PuzzleForC
 
 
 def test_the_rate_warms_up_and_decays_to_nothing() -> None:
-    rates = [learning_rate_factor(step, 100, 10) for step in range(101)]
+    rates = [warmup_cosine(step, 100, 10) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[10] == 1.0
     assert rates[9:] == sorted(rates[9:], reverse=True)

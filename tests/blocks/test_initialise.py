@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle.blocks.distill import local_loss
 from puzzle.blocks.importance import layer_importance
@@ -123,6 +123,25 @@ def test_keep_is_the_teacher_and_skip_is_nothing(layer_and_passes: tuple[PuzzleD
     assert all(torch.equal(keep[name], tensor) for name, tensor in part_state(layer, "ffn").items())
     assert start(layer, passes, "attention", AttentionSpec("skip")) == {}
     assert site_error(layer, passes, "ffn", FfnSpec("skip"), {}) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("part", "spec"), SPECS)
+def test_the_refit_knows_which_biases_the_variant_has(part: Part, spec: Spec) -> None:
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    llama = LlamaForCausalLM(
+        LlamaConfig(**sizes, vocab_size=128, attention_bias=True, mlp_bias=True, initializer_range=0.2)
+    )
+    for name, parameter in llama.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model = PuzzleForCausalLM(PuzzleConfig.from_family(llama.config))
+    model.load_state_dict(llama.state_dict())
+    _, layer, passes = next(stream_layers(freeze(model), [torch.randint(3, 128, (16, 32))]))
+    paper = start(layer, passes, part, spec)
+    refitted = closed_form_start(layer, part, spec, paper, passes)
+    assert site_error(layer, passes, part, spec, refitted) < site_error(layer, passes, part, spec, paper)
+    assert site_error(layer, passes, part, spec, refitted) < 0.6
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])

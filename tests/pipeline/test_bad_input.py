@@ -102,6 +102,30 @@ def too_long_sequences(project: Project) -> None:
     edit(project.config, "sequence_tokens: 16", "sequence_tokens: 128")
 
 
+def more_sequences_than_there_are(project: Project) -> None:
+    edit(project.config, "evaluate: {sequences: 4}", "evaluate: {sequences: 4000}")
+
+
+def all_loss_weights_zero(project: Project) -> None:
+    edit(project.config, "kd: {", "kd: {kl_weight: 0, cosine_weight: 0, ")
+
+
+def diverging_kd(project: Project) -> None:
+    edit(project.config, "kd: {", "kd: {learning_rate: 1e30, ")
+
+
+def heads_that_do_not_divide(project: Project) -> None:
+    edit_json(project.folder / "teacher" / "config.json", hidden_size=30)
+
+
+def empty_ffn_width(project: Project) -> None:
+    edit(project.folder / "space.yaml", "narrow-50%", "narrow-0")
+
+
+def key_that_is_a_number(project: Project) -> None:
+    edit(project.config, "device: cpu", "device: cpu\n8: x")
+
+
 def no_constraint_file(project: Project) -> None:
     (project.folder / "limit.yaml").unlink()
 
@@ -144,11 +168,17 @@ CASES: list[tuple[Callable[[Project], None], int, tuple[str, ...]]] = [
     (missing_weights, 5, ("model.safetensors", "missing")),
     (missing_tensor, 5, ("the tensors do not fit", "layers.0.mlp.up_proj.weight")),
     (other_shape, 5, ("teacher", "size mismatch")),
-    (no_tokenizer, 2, ("no tokenizer files",)),
+    (no_tokenizer, 2, ("no tokenizer here",)),
     (no_text, 2, ("data.text", "no such file")),
     (text_too_short, 2, ("too little text", "'score'")),
     (malformed_text, 5, ("text.jsonl:2", 'with a "text"')),
     (too_long_sequences, 2, ("data.sequence_tokens is 128", "at most 64")),
+    (more_sequences_than_there_are, 2, ("evaluate.sequences is 4000", "'report' holds")),
+    (all_loss_weights_zero, 2, ("config.yaml:12: kd", "all weights are 0")),
+    (diverging_kd, 2, ("the loss is not finite at step", "lower kd.learning_rate")),
+    (heads_that_do_not_divide, 2, ("config.json", "refused by transformers")),
+    (empty_ffn_width, 2, ("'narrow-0'", "at least 1")),
+    (key_that_is_a_number, 2, ("config.yaml:6", "unknown key '8'")),
     (no_constraint_file, 2, ("constraints", "no such file")),
     (unknown_metric, 2, ("memory_gb", "memory_gib")),
     (unknown_constraint_key, 2, ("limit.yaml:2", "unknown key 'workloads.chat.ols'")),
@@ -257,6 +287,31 @@ def test_a_teacher_without_a_pad_token_goes_all_the_way(project: Project) -> Non
     assert main(["--debug", "run", str(project.config)]) == 0
     exported = Run.open(project.config).student / "export" / "hf"
     assert json.loads((exported / "config.json").read_text()).get("pad_token_id") is None
+
+
+def test_a_diverging_variant_is_failed_and_the_search_does_without_it(project: Project) -> None:
+    from puzzle.tables import read_scores
+
+    assert main(["--debug", "run", str(project.config), "--set", "distill.learning_rate=1e30"]) == 0
+    run = Run.open(project.config, ["distill.learning_rate=1e30"])
+    failed = read_scores(run.scores).failed
+    assert failed
+    assert all(reason == "its loss is not finite after distillation" for reason in failed.values())
+    assert not set(failed) & set(run.solutions()[0].items)
+
+
+def test_a_site_with_nothing_but_keep_is_done(project: Project) -> None:
+    edit(project.folder / "space.yaml", "[keep, gqa-2, linear, skip]", "[keep]")
+    edit(project.folder / "limit.yaml", "80%", "95%")
+    assert main(["--debug", "run", str(project.config)]) == 0
+    assert main(["--debug", "search", str(project.config)]) == 0
+
+
+def test_refused_settings_leave_the_recorded_config_alone(finished: Project, tmp_path: Path) -> None:
+    shutil.copytree(finished.run, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["distill", str(tmp_path / "run"), "--set", "distill.tokens=128"]) == 6
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_an_override_that_makes_no_sense(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
+from puzzle.report import Summary
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
 
@@ -89,7 +90,7 @@ def test_how_many_layers_train_at_once_changes_no_bit(copy: Project) -> None:
 
 def test_a_stage_says_what_it_needs_first(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(project.config)]) == 4
-    assert "run `puzzle distill` first" in capsys.readouterr().err
+    assert "run `puzzle distill RUN` first" in capsys.readouterr().err
 
 
 def test_pareto_writes_table_and_picture(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,3 +121,14 @@ def test_show_prints_every_table(copy: Project, capsys: pytest.CaptureFixture[st
     for what, expected in (("library", "loss_after"), ("scores", "standard_error"), ("costs", "ms_p90")):
         assert main(["--debug", "show", what, str(copy.config)]) == 0
         assert expected in capsys.readouterr().out
+
+
+def test_teacher_and_student_are_compared_at_the_batch_size_that_was_chosen(copy: Project) -> None:
+    limit = copy.folder / "two.yaml"
+    text = (copy.folder / "limit.yaml").read_text()
+    limit.write_text(text.replace("osl: 8,", "osl: 8, batch_size: [2, 1],").replace("80%", "0.00008"))
+    changed = [str(copy.config), "--constraints", str(limit)]
+    assert main(["--debug", "run", *changed]) == 0
+    summary = Summary.of(Run.open(copy.config, constraints=str(limit)))
+    assert summary.solution.totals["chat.batch_size"] == 1  # two sequences take more memory, and so cost quality
+    assert summary.predicted["teacher"]["chat.batch_size"] == 1
