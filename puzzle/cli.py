@@ -180,13 +180,16 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from puzzle import pipeline
+    from puzzle import artifacts, pipeline
 
     run = _open(options)
+    finished = [event for event in artifacts.read_events(run.events) if event["event"] == "finished"]
+    seconds = {event["stage"]: event["seconds"] for event in finished}
     for stage in pipeline.STAGES:
         states = pipeline.unit_states(run, stage)
         counts = {state: states.count(state) for state in ("done", "stale", "missing")}
-        print(f"{stage.name:<11}" + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+        took = f"  (last time {seconds[stage.name]:.1f} s)" if stage.name in seconds else ""
+        print(f"{stage.name:<11}" + ", ".join(f"{count} {state}" for state, count in counts.items() if count) + took)
 
 
 def _stage(options: argparse.Namespace) -> None:

@@ -179,7 +179,7 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
         return found
 
     artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.advance(unit.path.name)
+    progress.done(unit.path.name)
 
 
 def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:

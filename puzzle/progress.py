@@ -20,30 +20,27 @@ console = Console(stderr=True, highlight=False)
 
 
 class Progress:
-    """One stage's bar. Units may advance it whole, or in fractions while several are under way together."""
+    """One stage's bar, and the record of its units. Where several are under way together, shares of them move it."""
 
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self._bars, self._task = bars, task
-        self._settled = 0.0
+    def __init__(self, bars: Bars, task: TaskID, stage: str, events: Path) -> None:
+        self._bars, self._task, self._stage, self._events = bars, task, stage, events
+        self._done = 0.0
 
     def total(self, total: int, done: int) -> None:
         """Counts something finer than units from now on."""
-        self._settled = done
+        self._done = done
         self._bars.update(self._task, total=total, completed=done)
 
-    def advance(self, what: str) -> None:
-        """One more is done."""
-        self._settled += 1
-        self._bars.update(self._task, completed=self._settled, what=what)
-
-    def fraction(self, share: float) -> None:
+    def fraction(self, share: float, what: str = "") -> None:
         """A share of one is done."""
-        self._bars.advance(self._task, share)
+        self._bars.update(self._task, advance=share, what=what)
 
-    def settle(self, count: int) -> None:
-        """The fractions of ``count`` are now whole."""
-        self._settled += count
-        self._bars.update(self._task, completed=self._settled)
+    def done(self, *units: str) -> None:
+        """These units are published."""
+        for unit in units:
+            append_event(self._events, {"time": time.time(), "stage": self._stage, "event": "published", "unit": unit})
+        self._done += len(units)
+        self._bars.update(self._task, completed=self._done, what=units[-1])
 
 
 @contextlib.contextmanager
@@ -61,7 +58,7 @@ def stage_progress(stage: str, num_units: int, events: Path) -> Iterator[Progres
     append_event(events, {"time": time.time(), "stage": stage, "event": "started", "units": num_units})
     started = time.monotonic()
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield Progress(bars, bars.add_task(stage, total=num_units, what=""))
+        yield Progress(bars, bars.add_task(stage, total=num_units, what=""), stage, events)
     seconds = time.monotonic() - started
     append_event(events, {"time": time.time(), "stage": stage, "event": "finished", "seconds": round(seconds, 3)})
     console.print(f"{stage:<10} {num_units} unit{'s' if num_units != 1 else ''} in {seconds:.1f} s")

@@ -68,7 +68,7 @@ def make_data(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     load_config(run.teacher)  # what transformers refuses is refused now, not after the first long stage
     tokenizer = load_tokenizer(run.teacher)
     artifacts.publish_folder(unit.path, unit.inputs, lambda aside: data.write_tokens(path, tokenizer, aside))
-    progress.advance(unit.path.name)
+    progress.done(unit.path.name)
 
 
 def make_importance(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -79,7 +79,7 @@ def make_importance(run: Run, missing: Sequence[Planned], progress: Progress) ->
         if unit is not None:
             found = importance.layer_importance(layer, passes)
             artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_importance, found))
-            progress.advance(unit.path.name)
+            progress.done(unit.path.name)
 
 
 def _write_importance(found: importance.LayerImportance, aside: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
             if run.config.init.start == "closed-form":
                 weights = initialise.closed_form_start(layer, part, spec, weights, passes)
             artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_variant, weights, {}))
-            progress.advance(item.id)
+            progress.done(item.id)
 
 
 def _write_variant(weights: Mapping[str, Tensor], payload: Mapping[str, Any], aside: Path) -> Mapping[str, Any]:
@@ -127,7 +127,7 @@ def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> No
                 weights, payload = starts[item], {"failed": "its loss is not finite after distillation"}
             payload["tokens"] = result.tokens
             artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_variant, weights, payload))
-        progress.settle(len(group))
+        progress.done(*(item.id for item in group))
 
 
 def _groups_of_layers(items: Sequence[Item], layers_per_pass: int) -> list[list[Item]]:
@@ -154,7 +154,7 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     for site in [site for site in sites if not pending[site]]:
         unit = wanted[run.scores / f"{site}.json"]
         artifacts.publish_json(unit.path, unit.inputs, {"scores": [], "failed": []})
-        progress.advance(str(site))
+        progress.done(str(site))
     for item, values in exact_scores(teacher_of(run), by_layer, read, batches):
         diverged = _failure(run, item)
         if diverged is not None:
@@ -175,7 +175,7 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
                 "failed": [{"item_id": one.id, "reason": failed[one]} for one in pending[site] if one in failed],
             }
             artifacts.publish_json(unit.path, unit.inputs, payload)
-            progress.settle(1)
+            progress.done(str(site))
 
 
 def _failure(run: Run, item: Item) -> str | None:
@@ -199,7 +199,7 @@ def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> No
     for unit in missing:
         costs = measure.measure_point(stack, points[unit.path], run.grid.repeats, run.config.seed)
         artifacts.publish_json(unit.path, unit.inputs, {"costs": [to_json(cost) for cost in costs]})
-        progress.advance(unit.path.stem)
+        progress.done(unit.path.stem)
 
 
 def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -208,7 +208,7 @@ def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None
         teacher_of(run), run.chosen_items(), lambda item: library.read_weights(run.trained(item))
     )
     artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, student, teacher_dtype(run)))
-    progress.advance(unit.path.name)
+    progress.done(unit.path.name)
 
 
 def teacher_dtype(run: Run) -> torch.dtype:
@@ -234,13 +234,14 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     progress.total(steps, job.step)
     while job.step < steps:
         until = min(steps, job.step + settings.checkpoint_steps)
-        job.run(batches, until, steps, lambda loss: progress.advance(f"loss {loss:.4f}"))
+        job.run(batches, until, steps, lambda loss: progress.fraction(1, f"loss {loss:.4f}"))
         if job.step < steps:
             older = sorted(checkpoints.glob("step-*"))
             artifacts.publish_folder(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save)
             for path in older:
                 artifacts.remove(path)
     artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, job.finish(), teacher_dtype(run)))
+    progress.done(unit.path.name)
 
 
 def _newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Unit | None:
@@ -273,7 +274,7 @@ def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> N
     speed = {workload: {name: to_json(one) for name, one in of.items()} for workload, of in speeds.items()}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     artifacts.publish_json(unit.path, unit.inputs, {"quality": quality, "params": params, "speed": speed})
-    progress.advance(unit.path.name)
+    progress.done(unit.path.name)
 
 
 def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -298,7 +299,7 @@ def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         return {"verification": to_json(verification)}
 
     artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.advance(str(unit.path))
+    progress.done(str(unit.path))
 
 
 MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {

@@ -29,4 +29,4 @@ def make_report(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         return {}
 
     artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.advance(str(unit.path))
+    progress.done(str(unit.path))

@@ -64,7 +64,7 @@ def test_a_new_constraint_file_repeats_nothing_above_search(copy: Project) -> No
 def test_status_counts_done_missing_and_stale(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(copy.run / "library" / "trained" / "L000.ffn.linear")
     assert main(["status", str(copy.config), "--set", "score.sequences=3"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = dict(line.split("  (last")[0].split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["init"] == "8 done"  # two layers of gqa-2, linear, narrow-24, linear
     assert lines["distill"] == "7 done, 1 missing"
     assert lines["score"] == "4 stale"
@@ -102,7 +102,9 @@ def test_pareto_writes_table_and_picture(copy: Project, capsys: pytest.CaptureFi
 
 def test_dry_run_writes_nothing(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--debug", "run", str(project.config), "--dry-run"]) == 0
-    assert "GiB of memory" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GiB of memory" in printed
+    assert "library/trained/L001.ffn.linear" in printed
     assert not project.run.exists()
 
 

@@ -191,7 +191,9 @@ def test_bound_on_what_nobody_measured_is_an_error_and_an_unbound_one_is_absent(
 def test_scores_hold_up_to_the_context_they_were_measured_at(shape: ModelShape) -> None:
     items = make_items(shape)
     scores = ScoreTable.of(make_score(item.id, 1.0, context_tokens=128) for item in items)
-    with pytest.raises(MissingMeasurementError, match=r"192 tokens, but .* scored on 128; shorten it, or set data.sequence_tokens"):
+    with pytest.raises(
+        MissingMeasurementError, match=r"192 tokens, but .* scored on 128; shorten it, or set data.sequence_tokens"
+    ):
         build(shape, make_file(workloads={"chat": CHAT}), scores)
 
 
