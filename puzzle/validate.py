@@ -144,7 +144,7 @@ def _stage_flops(run: Run, stage: str) -> float:
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
         "score": (forward / 2 + head) * (len(run.items) - len(kept)),
-        "kd": forward + (1 + TRAIN_FORWARDS) * forward,
+        "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }
     count = {
