@@ -190,8 +190,7 @@ def locate(kind: Literal["space", "constraints", "grid"], name: str) -> Path:
     if (shipped := folder / f"{name}.yaml").is_file():
         return shipped
     known = sorted(file.stem for file in folder.glob("*.yaml"))
-    hint = _nearest(name, known)
-    raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name ({', '.join(known)}){hint}")
+    raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name{_nearest(name, known)}")
 
 
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:

@@ -82,9 +82,9 @@ class Run:
     @cached_property
     def space(self) -> SearchSpace:
         path = config.locate("space", self.config.space)
-        names = config.load(SpaceFile, path)
+        names, shape = config.load(SpaceFile, path), self.shape
         try:
-            return SearchSpace.parse(names.attention, names.ffn, self.shape, names.ffn_multiple_of)
+            return SearchSpace.parse(names.attention, names.ffn, shape, names.ffn_multiple_of)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 

@@ -24,29 +24,26 @@ ADAM_BYTES = 16  # per trained parameter: weight, gradient, two moments, fp32
 
 def validate(run: Run) -> None:
     """ConfigError (or a more telling PuzzleError) with every problem found, one a line."""
-    checks: tuple[Callable[[Run], object], ...] = (
-        lambda run: run.shape,
-        lambda run: checkpoint.weight_files(run.teacher),
-        lambda run: checkpoint.tokenizer_fingerprint(run.teacher),
-        lambda run: text_path(run.config.data.text),
-        _check_sequences,
-        lambda run: run.items,
-        lambda run: run.grid_points,
-        lambda run: run.constraint_file,
-        _check_device,
-        _check_constraints,
-    )
     problems: list[PuzzleError] = []
-    for check in checks:
-        try:
-            check(run)
-        except PuzzleError as error:
-            if str(error) not in map(str, problems):
-                problems.append(error)
+    found_teacher = _passes(lambda run: run.shape, run, problems)
+    for needs_teacher, check in CHECKS:
+        if found_teacher or not needs_teacher:
+            _passes(check, run, problems)
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
+
+
+def _passes(check: Callable[[Run], object], run: Run, problems: list[PuzzleError]) -> bool:
+    """Whether the check finds nothing; what it finds is added to ``problems``, once."""
+    try:
+        check(run)
+        return True
+    except PuzzleError as error:
+        if str(error) not in map(str, problems):
+            problems.append(error)
+        return False
 
 
 def _check_sequences(run: Run) -> None:
@@ -98,6 +95,20 @@ def _profiled_device(run: Run) -> tuple[str, str]:
     device = str(Compute.choose(run.config.device, run.config.dtype).device)
     auto = "bf16" if device.startswith("cuda") else "fp32"
     return device_name(device), auto if run.config.profile.weights == "auto" else run.config.profile.weights
+
+
+# what can be wrong, and whether looking for it takes a teacher that was found
+CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
+    (False, lambda run: text_path(run.config.data.text)),
+    (False, lambda run: run.constraint_file),
+    (False, _check_device),
+    (True, lambda run: checkpoint.weight_files(run.teacher)),
+    (True, lambda run: checkpoint.tokenizer_fingerprint(run.teacher)),
+    (True, _check_sequences),
+    (True, lambda run: run.items),
+    (True, lambda run: run.grid_points),
+    (True, _check_constraints),
+)
 
 
 def dry_run(run: Run) -> str:
