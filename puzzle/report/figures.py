@@ -90,7 +90,7 @@ def _times(axes: Axes, summary: Summary) -> None:
                 predicted = summary.predicted[model].get(f"{workload}.{name}", math.nan)  # not profiled: no bar
                 labels.append(f"{model}, {workload}.{name}")
                 ratios.append((predicted / timed["whole"][name], timed["parts"][name] / timed["whole"][name]))
-    axes.set_title("Times: predicted, and sum of parts, over the whole model measured")
+    axes.set_title("Times over those of the whole model")
     if not ratios:
         axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)
         return
@@ -99,6 +99,6 @@ def _times(axes: Axes, summary: Summary) -> None:
         axes.barh(places, [pair[offset] for pair in ratios], 0.38, color=colour, label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlabel("ratio (1 = came true)")
-    axes.legend(loc="lower right")
+    axes.set_ylim(len(ratios) + 0.6, -0.6)  # room for the legend below the last bar
+    axes.legend(loc="lower right", ncols=2, fontsize=8)
