@@ -134,3 +134,17 @@ def test_teacher_and_student_are_compared_at_the_batch_size_that_was_chosen(copy
     summary = Summary.of(Run.open(copy.config, constraints=str(limit)))
     assert summary.solution.totals["chat.batch_size"] == 1  # two sequences take more memory, and so cost quality
     assert summary.predicted["teacher"]["chat.batch_size"] == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(finished: Project) -> None:
+    command = [sys.executable, "-c", "import sys; from puzzle.cli import main; sys.exit(main(sys.argv[1:]))"]
+    process = subprocess.Popen(
+        [*command, "show", "costs", str(finished.config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # before anything was written
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0, errors
+    assert errors == b""
