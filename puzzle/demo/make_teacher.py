@@ -13,8 +13,8 @@ and norms, warm-up, constant rate, linear decay to zero. Batch ``step`` is a pur
 checkpoint every 100 steps makes a killed run continue where it was.
 
     python -m puzzle.demo.make_teacher corpus
-    python -m puzzle.demo.make_teacher train --work /tmp/teacher --steps 1800
-    python -m puzzle.demo.make_teacher finish --work /tmp/teacher
+    python -m puzzle.demo.make_teacher train
+    python -m puzzle.demo.make_teacher finish
 """
 
 from __future__ import annotations
