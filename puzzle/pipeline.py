@@ -94,13 +94,14 @@ def _tidy(run: Run) -> None:
 
 def _prepare(run: Run) -> None:
     _tidy(run)
+    if (run.folder / "env.json").exists():
+        return
     names = ("puzzle-nas", "torch", "transformers", "ortools", "numpy", "safetensors")
     versions = {"python": platform.python_version(), **{name: _version(name) for name in names}}
     environment = json.dumps(
         {"versions": versions, "machine": platform.machine(), "system": platform.platform()}, indent=1
     )
-    if not (run.folder / "env.json").exists():
-        artifacts.write_text(run.folder / "env.json", environment + "\n")
+    artifacts.write_text(run.folder / "env.json", environment + "\n")
 
 
 def _record_config(run: Run) -> None:
@@ -137,10 +138,10 @@ def _forget(units: Sequence[Planned]) -> None:
 
 def _make(run: Run, stage: Stage) -> None:
     missing = [unit for unit in stage.plan(run) if not artifacts.is_current(unit.path, unit.inputs, stage.name)]
-    if stage.name != "data" and run.data.exists():
-        run.check_sequence_counts()
     if not missing:
         return
+    if stage.name != "data" and run.data.exists():
+        run.check_sequence_counts()
     _record_config(run)
     from puzzle.progress import stage_progress
 
