@@ -14,23 +14,28 @@ import json
 import os
 import random
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
 from environment import environment
 
+from puzzle.checkpoint import read_shape
 from puzzle.config import GridFile, load, locate
 from puzzle.modeling import PuzzleConfig
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.measure import ModelProbe, SiteStack, measure_many, random_model, site_probe
-from puzzle.types import AttentionSpec, FfnSpec, ModelShape
-from puzzle.variants import SearchSpace, block_part, shape_id
+from puzzle.space import SearchSpace
+from puzzle.types import ModelShape, Site, Spec
+from puzzle.variants import block_part, shape_id
 
 RESULTS = Path(__file__).parent / "results" / "profile_accuracy.json"
 ATTENTION = ("keep", "gqa-*", "linear", "skip")
 FFN = ("keep", "narrow-75%", "narrow-50%", "narrow-25%", "narrow-10%", "linear", "skip")
-Architecture = tuple[tuple[AttentionSpec, FfnSpec], ...]
+EXPERTS = ("experts-50%", "active-1")
+WINDOW_TOKENS = 64
+Architecture = tuple[tuple[Spec, Spec], ...]
 
 
 def bundled_teacher() -> transformers.PretrainedConfig:
@@ -47,33 +52,31 @@ def bundled_teacher() -> transformers.PretrainedConfig:
 
 
 def shape_of(config: transformers.PretrainedConfig) -> ModelShape:
-    return ModelShape(
-        family=config.model_type,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        tied_embeddings=config.tie_word_embeddings,
-        attention_bias=getattr(config, "attention_bias", False),
-        mlp_bias=getattr(config, "mlp_bias", False),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return read_shape(Path(folder))
+
+
+def space_of(shape: ModelShape) -> SearchSpace:
+    """The demo's kinds; of those that only some teachers can have, one each."""
+    ffn = [*FFN, *(EXPERTS if shape.moe_layers else ())]
+    return SearchSpace.parse({"attention": [*ATTENTION, f"window-{WINDOW_TOKENS}"], "ffn": ffn}, shape)
 
 
 def architectures(space: SearchSpace, num_layers: int, seed: int) -> dict[str, Architecture]:
     """The teacher, and three students drawn at random: any variant, attention only cut, half of the sites kept."""
     rng = random.Random(seed)
-    keep = (space.attention[0], space.ffn[0])
-    draw = [(rng.choice(space.attention), rng.choice(space.ffn)) for _ in range(3 * num_layers)]
-    first, second, third = (draw[start : start + num_layers] for start in range(0, len(draw), num_layers))
+    sites = [(Site(layer, "attention"), Site(layer, "ffn")) for layer in range(num_layers)]
+    keep = tuple((space.on_offer[attention][0], space.on_offer[ffn][0]) for attention, ffn in sites)
+    first, second, third = (
+        tuple((rng.choice(space.on_offer[attention]), rng.choice(space.on_offer[ffn])) for attention, ffn in sites)
+        for _ in range(3)
+    )
     return {
-        "teacher": (keep,) * num_layers,
-        "student-any": tuple(first),
-        "student-attention": tuple((attention, keep[1]) for attention, _ in second),
-        "student-half": tuple(pair if layer % 2 else keep for layer, pair in enumerate(third)),
+        "teacher": keep,
+        "student-any": first,
+        "student-attention": tuple((pair[0], own[1]) for pair, own in zip(second, keep, strict=True)),
+        "student-half": tuple(pair if layer % 2 else keep[layer] for layer, pair in enumerate(third)),
     }
 
 
@@ -81,8 +84,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per grid point and model."""
     teacher = transformers.AutoConfig.from_pretrained(args.model) if args.model else bundled_teacher()
     shape, config = shape_of(teacher), PuzzleConfig.from_family(teacher)
-    space = SearchSpace.parse(ATTENTION, FFN, shape)
-    stack = SiteStack.build(shape, config, (*space.attention, *space.ffn), args.device, args.dtype)
+    space = space_of(shape)
+    specs = [spec for item in space.items() for spec in item.specs]
+    stack = SiteStack.build(shape, config, specs, args.device, args.dtype)
     models = architectures(space, shape.num_layers, args.seed)
     built = {
         name: random_model(

@@ -25,7 +25,7 @@ from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
 
 SCHEMA_VERSION = 1
 MARKER = "unit.json"
-_ASIDE = ".aside-"
+ASIDE = ".aside-"
 
 
 def _before(operation: str, path: Path) -> None:
@@ -157,7 +157,7 @@ def remove(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what crashes left aside anywhere under ``folder``."""
-    for aside in list(folder.rglob(f"{_ASIDE}*")):
+    for aside in list(folder.rglob(f"{ASIDE}*")):
         _delete(aside)
 
 
@@ -166,7 +166,7 @@ def _aside(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; renamed to ``path`` at the end if something is there, deleted on an error."""
     _before("mkdir", path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(_ASIDE + path.name)
+    aside = path.with_name(ASIDE + path.name)
     _delete(aside)
     try:
         yield aside

@@ -7,6 +7,8 @@ be a usable teacher is found here, before anything runs.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,51 @@ from puzzle.artifacts import file_fingerprint, fingerprint, read_json, write_tex
 from puzzle.types import ConfigError, CorruptFileError, ModelShape
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"
-FAMILIES = ("llama",)  # the torch lane's table (modeling_puzzle.FAMILIES) holds the same names; a test compares them
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a family's ``config.json`` leaves unsaid: transformers' defaults for it, and what its layers always have."""
+
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    tied_embeddings: bool = False
+    attention_bias: bool = False  # whether there is such a switch; the same for mlp_bias
+    mlp_bias: bool = False
+    qkv_bias: bool = False  # always
+    qk_norm: bool = False
+    post_norms: bool = False
+    sliding_window: int | None = None
+    window_switch: bool = False  # a window only where use_sliding_window says so
+    first_window_layer: int | None = None  # max_window_layers; None: there is no such field
+    full_every: int | None = None  # sliding_window_pattern: every so many layers, one without a window
+    num_experts: int = 0
+
+
+# The torch lane's table (families_puzzle.FAMILIES) holds the same names; a test compares what either knows.
+FAMILIES = {
+    "llama": _Family(attention_bias=True, mlp_bias=True),
+    "mistral": _Family(sliding_window=4096),
+    "qwen2": _Family(qkv_bias=True, sliding_window=4096, window_switch=True, first_window_layer=28),
+    "qwen3": _Family(
+        head_dim=128,
+        attention_bias=True,
+        qk_norm=True,
+        sliding_window=4096,
+        window_switch=True,
+        first_window_layer=28,
+    ),
+    "gemma3_text": _Family(
+        head_dim=256,
+        tied_embeddings=True,
+        attention_bias=True,
+        qk_norm=True,
+        post_norms=True,
+        sliding_window=4096,
+        full_every=6,
+    ),
+    "qwen3_moe": _Family(attention_bias=True, qk_norm=True, sliding_window=4096, window_switch=True, num_experts=128),
+}
+_UNSUPPORTED = ("use_bidirectional_attention", "final_logit_softcapping", "attn_logit_softcapping")
 # What a tokenizer may consist of; at least one vocabulary must be there.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
@@ -62,29 +108,92 @@ def _download(repo_id: str) -> Path:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The sizes in ``config.json``; ConfigError for a family that is not supported or a field that is missing."""
-    config = read_json(folder / "config.json")
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"{folder}: family {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    """The sizes in ``config.json``; ConfigError for a model that is not supported, CorruptFileError for a bad field."""
+    path = folder / "config.json"
+    config = read_json(path)
+    _check_supported(folder, config)
+    family = FAMILIES[str(config["model_type"])]
     try:
-        heads = int(config["num_attention_heads"])
+        heads, num_layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+        bias = family.attention_bias and bool(config.get("attention_bias", False))
         return ModelShape(
-            family=str(family),
-            num_layers=int(config["num_hidden_layers"]),
+            family=str(config["model_type"]),
+            num_layers=num_layers,
             hidden_size=int(config["hidden_size"]),
             num_attention_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            head_dim=int(config.get("head_dim") or family.head_dim or int(config["hidden_size"]) // heads),
             intermediate_size=int(config["intermediate_size"]),
             vocab_size=int(config["vocab_size"]),
             max_position_embeddings=int(config["max_position_embeddings"]),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", family.tied_embeddings)),
+            qkv_bias=bias or family.qkv_bias,
+            output_bias=bias,
+            mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
+            qk_norm=family.qk_norm,
+            post_norms=family.post_norms,
+            windows=_windows(config, family, num_layers),
+            **_experts(config, family, num_layers),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{folder / 'config.json'}: missing or malformed field ({error})") from None
+        raise CorruptFileError(f"{path}: missing or malformed field ({error})") from None
+
+
+def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
+    family = config.get("model_type")
+    if isinstance(config.get("text_config"), Mapping):
+        raise ConfigError(
+            f"{folder}: {family!r} is a multimodal model; save its language model as a checkpoint of its own first "
+            "(for Gemma 3, of family 'gemma3_text')"
+        )
+    if family not in FAMILIES:
+        raise ConfigError(f"{folder}: family {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if config.get("quantization_config"):
+        raise ConfigError(
+            f"{folder}: the weights are quantised, and blocks are trained from plain ones; take the model that they "
+            "were made from, or load this one, call model.dequantize() and save it"
+        )
+    asked = [name for name in _UNSUPPORTED if config.get(name)]
+    if asked:
+        raise ConfigError(f"{folder / 'config.json'}: {asked[0]} = {config[asked[0]]!r} is not supported")
+
+
+def _windows(config: Mapping[str, Any], family: _Family, num_layers: int) -> tuple[int | None, ...]:
+    """By layer, as the family has them; () if there is none. One as long as the longest sequence is none."""
+    window = config.get("sliding_window", family.sliding_window)
+    if family.window_switch and not config.get("use_sliding_window", False):
+        window = None
+    if window is None or window >= config["max_position_embeddings"]:
+        return ()
+    layers = range(num_layers)
+    if family.full_every is None and family.first_window_layer is None:
+        slides = [family.sliding_window is not None for _ in layers]
+    elif config.get("layer_types") is not None:
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    elif family.full_every is not None:
+        every = config.get("sliding_window_pattern") or family.full_every
+        slides = [(layer + 1) % every > 0 for layer in layers]
+    else:
+        first = config.get("max_window_layers", family.first_window_layer)
+        slides = [layer >= first for layer in layers]
+    return tuple(int(window) if slide else None for slide in slides) if any(slides) else ()
+
+
+def _experts(config: Mapping[str, Any], family: _Family, num_layers: int) -> dict[str, Any]:
+    """The fields of ModelShape that tell of experts; transformers saves their number under its own name."""
+    count = (
+        int(config.get("num_experts", config.get("num_local_experts", family.num_experts))) if family.num_experts else 0
+    )
+    if not count:
+        return {}
+    dense, every = config.get("mlp_only_layers") or [], int(config.get("decoder_sparse_step", 1))
+    layers = tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % every == 0)
+    return {
+        "moe_layers": layers,
+        "num_experts": count,
+        "num_active_experts": int(config["num_experts_per_tok"]),
+        "moe_intermediate_size": int(config["moe_intermediate_size"]),
+    }
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,6 +205,11 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         check_safetensors(folder / name)
     return [folder / name for name in names]
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Where each tensor of the checkpoint lies, by its name on disk; every file is looked into, not just the index."""
+    return {name: file for file in weight_files(folder) for name in check_safetensors(file) if name != "__metadata__"}
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

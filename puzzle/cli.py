@@ -32,7 +32,7 @@ data:
   sequence_tokens: {sequence_tokens}
 distill:                           # block-wise local distillation, per variant
   tokens: {bld_tokens}
-  learning_rate: 1e-3
+  learning_rate: 5e-4
 score: {{sequences: {score_sequences}}}
 profile: {{grid: {grid}}}             # what is measured: a file, or a name from profiling/
 kd:                                # global distillation of the finished student
@@ -113,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
     pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
     pareto.set_defaults(command=_pareto)
+
+    shrink = _with_run(commands.add_parser("shrink", help="write a space of pairs (coupled BLD) of what is popular"))
+    shrink.add_argument("output", type=Path, metavar="SPACE", help="the space file to write")
+    shrink.add_argument("--cost", default="params", help="a metric as in a constraint file (default params)")
+    shrink.add_argument("--within", type=float, default=0.15, help="of the solution's cost, either way (default 0.15)")
+    shrink.add_argument("--least-share", type=float, default=0.05, help="of architectures that use it (default 0.05)")
+    shrink.set_defaults(command=_shrink)
 
     show = commands.add_parser("show", help="print a table of the run")
     show.add_argument("what", choices=["library", "scores", "costs"])
@@ -216,10 +223,9 @@ def _stage(options: argparse.Namespace) -> None:
 def _pareto(options: argparse.Namespace) -> None:
     from puzzle import search
     from puzzle.search.pareto import plot
-    from puzzle.tables import read_scores
 
     run = _open(options)
-    scores, costs = read_scores(run.scores), run.read_costs()
+    scores, costs = run.read_scores(), run.read_costs()
     front = search.pareto_front(run.shape, run.items, scores, costs, run.constraint_file, options.cost)
     print(front.frame(options.points).to_string(index=False))
     folder = options.output or run.folder / "pareto"
@@ -229,17 +235,39 @@ def _pareto(options: argparse.Namespace) -> None:
     print(f"{len(front)} points; {folder / 'pareto.csv'}, {folder / 'pareto.png'}")
 
 
+def _shrink(options: argparse.Namespace) -> None:
+    from puzzle import config, pipeline, search
+    from puzzle.search.shrink import popular
+
+    run = _open(options)
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists; choose another name")
+    (solution, *_) = pipeline.solve(run, {})
+    problem, *_ = search.problems(run.shape, run.items, run.read_scores(), run.read_costs(), run.constraint_file)
+    front = search.pareto.front(problem, options.cost)
+    cost = float(problem.quantity(options.cost).value(solution.items))
+    space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)
+    options.output.write_text(config.dump(space), encoding="utf-8")
+    pairs = sum(len(layer.attention or ()) * len(layer.ffn or ()) for layer in space.layers.values())
+    print(f"wrote {options.output}: {pairs} pairs; train them in a new run: set run and space, then `puzzle run`")
+
+
 def _show(options: argparse.Namespace) -> None:
     from puzzle import tables
 
     run = _open(options)
     if options.what == "scores":
-        frame = tables.scores_frame(tables.read_scores(run.scores))
+        frame = tables.scores_frame(run.read_scores())
     elif options.what == "costs":
         frame = tables.costs_frame(tables.read_costs(run.costs))
     else:
-        frame = tables.library_frame(run.folder / "library" / "trained")
+        from puzzle.report import library
+
+        frame = library.library_frame(run)
+        library.draw(frame, run.folder / "library" / "library.png")
     print(frame.to_string(index=False))
+    if options.what == "library":
+        print(run.folder / "library" / "library.png")
 
 
 if __name__ == "__main__":

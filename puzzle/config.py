@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -32,28 +32,124 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class SourceConfig(_Model):
+    """One source of documents, in a ``column`` of text (default ``text``), or one of ``messages`` [{role, content}, …].
+
+    ``path``: a .txt, .md, .py, .jsonl, .parquet file (.gz too), a folder of them, or ``demo``. ``dataset``: whatever
+    the `datasets` library can stream, with its ``name``, ``split``, ``revision`` and ``data_files``.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    data_files: Annotated[
+        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    ] = ()
+    column: str | None = None
+    messages: str | None = None
+    weight: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give one of path, dataset")
+        if self.path is not None and (self.name or self.split or self.revision or self.data_files):
+            raise ValueError("name, split, revision and data_files are for a dataset, not for a path")
+        if self.column is not None and self.messages is not None:
+            raise ValueError("give one of column, messages")
+        return self
+
+    @property
+    def label(self) -> str:
+        """For people: the file's name, or the data set's with its configuration."""
+        name = Path(self.path).name if self.path is not None else "/".join(filter(None, (self.dataset, self.name)))
+        return f"{name} ({', '.join(self.data_files)})" if self.data_files else name
+
+
+class TokensConfig(_Model):
+    """How many tokens to take for each split."""
+
+    train: Positive
+    score: Positive
+    select: Positive
+    report: Positive
+
+
 class DataConfig(_Model):
-    """``text``: ``demo``, or a .txt, .jsonl, .jsonl.gz file, or a folder of text files."""
+    """``text``: ``demo``, a file or a folder; or ``sources``: several, mixed by weight (shares of tokens, every split).
+
+    Without ``tokens`` everything there is is taken, as far as the weights allow. ``sequence_tokens`` and
+    ``within_documents`` (attention does not cross from one document to the next) act when tokens are read: changing
+    them tokenises nothing anew.
+    """
 
     text: str = "demo"
+    sources: tuple[SourceConfig, ...] = ()
+    tokens: TokensConfig | None = None
     sequence_tokens: Positive = 256
+    within_documents: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_or_sources(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("sources"):
+            if given.get("text"):
+                raise ValueError("give text or sources, not both")
+            return {**given, "text": ""}
+        return given
+
+    @model_validator(mode="after")
+    def _enough_said(self) -> DataConfig:
+        if not self.text and not self.sources:
+            raise ValueError("give text or sources")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source a weight, or none of them")
+        if self.tokens is not None and len(self.sources) > 1 and not any(weighted):
+            raise ValueError("with tokens, give every source a weight: its share of them")
+        if self.tokens is None and any(source.dataset is not None for source in self.sources):
+            raise ValueError("a dataset is streamed and may never end; say how much to take: tokens: {train: …, …}")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """``sources``, or ``text`` as the only one."""
+        return self.sources or (SourceConfig(path=self.text),)
+
+    @property
+    def label(self) -> str:
+        """For people: what the text is."""
+        return ", ".join(source.label for source in self.all_sources)
 
 
 class InitConfig(_Model):
-    start: Literal["closed-form", "paper"] = "closed-form"
+    """``start: best`` takes, variant by variant, the start with the lower loss on calibration tokens."""
+
+    start: Literal["best", "paper"] = "best"
     sequences: Positive = 128
 
 
 class DistillConfig(_Model):
-    """BLD. ``tokens`` per variant; 0 leaves the starting points as they are."""
+    """BLD. ``tokens`` per variant; 0 leaves the starting points as they are.
+
+    ``patience``: a variant stops after so many checks (20 in a whole training) without getting better by 0.1 %; null
+    trains all to the end. ``nested``: one FFN per site holds all its ``narrow`` variants. ``residual``: where the
+    teacher's activations between layers are kept; ``memory_budget_gib``: what the stage may take on its device.
+    """
 
     tokens: Annotated[int, Field(ge=0)] = 1_000_000
     batch_size: Positive = 8
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 5e-4
     weight_decay: NonNegative = 0.1
     warmup_fraction: Fraction = 0.05
     loss_at: Literal["layer", "site"] = "layer"
-    layers_per_pass: Positive = 2
+    loss: Literal["mse", "cosine"] = "mse"
+    patience: Positive | None = None
+    nested: bool = False
+    residual: Literal["auto", "memory", "disk", "recompute"] = "auto"
+    memory_budget_gib: PositiveFloat | None = None
 
 
 class ScoreConfig(_Model):
@@ -113,12 +209,23 @@ class RunConfig(_Model):
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
+class LayerSpaceFile(_Model):
+    attention: tuple[str, ...] | None = None
+    ffn: tuple[str, ...] | None = None
+
+
 class SpaceFile(_Model):
-    """A search space: variant names per part (variants.py); percentages are rounded to ``ffn_multiple_of`` channels."""
+    """A search space: variant names per part (variants.py), for all layers and, in ``layers``, other ones for some.
+
+    Percentages are rounded to ``ffn_multiple_of`` channels (default: what hardware likes, see space.py). ``pairs``: the
+    attention and the FFN of a layer are trained, scored and chosen together.
+    """
 
     attention: tuple[str, ...]
     ffn: tuple[str, ...]
-    ffn_multiple_of: Positive = 1
+    ffn_multiple_of: Positive | None = None
+    layers: dict[int, LayerSpaceFile] = {}
+    pairs: bool = False
 
 
 class GridFile(_Model):
@@ -315,7 +422,7 @@ def _field_names(kind: Any, place: Sequence[str | int]) -> list[str]:
 def _section(annotation: Any) -> Any:
     """The model inside ``dict[str, Model]`` or ``Amount | Model``."""
     origin = typing.get_origin(annotation)
-    if origin not in (dict, typing.Union, types.UnionType):
+    if origin not in (dict, tuple, typing.Union, types.UnionType):
         return None
     for argument in reversed(typing.get_args(annotation)):
         if isinstance(argument, type) and issubclass(argument, BaseModel):

@@ -6,12 +6,14 @@ Means over tokens, standard errors over sequences. Reads models and the ``report
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from puzzle.metrics import token_metrics
+from puzzle.data.batches import Batch
+from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.teacher import final_hidden
 
@@ -46,17 +48,21 @@ class Quality:
 
 @torch.no_grad()
 def evaluate(
-    student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batches: list[Tensor], bytes_per_token: float
+    student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batches: list[Batch], bytes_per_token: float
 ) -> Quality:
-    """Compares the student with the teacher on batches of ids (B, T)."""
+    """Compares the student with the teacher on ``batches``; where only some tokens count, on predicting those."""
     heads = (student.lm_head, teacher.lm_head)
-    columns = [token_metrics(final_hidden(student, ids), final_hidden(teacher, ids), heads, ids) for ids in batches]
-    ce = torch.cat([tokens.ce_nats.mean(1) for tokens in columns])
-    teacher_ce = torch.cat([tokens.teacher_ce_nats.mean(1) for tokens in columns])
+    columns = [token_metrics(final_hidden(student, one), final_hidden(teacher, one), heads, one) for one in batches]
+
+    def means(of_tokens: Callable[[TokenMetrics], Tensor]) -> Tensor:
+        pairs = zip(columns, batches, strict=True)
+        return torch.cat([sequence_means(of_tokens(tokens), batch) for tokens, batch in pairs])
+
+    ce, teacher_ce = means(lambda tokens: tokens.ce_nats), means(lambda tokens: tokens.teacher_ce_nats)
     return Quality(
         ce_nats=Estimate.of(ce),
         bits_per_byte=Estimate.of(ce).scaled(1 / math.log(2) / bytes_per_token),
-        kl_nats=Estimate.of(torch.cat([tokens.kl_nats.mean(1) for tokens in columns])),
+        kl_nats=Estimate.of(means(lambda tokens: tokens.kl_nats)),
         ce_gap_nats=Estimate.of(ce - teacher_ce),
-        agreement=Estimate.of(torch.cat([tokens.agreement.mean(1) for tokens in columns])),
+        agreement=Estimate.of(means(lambda tokens: tokens.agreement)),
     )

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puzzle.config import KdConfig
-from puzzle.metrics import kl_loss
+from puzzle.data.batches import Batch
+from puzzle.metrics import kl_loss, prediction_weights
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
 from puzzle.teacher import Compute, embed, freeze, layers_of, read_tensors
@@ -29,31 +30,34 @@ from puzzle.types import ConfigError
 STATE = "state.safetensors"
 
 
-def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, ids: Tensor, config: KdConfig) -> Tensor:
-    """The loss above on ids (B, T)."""
+def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batch: Batch, config: KdConfig) -> Tensor:
+    """The loss above; where only some tokens count, KL and CE are those of predicting them."""
     with torch.no_grad():
-        teacher_states = _residual_stream(teacher, ids)
-    states = _residual_stream(student, ids)
+        teacher_states = _residual_stream(teacher, batch)
+    states = _residual_stream(student, batch)
     hidden, teacher_hidden = student.model.norm(states[-1]), teacher.model.norm(teacher_states[-1])
-    loss = torch.zeros((), device=ids.device)
+    loss = torch.zeros((), device=batch.ids.device)
+    weights = prediction_weights(batch)
     if config.kl_weight:
-        loss = loss + config.kl_weight * kl_loss(hidden, teacher_hidden, (student.lm_head, teacher.lm_head))
+        loss = loss + config.kl_weight * kl_loss(hidden, teacher_hidden, (student.lm_head, teacher.lm_head), weights)
     if config.cosine_weight:
         pairs = zip(states, teacher_states, strict=True)
         cosines = [F.cosine_similarity(own.float(), other.float(), dim=-1) for own, other in pairs]
         loss = loss + config.cosine_weight * torch.stack([(1 - cosine).mean() for cosine in cosines]).sum()
     if config.lm_weight:
         logits = student.lm_head(hidden[:, :-1]).float().flatten(0, 1)
-        loss = loss + config.lm_weight * F.cross_entropy(logits, ids[:, 1:].flatten())
+        each = F.cross_entropy(logits, batch.ids[:, 1:].flatten(), reduction="none")
+        counted = weights[:, :-1].flatten()
+        loss = loss + config.lm_weight * (each * counted).sum() / counted.sum().clamp_min(1)
     return loss
 
 
-def _residual_stream(model: PuzzleForCausalLM, ids: Tensor) -> list[Tensor]:
+def _residual_stream(model: PuzzleForCausalLM, batch: Batch) -> list[Tensor]:
     """The residual stream after each layer."""
-    hidden, position = embed(model, ids)
+    hidden, context = embed(model.model, batch, model.dtype)
     states = []
     for layer in layers_of(model):
-        hidden = layer(hidden, position_embeddings=position)
+        hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
         states.append(hidden)
     return states
 
@@ -73,14 +77,14 @@ class Distillation:
             self.parameters.values(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
         )
 
-    def run(self, batches: Callable[..., Tensor], until: int, steps: int, on_step: Callable[[float], None]) -> None:
+    def run(self, batches: Callable[..., Batch], until: int, steps: int, on_step: Callable[[float], None]) -> None:
         """Trains up to step ``until`` of a schedule of ``steps``; ``on_step`` gets each step's loss."""
         while self.step < until:
             factor = warmup_cosine(self.step, steps, self.config.warmup_steps, self.floor)
             self.optimiser.param_groups[0]["lr"] = self.config.learning_rate * factor
-            ids = batches(step=self.step).to(self.compute.device)
+            batch = batches(step=self.step).to(self.compute.device)
             with self.compute.autocast():
-                loss = distillation_loss(self.student, self.teacher, ids, self.config)
+                loss = distillation_loss(self.student, self.teacher, batch, self.config)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP_NORM)
             self.optimiser.step()

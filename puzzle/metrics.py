@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from puzzle.data.batches import Batch
+
 CHUNK_TOKENS = 4096
 
 
@@ -27,9 +29,10 @@ class TokenMetrics:
 
 
 def token_metrics(
-    student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], ids: Tensor
+    student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], batch: Batch
 ) -> TokenMetrics:
-    """Compares two (B, T, D) final hidden states under their ``heads`` (student's, teacher's); ``ids`` is (B, T)."""
+    """Compares two (B, T, D) final hidden states under their ``heads`` (student's, teacher's) on ``batch``."""
+    ids = batch.ids
     student, teacher = student_hidden[:, :-1].flatten(0, 1), teacher_hidden[:, :-1].flatten(0, 1)  # (N, D)
     labels = ids[:, 1:].flatten()
     columns: list[tuple[Tensor, ...]] = []
@@ -49,18 +52,37 @@ def token_metrics(
     return TokenMetrics(*(torch.cat(column).view(shape) for column in zip(*columns, strict=True)))
 
 
-def kl_loss(student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module]) -> Tensor:
-    """Mean KL(teacher ‖ student) per token, with gradients to the student; logits are recomputed going backward."""
-    student, teacher = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)  # (N, D)
+def sequence_means(values: Tensor, batch: Batch) -> Tensor:
+    """(B,) fp64 on the CPU: means of (B, T-1) values per predicted token over those that count; 0 where none does."""
+    counted = torch.ones_like(values) if batch.counted is None else batch.counted[:, 1:].to(values.dtype)
+    return (values * counted).cpu().double().sum(1) / counted.cpu().double().sum(1).clamp_min(1)
 
-    def chunk_sum(student_part: Tensor, teacher_part: Tensor) -> Tensor:
+
+def prediction_weights(batch: Batch) -> Tensor:
+    """(B, T) fp32: 1 at positions whose next token counts; the last one's is not in the batch and counts as it does."""
+    if batch.counted is None:
+        return torch.ones(batch.ids.shape, device=batch.ids.device)
+    return torch.cat([batch.counted[:, 1:], batch.counted[:, -1:]], 1).float()
+
+
+def kl_loss(
+    student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], weights: Tensor
+) -> Tensor:
+    """Mean KL(teacher ‖ student) over positions by ``weights`` (B, T), with gradients to the student.
+
+    Logits are recomputed going backward.
+    """
+    student, teacher = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)  # (N, D)
+    each_weight = weights.flatten()
+
+    def chunk_sum(student_part: Tensor, teacher_part: Tensor, weight: Tensor) -> Tensor:
         log_q = F.log_softmax(heads[0](student_part).float(), -1)
         with torch.no_grad():
             log_p = F.log_softmax(heads[1](teacher_part).float(), -1)
-        return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return (F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * weight).sum()
 
     total = student.new_zeros((), dtype=torch.float32)
     for start in range(0, len(student), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        total = total + checkpoint(chunk_sum, student[part], teacher[part], use_reentrant=False)
-    return total / len(student)
+        total = total + checkpoint(chunk_sum, student[part], teacher[part], each_weight[part], use_reentrant=False)
+    return total / each_weight.sum().clamp_min(1)

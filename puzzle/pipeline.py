@@ -6,17 +6,20 @@ The only place where the pure lane and the torch lane meet: stages that compute 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from puzzle import artifacts, config, search
+from puzzle.ranks import Ranks, noted, notes
 from puzzle.run import Planned, Run
-from puzzle.tables import read_scores
 from puzzle.types import ConfigError, MissingMeasurementError, Solution, StaleUnitError, to_json
 from puzzle.variants import variant_name
 
@@ -26,19 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """``needs`` are the stages whose units it reads."""
+    """``needs`` are the stages whose units it reads; ``shared``: ranks share its units, else rank 0 makes them."""
 
     name: str
     needs: tuple[str, ...]
     plan: Callable[[Run], list[Planned]]
     summary: str
+    shared: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("data", (), Run.plan_data, "tokenise the text into four disjoint splits"),
-    Stage("importance", ("data",), Run.plan_importance, "rank FFN channels and layers on calibration tokens"),
-    Stage("init", ("importance",), Run.plan_init, "make the variants' starting points"),
-    Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation"),
+    Stage("init", ("data",), Run.plan_init, "make the variants' starting points from moments of calibration tokens"),
+    Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation", True),
     Stage("score", ("distill",), Run.plan_score, "score every variant: KL when it alone replaces the teacher's block"),
     Stage("profile", (), Run.plan_profile, "measure what every block shape costs on this device"),
     Stage("search", ("score", "profile"), Run.plan_search, "find the best architecture under the constraint file"),
@@ -54,20 +57,18 @@ State = Literal["done", "stale", "missing"]
 
 def run_all(run: Run, redo: str | None = None) -> None:
     """Makes everything that is missing, in order; with ``redo``, that stage and all that rests on it anew."""
-    with artifacts.exclusive(run.folder):
-        _prepare(run)
-        if redo is not None:
+    with _working_on(run) as ranks:
+        if redo is not None and ranks.first:
             _forget([unit for stage in _resting_on(redo) for unit in stage.plan(run)])
+        ranks.wait(run.folder, "the run")
         for stage in STAGES:
-            _make(run, stage)
-        _tidy(run)
+            _make(run, stage, ranks)
 
 
 def run_stage(run: Run, name: str, redo: bool = False) -> None:
     """Makes one stage's missing units; MissingMeasurementError where an earlier stage is not complete."""
     stage = BY_NAME[name]
-    with artifacts.exclusive(run.folder):
-        _prepare(run)
+    with _working_on(run) as ranks:
         for needed in stage.needs:
             states = unit_states(run, BY_NAME[needed])
             if "stale" in states:
@@ -79,15 +80,43 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
                 raise MissingMeasurementError(
                     f"{name} needs {states.count('missing')} more units of {needed}; run `puzzle {needed} RUN` first"
                 )
-        if redo:
+        if redo and ranks.first:
             _forget(stage.plan(run))
-        _make(run, stage)
+        ranks.wait(run.folder, name)
+        _make(run, stage, ranks)
+
+
+@contextlib.contextmanager
+def _working_on(run: Run) -> Iterator[Ranks]:
+    """The run's folder for this process, or for the ranks that were launched together; tidied before and after."""
+    ranks = Ranks.current()
+    if not ranks.first:
+        with ranks.joined():
+            ranks.wait(run.folder, "the run")
+            yield ranks
+        return
+    with artifacts.exclusive(run.folder), ranks.joined():
+        _name_the_dead(run)
+        _prepare(run)
+        ranks.wait(run.folder, "the run")
+        yield ranks
         _tidy(run)
+
+
+def _name_the_dead(run: Run) -> None:
+    """Says which ranks left their work unfinished last time."""
+    for note in notes(run.folder):
+        event = {"time": time.time(), "stage": note.stage, "event": "died", "rank": note.rank}
+        artifacts.append_event(run.events, event)
+        print(f"puzzle: {note} died last time; what it left unfinished is taken up again", file=sys.stderr)
+    artifacts.remove(run.folder / "ranks")
 
 
 def _tidy(run: Run) -> None:
     """Removes what crashes left half-written, and checkpoints of students that are finished."""
     artifacts.sweep(run.folder)
+    if run.data.exists():
+        artifacts.remove(run.folder / "shards")
     for final in run.folder.glob("students/*/final"):
         artifacts.remove(final.parent / "kd")
 
@@ -136,13 +165,25 @@ def _forget(units: Sequence[Planned]) -> None:
         artifacts.remove(unit.path)
 
 
-def _make(run: Run, stage: Stage) -> None:
+def _make(run: Run, stage: Stage, ranks: Ranks) -> None:
+    """Makes what is missing of the stage: this rank's share, or rank 0 all of it; ends when all ranks have."""
     missing = [unit for unit in stage.plan(run) if not artifacts.is_current(unit.path, unit.inputs, stage.name)]
-    if not missing:
-        return
+    ranks.wait(run.folder, stage.name)  # all have seen the same before anyone adds to it
+    if missing and (ranks.first or stage.shared):
+        if ranks.count == 1 or not stage.shared:
+            _make_missing(run, stage, missing)
+        else:
+            with noted(run.folder, ranks, stage.name, len(missing)):
+                _make_missing(run, stage, missing)
+                ranks.wait(run.folder, stage.name)
+    ranks.wait(run.folder, stage.name)
+
+
+def _make_missing(run: Run, stage: Stage, missing: Sequence[Planned]) -> None:
     if stage.name != "data" and run.data.exists():
         run.check_sequence_counts()
-    _record_config(run)
+    if Ranks.current().first:
+        _record_config(run)
     from puzzle.progress import stage_progress
 
     with stage_progress(stage.name, len(missing), run.events) as progress:
@@ -185,7 +226,7 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
 
 def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
     """The search on the run's tables, without writing anything."""
-    return search.search(run.shape, run.items, read_scores(run.scores), run.read_costs(), run.constraint_file, inputs)
+    return search.search(run.shape, run.items, run.read_scores(), run.read_costs(), run.constraint_file, inputs)
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

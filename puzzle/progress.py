@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from puzzle.artifacts import append_event
+from puzzle.ranks import Ranks
 
 console = Console(stderr=True, highlight=False)
 
@@ -38,7 +39,7 @@ class Progress:
     def done(self, *units: str) -> None:
         """These units are published."""
         for unit in units:
-            append_event(self._events, {"time": time.time(), "stage": self._stage, "event": "published", "unit": unit})
+            _record(self._events, {"time": time.time(), "stage": self._stage, "event": "published", "unit": unit})
         self._done += len(units)
         self._bars.update(self._task, completed=self._done, what=units[-1])
 
@@ -55,10 +56,18 @@ def stage_progress(stage: str, num_units: int, events: Path) -> Iterator[Progres
         TimeRemainingColumn(),
         TextColumn("{task.fields[what]}"),
     )
-    append_event(events, {"time": time.time(), "stage": stage, "event": "started", "units": num_units})
+    first = Ranks.current().first
+    _record(events, {"time": time.time(), "stage": stage, "event": "started", "units": num_units})
     started = time.monotonic()
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, transient=True, disable=not (console.is_terminal and first)) as bars:
         yield Progress(bars, bars.add_task(stage, total=num_units, what=""), stage, events)
     seconds = time.monotonic() - started
-    append_event(events, {"time": time.time(), "stage": stage, "event": "finished", "seconds": round(seconds, 3)})
-    console.print(f"{stage:<10} {num_units} unit{'s' if num_units != 1 else ''} in {seconds:.1f} s")
+    _record(events, {"time": time.time(), "stage": stage, "event": "finished", "seconds": round(seconds, 3)})
+    if first:
+        console.print(f"{stage:<10} {num_units} unit{'s' if num_units != 1 else ''} in {seconds:.1f} s")
+
+
+def _record(events: Path, event: Mapping[str, object]) -> None:
+    """Only rank 0 writes events; what other ranks publish lies on disk."""
+    if Ranks.current().first:
+        append_event(events, event)

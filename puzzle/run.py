@@ -15,14 +15,26 @@ from typing import Any
 
 from puzzle import artifacts, checkpoint, config
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
-from puzzle.data_source import text_fingerprint, text_path
+from puzzle.data.inputs import data_inputs
+from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
-from puzzle.tables import read_costs
-from puzzle.types import ConfigError, Cost, Item, ModelShape, Site, Solution, from_json
-from puzzle.variants import SearchSpace, shape_id
+from puzzle.space import PARTS, SearchSpace
+from puzzle.tables import ScoreTable, read_costs, read_scores
+from puzzle.types import (
+    AttentionSpec,
+    ConfigError,
+    Cost,
+    Item,
+    MissingMeasurementError,
+    ModelShape,
+    Solution,
+    Spec,
+    from_json,
+)
+from puzzle.variants import has_weights, keep_spec, params, shape_id, variant_name
 
-STORED_KINDS = ("gqa", "narrow", "linear")
 ABSENT = "absent"
+LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
@@ -68,7 +80,7 @@ class Run:
         """How the student is made, for its model card."""
         return {
             "teacher": self.teacher_name,
-            "text": Path(self.config.data.text).name,
+            "text": self.config.data.label,
             "constraints": self.constraints.name,
             "bld_tokens": self.config.distill.tokens,
             "kd_tokens": self.config.kd.tokens,
@@ -82,20 +94,63 @@ class Run:
     @cached_property
     def space(self) -> SearchSpace:
         path = config.locate("space", self.config.space)
-        names, shape = config.load(SpaceFile, path), self.shape
+        file = config.load(SpaceFile, path)
+        layers = {
+            layer: {part: names for part in PARTS if (names := getattr(own, part)) is not None}
+            for layer, own in file.layers.items()
+        }
+        names = {part: getattr(file, part) for part in PARTS}
         try:
-            return SearchSpace.parse(names.attention, names.ffn, shape, names.ffn_multiple_of)
+            return SearchSpace.parse(names, self.shape, file.ffn_multiple_of, layers, file.pairs)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
-        return self.space.items(self.shape)
+        items = self.space.items()
+        for spec in (spec for item in items for spec in item.specs):
+            self._check_window(spec)
+        return items
+
+    def _check_window(self, spec: Spec) -> None:
+        """On short sequences a window looks free: nothing is out of its sight."""
+        if not isinstance(spec, AttentionSpec) or spec.kind != "window":
+            return
+        needed, there = LEAST_WINDOWS * (spec.window_tokens or 0), self.config.data.sequence_tokens
+        if there < needed:
+            raise MissingMeasurementError(
+                f"{variant_name(spec)} must be trained and scored on at least {LEAST_WINDOWS} windows, {needed} "
+                f"tokens, but data.sequence_tokens is {there}; raise it, or take the variant out of the space"
+            )
 
     @cached_property
-    def stored_items(self) -> tuple[Item, ...]:
-        """Items with weights of their own: neither the teacher's block nor nothing."""
-        return tuple(item for item in self.items if item.specs[0].kind in STORED_KINDS)
+    def units(self) -> Mapping[str, tuple[Item, ...]]:
+        """What the library stores, and trains as one piece: by name, the items that are read from it."""
+        units: dict[str, tuple[Item, ...]] = {}
+        for item in self.items:
+            if has_weights(item):
+                units[self.unit_of(item)] = (*units.get(self.unit_of(item), ()), item)
+        return units
+
+    def unit_of(self, item: Item) -> str:
+        """The name of the library's unit that holds the item's weights."""
+        nested = self.config.distill.nested and len(item.sites) == 1 and item.specs[0].kind == "narrow"
+        return f"{item.sites[0]}.nested" if nested else item.id
+
+    def unit_params(self, unit: str) -> int:
+        """Parameters that the unit stores: of several items, those of the largest."""
+        return max(sum(params(spec, self.shape) for spec in item.specs) for item in self.units[unit])
+
+    @cached_property
+    def keep_specs(self) -> tuple[Spec, ...]:
+        """The teacher's own block at every site."""
+        return tuple(keep_spec(self.shape, site) for site in self.shape.sites)
+
+    @cached_property
+    def specs(self) -> tuple[Spec, ...]:
+        """Every spec on offer, once per different shape."""
+        by_shape = {shape_id(spec, self.shape): spec for item in self.items for spec in item.specs}
+        return tuple(by_shape.values())
 
     @cached_property
     def grid(self) -> GridFile:
@@ -127,6 +182,10 @@ class Run:
         """The costs at the grid's points; what an earlier grid left in the folder is not among them."""
         return read_costs(self.costs, [f"{point.id}.json" for point in self.grid_points])
 
+    def read_scores(self) -> ScoreTable:
+        """The scores of the space's items; what an earlier space left in the folder is not among them."""
+        return read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
+
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
         counts = artifacts.read_unit(self.data).payload["num_tokens"]
@@ -137,7 +196,7 @@ class Run:
             "evaluate.sequences": ("report", self.config.evaluate.sequences),
         }
         for key, (split, wanted) in asked.items():
-            if wanted > (there := counts[split] // tokens):
+            if wanted > (there := num_windows(counts, split, tokens)):
                 raise ConfigError(
                     f"{key} is {wanted}, but split {split!r} holds {there} sequences of {tokens} tokens; "
                     "give more text or ask for fewer"
@@ -149,14 +208,11 @@ class Run:
     def data(self) -> Path:
         return self.folder / "data"
 
-    def importance(self, layer: int) -> Path:
-        return self.folder / "importance" / f"L{layer:03d}"
+    def initial(self, unit: str) -> Path:
+        return self.folder / "library" / "initial" / unit
 
-    def initial(self, item: Item) -> Path:
-        return self.folder / "library" / "initial" / item.id
-
-    def trained(self, item: Item) -> Path:
-        return self.folder / "library" / "trained" / item.id
+    def trained(self, unit: str) -> Path:
+        return self.folder / "library" / "trained" / unit
 
     @property
     def scores(self) -> Path:
@@ -197,56 +253,69 @@ class Run:
     # --- the units of each stage -----------------------------------------------------------------------------------
 
     def plan_data(self) -> list[Planned]:
-        text = text_fingerprint(text_path(self.config.data.text))
-        return [Planned(self.data, {"text": text, "tokenizer": checkpoint.tokenizer_fingerprint(self.teacher)})]
-
-    def plan_importance(self) -> list[Planned]:
-        inputs = {**self._teacher_and_data(), "init.sequences": self._slice(self.config.init.sequences)}
-        return [Planned(self.importance(layer), inputs) for layer in range(self.shape.num_layers)]
+        tokenizer = checkpoint.tokenizer_fingerprint(self.teacher)
+        return [Planned(self.data, {**data_inputs(self.config.data, self.folder), "tokenizer": tokenizer})]
 
     def plan_init(self) -> list[Planned]:
+        settings = [self.config.init.model_dump(), self.config.distill.loss_at, self.config.distill.loss]
         return [
             Planned(
-                self.initial(item),
+                self.initial(unit),
                 {
                     **self._teacher_and_data(),
-                    "importance": _content(self.importance(item.sites[0].layer)),
-                    "init": self._slice(self.config.init.model_dump()),
+                    "init": self._slice(settings),
+                    **self._widths(unit),
                 },
             )
-            for item in self.stored_items
+            for unit in self.units
         ]
 
     def plan_distill(self) -> list[Planned]:
-        settings = self.config.distill.model_dump(exclude={"layers_per_pass"})  # how many train at once changes nothing
+        # how much trains at once, and what is kept where, changes nothing
+        settings = self.config.distill.model_dump(exclude={"memory_budget_gib", "residual", "nested"})
         return [
             Planned(
-                self.trained(item),
+                self.trained(unit),
                 {
                     **self._teacher_and_data(),
-                    "initial": _content(self.initial(item)),
+                    "initial": _content(self.initial(unit)),
                     "distill": self._slice([settings, self.config.dtype]),
+                    **self._widths(unit),
                 },
             )
-            for item in self.stored_items
+            for unit in self.units
         ]
+
+    def _widths(self, unit: str) -> dict[str, str]:
+        """Of a nested unit: the widths that share it."""
+        items = self.units[unit]
+        return {"widths": ", ".join(variant_name(item.specs[0]) for item in items)} if len(items) > 1 else {}
 
     def plan_score(self) -> list[Planned]:
         return [
             Planned(
-                self.scores / f"{site}.json",
+                self.scores / f"{name}.json",
                 {
                     **self._teacher_and_data(),
-                    "library": self._library_content([item for item in self.stored_items if item.sites == (site,)]),
-                    "space": artifacts.fingerprint([item.id for item in self.items_at(site)]),
+                    "library": self._library_content(items),
+                    "space": artifacts.fingerprint([item.id for item in items]),
                     "score": self._slice(self.config.score.model_dump()),
                 },
             )
-            for site in self.shape.sites
+            for name, items in self.scored_together.items()
         ]
 
+    @cached_property
+    def scored_together(self) -> Mapping[str, tuple[Item, ...]]:
+        """The items of each unit of scores, by its name: those of one site, or of one layer's pairs."""
+        names: dict[str, tuple[Item, ...]] = {}
+        for item in self.items:
+            name = str(item.sites[0]) if len(item.sites) == 1 else f"L{item.sites[0].layer:03d}.layer"
+            names[name] = (*names.get(name, ()), item)
+        return names
+
     def plan_profile(self) -> list[Planned]:
-        shapes = sorted({shape_id(item.specs[0], self.shape) for item in self.items})
+        shapes = sorted(shape_id(spec, self.shape) for spec in self.specs)
         settings = {
             "shape": artifacts.fingerprint(vars(self.shape)),
             "space": artifacts.fingerprint(shapes),
@@ -258,11 +327,10 @@ class Run:
         return [Planned(self.solution, self._search_inputs())]
 
     def plan_build(self) -> list[Planned]:
-        chosen = [item for item in self._chosen_if_any() if item.specs[0].kind in STORED_KINDS]
         inputs = {
             "teacher": self.teacher_fingerprint,
             "solution": _content(self.solution),
-            "library": self._library_content(chosen),
+            "library": self._library_content(self._chosen_if_any()),
         }
         return [Planned(self.student / "initial", inputs)]
 
@@ -301,22 +369,21 @@ class Run:
         }
         return [Planned(self.student / "report", inputs)]
 
-    def items_at(self, site: Site) -> list[Item]:
-        return [item for item in self.items if item.sites == (site,)]
-
     def _teacher_and_data(self) -> dict[str, str]:
         return {"teacher": self.teacher_fingerprint, "data": _content(self.data)}
 
     def _slice(self, settings: Any) -> str:
         """The fingerprint of a stage's own settings, with those that every training or scoring stage depends on."""
-        return artifacts.fingerprint([settings, self.config.seed, self.config.data.sequence_tokens])
+        window = [self.config.data.sequence_tokens, self.config.data.within_documents]
+        return artifacts.fingerprint([settings, self.config.seed, window])
 
     def _library_content(self, items: Sequence[Item]) -> str:
-        return artifacts.fingerprint({item.id: _content(self.trained(item)) for item in items})
+        units = {self.unit_of(item) for item in items if has_weights(item)}
+        return artifacts.fingerprint({unit: _content(self.trained(unit)) for unit in sorted(units)})
 
     def _search_inputs(self) -> dict[str, str]:
         return {
-            "scores": artifacts.fingerprint([_content(self.scores / f"{site}.json") for site in self.shape.sites]),
+            "scores": artifacts.fingerprint([_content(self.scores / f"{name}.json") for name in self.scored_together]),
             "costs": artifacts.fingerprint([_content(self.costs / f"{point.id}.json") for point in self.grid_points]),
             "constraints": artifacts.fingerprint(self.constraint_file.model_dump(mode="json")),
             "space": artifacts.fingerprint([item.id for item in self.items]),

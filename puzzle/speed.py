@@ -91,7 +91,8 @@ def _measure(run: Run, workload: Workload, batch_size: int, subjects: Mapping[st
         for name, subject in subjects.items()
     }
     config = next(iter(models.values())).config
-    stack = SiteStack.build(run.shape, config, [item.specs[0] for item in run.items], device, weights, run.config.seed)
+    specs = [spec for item in run.items for spec in item.specs]
+    stack = SiteStack.build(run.shape, config, specs, device, weights, run.config.seed)
     last = workload.isl + max(0, workload.osl - 2)
     contexts = sorted(
         {round(workload.isl + (last - workload.isl) * k / (DECODE_POINTS - 1)) for k in range(DECODE_POINTS)}

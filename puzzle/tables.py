@@ -65,12 +65,17 @@ class ScoreTable:
         return found
 
 
-def read_scores(folder: Path) -> ScoreTable:
-    """All scores in ``folder``. CorruptFileError for anything but finite, complete records; none at all is missing."""
+def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTable:
+    """All scores in ``folder``, or in the files of these ``names``; MissingMeasurementError for none at all.
+
+    CorruptFileError for anything but finite, complete records.
+    """
     scores: list[Score] = []
     failed: list[Failure] = []
     seen: dict[tuple[str, str], Path] = {}
     for unit in _units(folder, "scores"):
+        if names is not None and unit.path.name not in names:
+            continue
         for score in _records(Score, unit, "scores"):
             if (first := seen.setdefault((score.item_id, score.metric), unit.path)) != unit.path:
                 raise CorruptFileError(
@@ -106,19 +111,6 @@ def costs_frame(costs: Iterable[Cost]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame([asdict(cost) for cost in costs], columns=list(Cost.__dataclass_fields__))
-
-
-def library_frame(folder: Path) -> pd.DataFrame:
-    """One row per trained variant: its loss on held-out tokens before and after BLD, tokens seen, bytes on disk."""
-    import pandas as pd
-
-    rows = []
-    for path in sorted(folder.glob("L*")):
-        size = sum(file.stat().st_size for file in path.iterdir())
-        rows.append({"item_id": path.name, **artifacts.read_unit(path).payload, "bytes": size})
-    if not rows:
-        raise MissingMeasurementError(f"{folder}: no library there; run `puzzle distill RUN`")
-    return pd.DataFrame(rows)
 
 
 def _summary(score: Score) -> dict[str, float]:

@@ -1,33 +1,38 @@
-"""Loads a teacher as a puzzle model with every block kept, and runs it layer by layer.
+"""A teacher as a puzzle model with every block kept: whole, or one layer at a time from its shards.
 
 Reads a Hugging Face folder; computes the residual stream between layers, which distillation, scoring and evaluation
-work on. Shapes: ids (B, T) int64; hidden states (B, T, D); ``position`` the rotary (cos, sin), each (1, T, head_dim).
+work on. Shapes: ids (B, T) int64; hidden states (B, T, D).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from puzzle.checkpoint import weight_files
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
-from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.checkpoint import tensor_files
+from puzzle.data.batches import Batch
+from puzzle.modeling import (
+    PuzzleConfig,
+    PuzzleDecoderLayer,
+    PuzzleForCausalLM,
+    PuzzleModel,
+    local_causal_mask,
+    stock_state,
+)
 from puzzle.types import ConfigError, CorruptFileError
-
-Position = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how to compute. Weights are held in fp32; training runs under bf16 autocast where ``bf16`` is set."""
+    """Where and how to compute: training runs under bf16 autocast where ``bf16`` is set."""
 
     device: torch.device
     bf16: bool
@@ -39,6 +44,11 @@ class Compute:
         if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.mps.is_available()):
             raise ConfigError(f"device: {name} is not available here; use --device cpu or auto")
         return cls(torch.device(name), dtype == "bf16" or (dtype == "auto" and _fast_bf16(name)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights, and of the residual stream between two layers, while variants are trained."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self.bf16:
@@ -79,28 +89,109 @@ def load_config(folder: Path) -> PuzzleConfig:
         ) from None
     config = config if isinstance(config, PuzzleConfig) else PuzzleConfig.from_family(config)
     config._attn_implementation = "sdpa"  # standalone layers need a causal kernel
+    config._experts_implementation = "eager"  # the only one that autocast reaches
     return config
 
 
+class Shards:
+    """The tensors of a checkpoint folder under our modules' names, read from their files when asked for."""
+
+    def __init__(self, folder: Path, config: PuzzleConfig) -> None:
+        self._config = config
+        self._files = tensor_files(folder)
+        if not any(name.startswith("model.layers.") for name in self._files):
+            raise CorruptFileError(f"{folder}: no tensor is called model.layers.…; not a checkpoint of this family")
+
+    def read(self, prefix: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Those whose names begin with ``prefix``, on the device in ``dtype``, by their full names."""
+        names = [name for name in self._files if name.startswith(prefix)]
+        state: dict[str, Tensor] = {}
+        for file in sorted({self._files[name] for name in names}):
+            wanted = [name for name in names if self._files[name] == file]
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    # copied: what is mapped would count as memory for as long as it is held
+                    state.update({name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in wanted})
+            except (SafetensorError, OSError) as error:
+                raise CorruptFileError(f"{file}: unreadable ({error}); make or fetch it again") from None
+        return stock_state(self._config, state)
+
+
+class Teacher:
+    """The layers of a checkpoint, each loaded, frozen, when it is asked for; ``held`` keeps them from then on."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, held: bool = False) -> None:
+        self.config = load_config(folder)
+        self.device, self.dtype = device, dtype
+        self._folder, self._shards, self._held = folder, Shards(folder, self.config), held
+        self._layers: dict[int, PuzzleDecoderLayer] = {}
+        self._stem = nn.Module.to(PuzzleModel(_without_layers(self.config)), device)
+        name = "model.embed_tokens.weight"
+        embedding = self._shards.read(name, device, dtype).get(name)
+        if embedding is None or embedding.shape != (self.config.vocab_size, self.config.hidden_size):
+            found = "missing" if embedding is None else f"of shape {tuple(embedding.shape)}"
+            raise CorruptFileError(f"{folder}: {name} is {found}; the tensors do not fit the configuration")
+        self._stem.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What every computation with its layers must run under."""
+        return Compute(self.device, self.dtype == torch.bfloat16).autocast()
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def layer(self, index: int) -> PuzzleDecoderLayer:
+        """Layer ``index``, frozen. CorruptFileError where its tensors are missing or do not fit."""
+        if index in self._layers:
+            return self._layers[index]
+        prefix = f"model.layers.{index}."
+        state = self._shards.read(prefix, self.device, self.dtype)
+        with torch.device("meta"):
+            layer = PuzzleDecoderLayer(self.config, index, index)
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        load_state(layer, own, f"{self._folder}, layer {index}")
+        layer.requires_grad_(False)
+        layer.eval()
+        if self._held:
+            self._layers[index] = layer
+        return layer
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> tuple[Tensor, Context]:
+        """The residual stream at the first layer's input, and what the layers need beside it."""
+        return embed(self._stem, batch.to(self.device), self.dtype)
+
+
+def _without_layers(config: PuzzleConfig) -> PuzzleConfig:
+    """For a model of no layers, whose embedding is a single row until it gets its weights."""
+    empty = config.with_layers([], [])
+    empty.vocab_size, empty.pad_token_id = 1, None
+    return empty
+
+
 def load_model(folder: Path, compute: Compute) -> PuzzleForCausalLM:
-    """The model in ``folder``, frozen, in fp32 on the device: a family's checkpoint with every block kept."""
+    """The whole model in ``folder``, frozen, in fp32 on the device: a family's checkpoint with every block kept."""
     config = load_config(folder)
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        state.update(read_tensors(file))
+    state = Shards(folder, config).read("", torch.device("cpu"), torch.float32)
     model = PuzzleForCausalLM(config)
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
-    load_state(model, {name: tensor.float() for name, tensor in state.items()}, str(folder))
+    load_state(model, state, str(folder))
     return freeze(nn.Module.to(model, compute.device))
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """``load_state_dict`` that says in one line what is missing, superfluous or of another shape."""
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str, present: Collection[str] = ()) -> None:
+    """``load_state_dict`` that says in one line what is missing, superfluous or of another shape.
+
+    Parameters without memory take over the tensors given; ``present`` are names that the module has already.
+    """
+    on_meta = any(parameter.is_meta for parameter in module.parameters())
     try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
+        missing, unexpected = module.load_state_dict(dict(state), strict=False, assign=on_meta)
     except RuntimeError as error:
         raise CorruptFileError(f"{source}: {' '.join(str(error).split())[:300]}") from None
+    missing = [name for name in missing if name not in present]
     unexpected = [name for name in unexpected if "rotary_emb" not in name]  # buffers that old checkpoints carry
     if missing or unexpected:
         named = f"missing {missing[:3]}" if missing else f"unexpected {unexpected[:3]}"
@@ -122,11 +213,41 @@ def load_tokenizer(folder: Path) -> Any:
         raise ConfigError(f"{folder}: no usable tokenizer ({type(error).__name__}: {error})".splitlines()[0]) from None
 
 
-def embed(model: PuzzleForCausalLM, ids: Tensor) -> tuple[Tensor, Position]:
-    """The residual stream at the first layer's input, and the rotary tables for its positions."""
-    hidden = model.model.embed_tokens(ids)
-    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    return hidden, model.model.rotary_emb(hidden, positions)
+class _DocumentMasks(dict[Any, Tensor]):
+    """Masks by the span of an attention, made when first asked for: causal, and within one document."""
+
+    def __init__(self, documents: Tensor) -> None:
+        super().__init__()
+        self._documents = documents
+
+    def __missing__(self, span: Any) -> Tensor:
+        documents = self._documents
+        self[span] = local_causal_mask(documents.shape[1], span, documents.device, documents)
+        return self[span]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What layers need beside the residual stream of one batch.
+
+    ``position``: rotary tables by the layer's rope, each (cos, sin) of (1, T, head_dim); ``masks``: by the layer's
+    span, None where attention may cross documents; ``weights`` (B, T): what each token counts in local
+    losses. Every one but the first does, also where only some count as predictions: later ones attend to them.
+    """
+
+    position: Mapping[str, tuple[Tensor, Tensor]]
+    masks: Mapping[Any, Tensor] | None
+    weights: Tensor
+
+
+def embed(model: PuzzleModel, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Context]:
+    """The residual stream at the first layer's input, and the context; ``batch`` on the model's device."""
+    hidden = model.embed_tokens(batch.ids).to(dtype)
+    positions = torch.arange(batch.ids.shape[1], device=batch.ids.device).unsqueeze(0)
+    masks = None if batch.documents is None else _DocumentMasks(batch.documents)
+    weights = torch.ones(batch.ids.shape, device=batch.ids.device)
+    weights[:, 0] = 0  # its massive activations are an artefact that would drown the rest
+    return hidden, Context(model.rotary(hidden, positions), masks, weights)
 
 
 def layers_of(model: PuzzleForCausalLM) -> list[PuzzleDecoderLayer]:
@@ -140,43 +261,41 @@ class LayerPass:
     before: Tensor
     middle: Tensor
     after: Tensor
-    position: Position
+    context: Context
 
 
-def run_layer(layer: PuzzleDecoderLayer, hidden: Tensor, position: Position) -> LayerPass:
-    middle = hidden + layer.attention_delta(hidden, position)
-    return LayerPass(hidden, middle, middle + layer.ffn_delta(middle), position)
+def attention_delta(layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> Tensor:
+    """What the layer's attention adds to ``hidden``."""
+    return layer.attention_delta(hidden, context.position, context.masks)
 
 
-def run_layers(model: PuzzleForCausalLM, ids: Tensor, num_layers: int) -> list[LayerPass]:
+def run_layer(layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> LayerPass:
+    hidden = hidden.float()  # what a site adds is a small difference of large numbers
+    middle = hidden + attention_delta(layer, hidden, context)
+    return LayerPass(hidden, middle, middle + layer.ffn_delta(middle), context)
+
+
+def run_layers(model: PuzzleForCausalLM, batch: Batch, num_layers: int) -> list[LayerPass]:
     """The passes of the first ``num_layers`` layers over one batch."""
-    hidden, position = embed(model, ids)
+    hidden, context = embed(model.model, batch, model.dtype)
     passes: list[LayerPass] = []
     for layer in layers_of(model)[:num_layers]:
-        passes.append(run_layer(layer, passes[-1].after if passes else hidden, position))
+        passes.append(run_layer(layer, passes[-1].after if passes else hidden, context))
     return passes
 
 
-@torch.no_grad()
-def stream_layers(
-    model: PuzzleForCausalLM, batches: list[Tensor]
-) -> Iterator[tuple[int, PuzzleDecoderLayer, list[LayerPass]]]:
-    """Layer by layer, the passes over all ``batches``: what lies before a layer is computed once, and then let go."""
-    hidden = [embed(model, ids) for ids in batches]
-    for index, layer in enumerate(layers_of(model)):
-        passes = [run_layer(layer, states, position) for states, position in hidden]
-        yield index, layer, passes
-        hidden = [(one.after, one.position) for one in passes]
-
-
-def run_suffix(model: PuzzleForCausalLM, hidden: Tensor, position: Position, first_layer: int) -> Tensor:
+def run_suffix(model: PuzzleForCausalLM, hidden: Tensor, context: Context, first_layer: int) -> Tensor:
     """(B, T, D) after the last norm, from the residual stream at the input of ``first_layer``."""
     for layer in layers_of(model)[first_layer:]:
-        hidden = layer(hidden, position_embeddings=position)
+        hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
     return model.model.norm(hidden)  # type: ignore[no-any-return]
 
 
-def final_hidden(model: PuzzleForCausalLM, ids: Tensor) -> Tensor:
+def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
     """(B, T, D) after the last norm: what the head reads."""
-    hidden, position = embed(model, ids)
-    return run_suffix(model, hidden, position, 0)
+    hidden, context = embed(model.model, batch, model.dtype)
+    return run_suffix(model, hidden, context, 0)
+
+
+def device_batches(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
+    return [batch.to(device) for batch in batches]

@@ -98,37 +98,48 @@ class Site(_Strict):
 
 @dataclass(frozen=True)
 class AttentionSpec(_Strict):
-    """``precision`` None: the teacher's. keep, gqa (``num_kv_heads``), window (``window_tokens``)."""
+    """``precision`` None: the teacher's. Kinds: keep, gqa (``num_kv_heads``), window (``window_tokens``), linear, skip.
+
+    ``window_tokens`` of keep and gqa is the span that the teacher's own layer is limited to, None where it sees all. A
+    window may keep the first ``sink_tokens`` of the sequence in sight.
+    """
 
     kind: Literal["keep", "gqa", "window", "linear", "skip"]
     num_kv_heads: int | None = None
     window_tokens: int | None = None
     precision: str | None = None
+    sink_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _require((self.kind == "gqa") == (self.num_kv_heads is not None), "gqa, and only gqa, names num_kv_heads")
-        _require(
-            (self.kind == "window") == (self.window_tokens is not None), "window, and only window, names window_tokens"
-        )
-        _require((self.num_kv_heads or 1) > 0 and (self.window_tokens or 1) > 0, "sizes must be positive")
+        _require(self.kind != "window" or self.window_tokens is not None, "window names window_tokens")
+        attends = self.kind in ("keep", "gqa", "window")
+        _require(attends or self.window_tokens is None, "only real attention has a window")
+        _require(self.kind == "window" or self.sink_tokens is None, "only window names sink_tokens")
+        sizes = (self.num_kv_heads, self.window_tokens, self.sink_tokens)
+        _require(all(size is None or size > 0 for size in sizes), "sizes must be positive")
 
 
 @dataclass(frozen=True)
 class FfnSpec(_Strict):
-    """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts``, ``num_active_experts``), linear, skip."""
+    """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts``), active (``num_active_experts``), linear,
+    skip. At a layer with experts, keep, experts and active name both numbers once they are resolved (variants.resolve).
+    """
 
-    kind: Literal["keep", "narrow", "experts", "linear", "skip"]
+    kind: Literal["keep", "narrow", "experts", "active", "linear", "skip"]
     intermediate_size: int | None = None
     num_experts: int | None = None
     num_active_experts: int | None = None
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        has_experts = self.num_experts is not None or self.num_active_experts is not None
         _require(
             (self.kind == "narrow") == (self.intermediate_size is not None), "narrow, and only narrow, names a width"
         )
-        _require((self.kind == "experts") == has_experts, "experts, and only experts, names num(_active)_experts")
+        _require(self.kind != "experts" or self.num_experts is not None, "experts names num_experts")
+        _require(self.kind != "active" or self.num_active_experts is not None, "active names num_active_experts")
+        counted = self.num_experts is not None or self.num_active_experts is not None
+        _require(self.kind in ("keep", "experts", "active") or not counted, f"{self.kind} has no experts")
         sizes = (self.intermediate_size, self.num_experts, self.num_active_experts)
         _require(all(size is None or size > 0 for size in sizes), "sizes must be positive")
 
@@ -280,7 +291,13 @@ class Solution(_Strict):
 
 @dataclass(frozen=True)
 class ModelShape(_Strict):
-    """The sizes of a decoder-only model that its costs depend on."""
+    """The sizes of a decoder-only model that its costs depend on.
+
+    ``windows``: per layer, the tokens that its attention is limited to, None where it sees all; empty: no layer has
+    one. ``moe_layers`` are those whose FFN is ``num_experts`` experts of ``moe_intermediate_size`` channels, of which
+    each token uses ``num_active_experts``. ``post_norms``: a norm after each block, too. ``qk_norm``: norms on queries
+    and keys, of ``head_dim``.
+    """
 
     family: str
     num_layers: int
@@ -292,8 +309,24 @@ class ModelShape(_Strict):
     vocab_size: int
     max_position_embeddings: int
     tied_embeddings: bool
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    windows: tuple[int | None, ...] = ()
+    moe_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    num_active_experts: int = 0
+    moe_intermediate_size: int = 0
+
+    def __post_init__(self) -> None:
+        _require(len(self.windows) in (0, self.num_layers), "windows: one per layer")
+        _require(not self.moe_layers or 0 < self.num_active_experts <= self.num_experts, "experts: at most all active")
+
+    def window(self, layer: int) -> int | None:
+        """The tokens that the layer's attention is limited to."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def sites(self) -> tuple[Site, ...]:

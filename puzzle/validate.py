@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 
 from puzzle import checkpoint, pipeline, search
-from puzzle.data_source import text_path
+from puzzle.data.source import check_sources
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.run import Run
 from puzzle.tables import ScoreTable
 from puzzle.types import ConfigError, Cost, PuzzleError, Score
-from puzzle.variants import flops_per_token, params, rest_params, shape_id
+from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
 
 TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
 EFFICIENCY = 0.4  # of the matmul rate that a whole training step reaches; for the estimate only
@@ -64,7 +64,7 @@ def _check_constraints(run: Run) -> None:
         Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
         for item in run.items
         for metric in ("kl", "ce_delta")
-        if item.specs[0].kind != "keep"
+        if not is_teacher(item)
     ]
     search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
 
@@ -77,7 +77,7 @@ def _promised_costs(run: Run) -> list[Cost]:
         device, weights = "cpu", "fp32"  # no bound asks for a time: no need to find out what device there is
     else:
         device, weights = _profiled_device(run)
-    shapes = {shape_id(item.specs[0], run.shape) for item in run.items}.difference(SKIPPED) | {REST}
+    shapes = {shape_id(spec, run.shape) for spec in run.specs}.difference(SKIPPED) | {REST}
     return [
         Cost(
             name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, "transformers",
@@ -99,7 +99,7 @@ def _profiled_device(run: Run) -> tuple[str, str]:
 
 # what can be wrong, and whether looking for it takes a teacher that was found
 CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
-    (False, lambda run: text_path(run.config.data.text)),
+    (False, lambda run: check_sources(run.config.data.all_sources)),
     (False, lambda run: run.constraint_file),
     (False, _check_device),
     (True, lambda run: checkpoint.weight_files(run.teacher)),
@@ -126,11 +126,9 @@ def dry_run(run: Run) -> str:
         minutes = _stage_flops(run, stage.name) * undone / max(1, len(planned)) / (rate * EFFICIENCY) / 60
         total += minutes
         lines.append(f"{stage.name:<12}{undone:>8}{len(planned):>8}{minutes:>10.1f}")
-    library = 2 * 4 * sum(params(item.specs[0], run.shape) for item in run.stored_items)
+    library = 2 * 4 * sum(run.unit_params(unit) for unit in run.units)
     teacher = _teacher_params(run)
-    per_pass = [params(item.specs[0], run.shape) for item in run.stored_items]
-    trained = sum(per_pass) * run.config.distill.layers_per_pass / run.shape.num_layers
-    memory = 4 * teacher + max(ADAM_BYTES * trained, (4 + ADAM_BYTES) * teacher)
+    memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
     lines += [
         f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)",
         f"{(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations",
@@ -139,27 +137,24 @@ def dry_run(run: Run) -> str:
 
 
 def _teacher_params(run: Run) -> int:
-    kept = sum(params(item.specs[0], run.shape) for item in run.items if item.specs[0].kind == "keep")
-    return kept + rest_params(run.shape)
+    return sum(params(spec, run.shape) for spec in run.keep_specs) + rest_params(run.shape)
 
 
 def _stage_flops(run: Run, stage: str) -> float:
     """Forward and backward FLOPs of one whole stage; what does not compute with the model counts as nothing."""
     tokens = run.config.data.sequence_tokens
-    variant = sum(flops_per_token(item.specs[0], run.shape, tokens / 2) for item in run.stored_items)
-    kept = [item for item in run.items if item.specs[0].kind == "keep"]
+    trained = [item for items in run.units.values() for item in items]
+    variant = sum(flops_per_token(spec, run.shape, tokens / 2) for item in trained for spec in item.specs)
     head = 2 * run.shape.vocab_size * run.shape.hidden_size
-    forward = sum(flops_per_token(item.specs[0], run.shape, tokens / 2) for item in kept) + head
+    forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
     per_token = {
-        "importance": forward,
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
-        "score": (forward / 2 + head) * (len(run.items) - len(kept)),
+        "score": (forward / 2 + head) * sum(not is_teacher(item) for item in run.items),
         "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }
     count = {
-        "importance": run.config.init.sequences * tokens,
         "init": run.config.init.sequences * tokens,
         "distill": run.config.distill.tokens,
         "score": run.config.score.sequences * tokens,

@@ -1,31 +1,45 @@
 """The registry of variants as data: names, validity, parameters, bytes and FLOPs. Computes from shapes alone.
 
-A variant is written ``kind[-size][@precision]``: ``keep``, ``gqa-2``, ``narrow-2816@fp8``. Sizes hold for one layer of
-the teacher's :class:`~puzzle.types.ModelShape`; a site owns its pre-norm, so all but ``skip`` count one norm.
+A variant is written ``kind[-size][@precision]``: ``keep``, ``gqa-2``, ``window-1024-sinks-4``, ``narrow-2816@fp8``.
+What it means at one layer of the teacher, whose layers may have windows or experts of their own, is its *resolved* spec
+(:func:`resolve`); parameters, bytes and FLOPs are those of resolved specs on the teacher's
+:class:`~puzzle.types.ModelShape`. A site owns its norms, so all but ``skip`` count at least one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Part, Site, Spec
 
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
-SIZED = {"gqa": "num_kv_heads", "window": "window_tokens", "narrow": "intermediate_size"}
-KINDS: dict[Part, tuple[str, ...]] = {
-    "attention": ("keep", "gqa", "linear", "skip"),
-    "ffn": ("keep", "narrow", "linear", "skip"),
+SIZED = {
+    "gqa": "num_kv_heads",
+    "window": "window_tokens",
+    "narrow": "intermediate_size",
+    "experts": "num_experts",
+    "active": "num_active_experts",
 }
-_NAME = re.compile(r"(?P<kind>[a-z]+)(?:-(?P<size>\d+)(?P<percent>%)?)?(?:@(?P<precision>[a-z0-9-]+))?")
+KINDS: dict[Part, tuple[str, ...]] = {
+    "attention": ("keep", "gqa", "window", "linear", "skip"),
+    "ffn": ("keep", "narrow", "experts", "active", "linear", "skip"),
+}
+WEIGHTLESS = ("keep", "skip")  # the teacher's own block, or none: nothing to store
+_NAME = re.compile(
+    r"(?P<kind>[a-z]+)(?:-(?P<size>\d+)(?P<percent>%)?)?(?:-sinks-(?P<sinks>\d+))?(?:@(?P<precision>[a-z0-9-]+))?"
+)
 
 
 def variant_name(spec: Spec) -> str:
     """``gqa-2``, ``narrow-256@fp8``: the inverse of :func:`parse_variant`."""
-    size = getattr(spec, SIZED[spec.kind]) if spec.kind in SIZED else None
-    return spec.kind + (f"-{size}" if size is not None else "") + (f"@{spec.precision}" if spec.precision else "")
+    name: str = spec.kind
+    if spec.kind in SIZED:
+        name += f"-{getattr(spec, SIZED[spec.kind])}"
+    if isinstance(spec, AttentionSpec) and spec.sink_tokens:
+        name += f"-sinks-{spec.sink_tokens}"
+    return name + (f"@{spec.precision}" if spec.precision else "")
 
 
 def parse_variant(part: Part, name: str, shape: ModelShape, multiple_of: int = 1) -> Spec:
@@ -44,77 +58,85 @@ def parse_variant(part: Part, name: str, shape: ModelShape, multiple_of: int = 1
         )
     if match["precision"]:
         raise ConfigError(f"{name!r}: precisions are not on offer yet; leave out @{match['precision']}")
+    if match["sinks"] and kind != "window":
+        raise ConfigError(f"{name!r}: only window keeps sinks")
     if match["percent"]:
-        if kind != "narrow":
-            raise ConfigError(f"{name!r}: only narrow takes a percentage")
-        size = max(1, round(int(size) / 100 * shape.intermediate_size / multiple_of)) * multiple_of
+        size = _of_percentage(name, kind, int(size), shape, multiple_of)
     if kind in SIZED and int(size) < 1:
         raise ConfigError(f"{name!r}: the size must be at least 1")
     sizes = {SIZED[kind]: int(size)} if kind in SIZED else {}
+    if match["sinks"]:
+        sizes["sink_tokens"] = int(match["sinks"])
     spec: Spec = AttentionSpec(kind, **sizes) if part == "attention" else FfnSpec(kind, **sizes)  # type: ignore[arg-type]
     check(spec, shape)
     return spec
 
 
+def _of_percentage(name: str, kind: str, percent: int, shape: ModelShape, multiple_of: int) -> int:
+    if kind == "narrow":
+        return max(1, round(percent / 100 * shape.intermediate_size / multiple_of)) * multiple_of
+    if kind == "experts":
+        return max(1, round(percent / 100 * shape.num_experts))
+    raise ConfigError(f"{name!r}: only narrow and experts take a percentage")
+
+
 def block_part(spec: Spec) -> dict[str, Any]:
-    """The spec as one part of an entry of ``PuzzleConfig.blocks``: its kind and, where it has one, its size."""
-    return {"kind": spec.kind} | ({SIZED[spec.kind]: getattr(spec, SIZED[spec.kind])} if spec.kind in SIZED else {})
+    """The spec as one part of an entry of ``PuzzleConfig.blocks``: its kind and, where it has them, its sizes."""
+    part: dict[str, Any] = {"kind": spec.kind}
+    if spec.kind in SIZED:
+        part[SIZED[spec.kind]] = getattr(spec, SIZED[spec.kind])
+    if isinstance(spec, AttentionSpec) and spec.sink_tokens:
+        part["sink_tokens"] = spec.sink_tokens
+    return part
 
 
 def check(spec: Spec, shape: ModelShape) -> None:
-    """Raises ConfigError where ``shape`` cannot take ``spec``."""
-    if isinstance(spec, AttentionSpec) and spec.num_kv_heads and shape.num_kv_heads % spec.num_kv_heads:
-        raise ConfigError(
-            f"{variant_name(spec)}: {spec.num_kv_heads} does not divide the teacher's {shape.num_kv_heads} KV heads"
-        )
-    if isinstance(spec, FfnSpec) and (spec.intermediate_size or 0) > shape.intermediate_size:
-        raise ConfigError(f"{variant_name(spec)}: the teacher has only {shape.intermediate_size} channels")
+    """Raises ConfigError where no layer of ``shape`` can take ``spec``."""
+    name = variant_name(spec)
+    if isinstance(spec, AttentionSpec):
+        if spec.num_kv_heads and shape.num_kv_heads % spec.num_kv_heads:
+            raise ConfigError(
+                f"{name}: {spec.num_kv_heads} does not divide the teacher's {shape.num_kv_heads} KV heads"
+            )
+        if spec.kind == "window" and (spec.window_tokens or 0) >= shape.max_position_embeddings:
+            raise ConfigError(f"{name}: the teacher takes at most {shape.max_position_embeddings} tokens anyway")
+        return
+    if (spec.intermediate_size or 0) > shape.intermediate_size:
+        raise ConfigError(f"{name}: the teacher has only {shape.intermediate_size} channels")
+    if spec.kind in ("experts", "active") and not shape.moe_layers:
+        raise ConfigError(f"{name}: the teacher has no experts")
+    if (spec.num_experts or 0) > shape.num_experts:
+        raise ConfigError(f"{name}: the teacher has only {shape.num_experts} experts")
+    if (spec.num_active_experts or 0) > shape.num_active_experts:
+        raise ConfigError(f"{name}: the teacher uses only {shape.num_active_experts} experts per token")
 
 
-@dataclass(frozen=True)
-class SearchSpace:
-    """The variants on offer at every layer; ``keep`` always among them. From a file in ``blocks/``."""
-
-    attention: tuple[AttentionSpec, ...]
-    ffn: tuple[FfnSpec, ...]
-
-    @classmethod
-    def parse(
-        cls, attention: Iterable[str], ffn: Iterable[str], shape: ModelShape, multiple_of: int = 1
-    ) -> SearchSpace:
-        """From names; ``gqa-*`` is every proper divisor of the KV heads. Doubles and the full size fall away."""
-        expanded = [
-            name if name != "gqa-*" else f"gqa-{count}"
-            for name in attention
-            for count in (_proper_divisors(shape.num_kv_heads) if name == "gqa-*" else (0,))
-        ]
-        parsed_attention = [parse_variant("attention", name, shape) for name in expanded]
-        parsed_ffn = [parse_variant("ffn", name, shape, multiple_of) for name in ffn]
-        return cls(
-            tuple(spec for spec in _unique("attention", parsed_attention, shape) if isinstance(spec, AttentionSpec)),
-            tuple(spec for spec in _unique("ffn", parsed_ffn, shape) if isinstance(spec, FfnSpec)),
-        )
-
-    def specs(self, part: Part) -> tuple[Spec, ...]:
-        return self.attention if part == "attention" else self.ffn
-
-    def items(self, shape: ModelShape) -> tuple[Item, ...]:
-        """Every single-site item, in the order of the sites."""
-        return tuple(site_item(site, spec) for site in shape.sites for spec in self.specs(site.part))
+def resolve(spec: Spec, shape: ModelShape, layer: int) -> Spec | None:
+    """``spec`` with what it takes over from the teacher's ``layer``; None where that layer cannot have it."""
+    if isinstance(spec, AttentionSpec):
+        own_window = shape.window(layer)
+        if spec.kind in ("keep", "gqa"):
+            return replace(spec, window_tokens=own_window)
+        wider = spec.kind == "window" and own_window is not None and (spec.window_tokens or 0) >= own_window
+        return None if wider else spec
+    has_experts = layer in shape.moe_layers
+    if spec.kind == "narrow":
+        return None if has_experts else spec
+    if spec.kind not in ("keep", "experts", "active"):
+        return spec
+    if not has_experts:
+        return spec if spec.kind == "keep" else None
+    experts = spec.num_experts or shape.num_experts
+    active = min(spec.num_active_experts or shape.num_active_experts, experts)
+    return replace(spec, num_experts=experts, num_active_experts=active)
 
 
-def _unique(part: Part, specs: list[Spec], shape: ModelShape) -> list[Spec]:
-    """``keep`` first, then each different shape once."""
-    by_shape: dict[str, Spec] = {}
-    for spec in specs:
-        by_shape.setdefault(shape_id(spec, shape), spec)
-    keep: Spec = AttentionSpec("keep") if part == "attention" else FfnSpec("keep")
-    by_shape.pop(shape_id(keep, shape), None)
-    return [keep, *by_shape.values()]
-
-
-def _proper_divisors(number: int) -> tuple[int, ...]:
-    return tuple(divisor for divisor in range(number // 2, 0, -1) if number % divisor == 0)
+def keep_spec(shape: ModelShape, site: Site) -> Spec:
+    """The teacher's own block at ``site``, resolved."""
+    keep: Spec = AttentionSpec("keep") if site.part == "attention" else FfnSpec("keep")
+    resolved = resolve(keep, shape, site.layer)
+    assert resolved is not None
+    return resolved
 
 
 def site_item(site: Site, spec: Spec) -> Item:
@@ -122,13 +144,33 @@ def site_item(site: Site, spec: Spec) -> Item:
     return Item(f"{site}.{variant_name(spec)}", (site,), (spec,))
 
 
+def layer_item(layer: int, attention: AttentionSpec, ffn: FfnSpec) -> Item:
+    """The item of both parts of a layer, trained and scored together: ``L003.gqa-2+narrow-256``."""
+    sites = (Site(layer, "attention"), Site(layer, "ffn"))
+    return Item(f"L{layer:03d}.{variant_name(attention)}+{variant_name(ffn)}", sites, (attention, ffn))
+
+
+def is_teacher(item: Item) -> bool:
+    """Whether the item leaves the teacher as it is."""
+    return all(spec.kind == "keep" for spec in item.specs)
+
+
+def has_weights(item: Item) -> bool:
+    """Whether the item has weights of its own: some block is neither the teacher's nor nothing."""
+    return any(spec.kind not in WEIGHTLESS for spec in item.specs)
+
+
 def shape_id(spec: Spec, shape: ModelShape) -> str:
     """What costs are stored under: variants of equal shape share it (``keep`` is ``gqa-8`` of 8 heads)."""
     if isinstance(spec, AttentionSpec):
-        resolved = f"gqa-{shape.num_kv_heads}" if spec.kind == "keep" else variant_name(spec)
-        return f"attention.{resolved}"
-    resolved = f"narrow-{shape.intermediate_size}" if spec.kind == "keep" else variant_name(spec)
-    return f"ffn.{resolved}"
+        if spec.kind in ("linear", "skip"):
+            return f"attention.{spec.kind}"
+        window = f"-window-{spec.window_tokens}" if spec.window_tokens else ""
+        sinks = f"-sinks-{spec.sink_tokens}" if spec.sink_tokens else ""
+        return f"attention.gqa-{num_kv_heads(spec, shape)}{window}{sinks}"
+    if spec.num_experts:
+        return f"ffn.experts-{spec.num_experts}-active-{spec.num_active_experts}"
+    return f"ffn.narrow-{shape.intermediate_size}" if spec.kind == "keep" else f"ffn.{variant_name(spec)}"
 
 
 def num_kv_heads(spec: Spec, shape: ModelShape) -> int:
@@ -139,18 +181,29 @@ def num_kv_heads(spec: Spec, shape: ModelShape) -> int:
 
 
 def params(spec: Spec, shape: ModelShape) -> int:
-    """Parameters of the site with its pre-norm."""
+    """Parameters of the site with its norms."""
     hidden = shape.hidden_size
     if spec.kind == "skip":
         return 0
     if spec.kind == "linear":
         return hidden * hidden + hidden
+    norms = hidden * (2 if shape.post_norms else 1)
     if isinstance(spec, AttentionSpec):
         query, kv = shape.num_attention_heads * shape.head_dim, num_kv_heads(spec, shape) * shape.head_dim
-        bias = (query + 2 * kv + hidden) if shape.attention_bias else 0
-        return hidden * (query + 2 * kv) + query * hidden + bias + hidden
+        bias = (query + 2 * kv) * shape.qkv_bias + hidden * shape.output_bias
+        return hidden * (query + 2 * kv) + query * hidden + bias + norms + 2 * shape.head_dim * shape.qk_norm
+    if spec.num_experts:
+        return spec.num_experts * (3 * hidden * shape.moe_intermediate_size + hidden) + norms
     width = spec.intermediate_size or shape.intermediate_size
-    return 3 * hidden * width + ((2 * width + hidden) if shape.mlp_bias else 0) + hidden
+    return 3 * hidden * width + (2 * width + hidden) * shape.mlp_bias + norms
+
+
+def active_params(spec: Spec, shape: ModelShape) -> int:
+    """Parameters that one token meets: of experts, the active ones and the router."""
+    if isinstance(spec, FfnSpec) and spec.num_experts:
+        idle = spec.num_experts - (spec.num_active_experts or spec.num_experts)
+        return params(spec, shape) - idle * 3 * shape.hidden_size * shape.moe_intermediate_size
+    return params(spec, shape)
 
 
 def rest_params(shape: ModelShape) -> int:
@@ -177,10 +230,19 @@ def kv_bytes_per_token(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -
     return 2 * per_gpu * shape.head_dim * dtype_bytes(dtype)
 
 
+def tokens_in_sight(spec: Spec, context_tokens: float) -> float:
+    """How many of ``context_tokens`` the attention looks at, and the KV cache must hold."""
+    if not isinstance(spec, AttentionSpec) or spec.window_tokens is None:
+        return context_tokens
+    return min(context_tokens, spec.window_tokens + (spec.sink_tokens or 0))
+
+
 def flops_per_token(spec: Spec, shape: ModelShape, context_tokens: float) -> float:
-    """Forward multiply-adds times two of one token that attends to ``context_tokens`` tokens."""
+    """Forward multiply-adds times two of one token that attends to what it sees of ``context_tokens``."""
     if spec.kind == "skip":
         return 0.0
-    matmuls = 2.0 * (params(spec, shape) - shape.hidden_size)
+    norms = shape.hidden_size * (2 if shape.post_norms and spec.kind != "linear" else 1)
     attends = num_kv_heads(spec, shape) > 0
-    return matmuls + (4.0 * shape.num_attention_heads * shape.head_dim * context_tokens if attends else 0.0)
+    matmuls = 2.0 * (active_params(spec, shape) - norms - (2 * shape.head_dim * shape.qk_norm if attends else 0))
+    seen = tokens_in_sight(spec, context_tokens)
+    return matmuls + (4.0 * shape.num_attention_heads * shape.head_dim * seen if attends else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from puzzle import config
 from puzzle.cli import main
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.search.constraints import bounds
-from puzzle.types import ConfigError
-from puzzle.variants import SearchSpace
+from puzzle.space import SearchSpace
+from puzzle.types import ConfigError, Site
 from tests.test_variants import SHAPE
 
 SHIPPED = config.shipped_inputs()
@@ -60,8 +61,22 @@ def test_the_llama_space_has_the_papers_54_blocks() -> None:
     path = config.locate("space", "llama")
     file = config.load(SpaceFile, path)
     shape = type(SHAPE)("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, False)
-    space = SearchSpace.parse(file.attention, file.ffn, shape, file.ffn_multiple_of)
-    assert len(space.attention) * len(space.ffn) == 54
+    space = SearchSpace.parse({"attention": file.attention, "ffn": file.ffn}, shape, file.ffn_multiple_of)
+    assert len(space.on_offer[Site(0, "attention")]) * len(space.on_offer[Site(0, "ffn")]) == 54
+
+
+def test_the_space_for_experts_offers_fewer_of_them() -> None:
+    file = config.load(SpaceFile, config.locate("space", "moe"))
+    shape = replace(
+        type(SHAPE)("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, 40960, False, qk_norm=True),
+        moe_layers=tuple(range(48)),
+        num_experts=128,
+        num_active_experts=8,
+        moe_intermediate_size=768,
+    )
+    space = SearchSpace.parse({"attention": file.attention, "ffn": file.ffn}, shape, file.ffn_multiple_of)
+    names = [variant_name(spec) for spec in space.on_offer[Site(7, "ffn")]]
+    assert names == ["keep", "experts-96", "experts-64", "experts-32", "active-4", "active-2", "linear", "skip"]
 
 
 @pytest.mark.parametrize(

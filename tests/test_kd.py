@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from puzzle import kd
 from puzzle.build import build_student
 from puzzle.config import KdConfig
+from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.schedule import warmup_cosine
 from puzzle.teacher import Compute, freeze
@@ -39,14 +40,15 @@ def student_of(teacher: PuzzleForCausalLM) -> PuzzleForCausalLM:
     return build_student(teacher, items, lambda item: {})
 
 
-def batches(step: int) -> Tensor:
-    return torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(step))
+def batches(step: int) -> Batch:
+    return Batch(torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(step)))
 
 
 def test_the_loss_is_the_papers(teacher: PuzzleForCausalLM) -> None:
-    student, ids = student_of(teacher), batches(0)
+    student, batch = student_of(teacher), batches(0)
+    ids = batch.ids
     config = KdConfig(kl_weight=0.7, cosine_weight=0.3, lm_weight=0.2)
-    loss = kd.distillation_loss(student, teacher, ids, config)
+    loss = kd.distillation_loss(student, teacher, batch, config)
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     for name, model in (("student", student), ("teacher", teacher)):
         for layer in model.model.layers:
@@ -61,6 +63,22 @@ def test_the_loss_is_the_papers(teacher: PuzzleForCausalLM) -> None:
     cosine = sum((1 - F.cosine_similarity(own, other, dim=-1)).mean() for own, other in pairs)
     lm = F.cross_entropy(logits["student"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert loss.item() == pytest.approx((0.7 * kl + 0.3 * cosine + 0.2 * lm).item(), rel=1e-4)
+
+
+def test_only_predictions_that_count_are_distilled(teacher: PuzzleForCausalLM) -> None:
+    """KL and CE are means over the positions whose next token counts."""
+    student, ids = student_of(teacher), batches(0).ids
+    counted = torch.zeros_like(ids, dtype=torch.bool)
+    counted[0, 4:7] = True
+    config = KdConfig(kl_weight=1.0, cosine_weight=0.0, lm_weight=1.0)
+    loss = kd.distillation_loss(student, teacher, Batch(ids, counted), config)
+    with torch.no_grad():
+        log_p, log_q = (F.log_softmax(model(ids).logits[0, 3:6], -1) for model in (teacher, student))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    lm = F.nll_loss(log_q, ids[0, 4:7])
+    assert loss.item() == pytest.approx((kl + lm).item(), rel=1e-4)
+    nothing = kd.distillation_loss(student, teacher, Batch(ids, torch.zeros_like(counted)), config)
+    assert nothing.item() == 0.0
 
 
 def test_the_teacher_is_its_own_perfect_student(teacher: PuzzleForCausalLM) -> None:

@@ -16,17 +16,21 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types config artifacts variants checkpoint data_source schedule tables profiling profiling.memory profiling.table
-    profiling.grid profiling.device search.problem search.metrics search.constraints search.linear
-    search.infeasible search.mip search.pareto search.baselines search run report.summary report.figures report
-    export.card progress pipeline validate cli
+    types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs data.chat
+    data.encode data.packing schedule ranks tables profiling profiling.memory profiling.table profiling.grid
+    profiling.device search.problem search.metrics search.constraints search.linear search.infeasible search.mip
+    search.pareto search.baselines search.shrink search run report.summary report.figures report.library report
+    export.card progress data.tokenise pipeline validate cli
 """.split()  # noqa: SIM905
 TORCH = """
-    modeling.configuration_puzzle modeling.modeling_puzzle modeling teacher data metrics blocks blocks.layer
-    blocks.library blocks.importance blocks.initialise blocks.distill scoring scoring.exact build kd evaluate
-    export export.hf export.verify profiling.timer profiling.kv_cache profiling.measure speed stages
+    modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
+    modeling.modeling_puzzle modeling data.batches teacher metrics blocks blocks.layer blocks.nested blocks.library
+    blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates blocks.starts blocks.stream
+    blocks.distill scoring scoring.exact build kd evaluate export export.hf export.verify profiling.timer
+    profiling.kv_cache profiling.measure speed stages.common stages.starts stages.distill stages.tables stages.student
+    stages
 """.split()  # noqa: SIM905
-ALONE = {"export.verify_child", "demo", "demo.make_teacher", ""}
+ALONE = {"export.verify_child", "demo", "demo.make_teacher", "__main__", ""}
 
 
 def module_name(path: Path) -> str:

@@ -1,7 +1,8 @@
 """One layer with other blocks than the teacher's: how a variant becomes a module and its weights a state dict.
 
-A variant is trained, scored and measured as a :class:`PuzzleDecoderLayer` whose one part is the variant; names of
-tensors are those within a layer (``self_attn.q_proj.weight``), so building a student is only putting prefixes on.
+A variant is trained, scored and measured as a :class:`PuzzleDecoderLayer` in which one part, or both, is the variant;
+names of tensors are those within a layer (``self_attn.q_proj.weight``), so building a student is only putting prefixes
+on.
 """
 
 from __future__ import annotations
@@ -11,18 +12,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from puzzle.modeling import PuzzleConfig
-from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer, part_prefixes
+from puzzle.space import PARTS
 from puzzle.teacher import load_state
-from puzzle.types import AttentionSpec, FfnSpec, Part, Spec
+from puzzle.types import AttentionSpec, FfnSpec, Item, Part, Spec
 from puzzle.variants import block_part
-
-PREFIXES: dict[Part, tuple[str, ...]] = {
-    "attention": ("input_layernorm.", "self_attn."),
-    "ffn": ("post_attention_layernorm.", "mlp."),
-}
 
 
 def block_of(attention: AttentionSpec, ffn: FfnSpec) -> dict[str, dict[str, Any]]:
@@ -32,36 +29,65 @@ def block_of(attention: AttentionSpec, ffn: FfnSpec) -> dict[str, dict[str, Any]
 
 def config_with(config: PuzzleConfig, layer_idx: int, block: Mapping[str, Any]) -> PuzzleConfig:
     """``config`` with one layer's block replaced."""
-    changed = copy.deepcopy(config)
-    assert changed.blocks is not None
+    changed = copy.copy(config)
+    assert config.blocks is not None
+    changed.blocks = [*config.blocks]
     changed.blocks[layer_idx] = dict(block)
     return changed
+
+
+def parts_of(item: Item) -> dict[Part, Spec]:
+    """The spec of each part that the item replaces."""
+    return {site.part: spec for site, spec in zip(item.sites, item.specs, strict=True)}
+
+
+def item_layer(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[str, Tensor]) -> PuzzleDecoderLayer:
+    """A copy of the teacher's layer with the item in place; see :func:`layer_with`."""
+    assert {site.layer for site in item.sites} == {teacher_layer.layer_idx}
+    return layer_with(teacher_layer, parts_of(item), weights)
 
 
 def variant_layer(
     teacher_layer: PuzzleDecoderLayer, part: Part, spec: Spec, weights: Mapping[str, Tensor]
 ) -> PuzzleDecoderLayer:
-    """A copy of the teacher's layer with ``spec`` in ``part``, holding ``weights`` there; the other part is shared."""
+    """A copy of the teacher's layer with ``spec`` in ``part``; see :func:`layer_with`."""
+    return layer_with(teacher_layer, {part: spec}, weights)
+
+
+def layer_with(
+    teacher_layer: PuzzleDecoderLayer, specs: Mapping[Part, Spec], weights: Mapping[str, Tensor]
+) -> PuzzleDecoderLayer:
+    """A layer with ``specs`` in their parts, holding ``weights`` there in fp32; other parts are the teacher's modules.
+
+    What ``specs`` keep of the teacher and ``weights`` lack is copied from the teacher, in fp32 too.
+    """
     index, config = teacher_layer.layer_idx, teacher_layer.config
-    specs: dict[Part, Any] = {"attention": AttentionSpec("keep"), "ffn": FfnSpec("keep"), part: spec}
-    layer = PuzzleDecoderLayer(config_with(config, index, block_of(**specs)), index, index)
-    other: Part = "ffn" if part == "attention" else "attention"
-    for name, module in teacher_layer.named_children():
-        if f"{name}.".startswith(PREFIXES[other]):
-            setattr(layer, name, module)
+    kept: dict[Part, Any] = {"attention": AttentionSpec("keep"), "ffn": FfnSpec("keep")}
+    with torch.device("meta"):
+        layer = PuzzleDecoderLayer(config_with(config, index, block_of(**{**kept, **specs})), index, index)
     device = next(teacher_layer.parameters()).device
-    state = {**part_state(teacher_layer, other), **weights}
-    load_state(layer, state, f"layer {index}, {part} {spec.kind}")
-    return layer.to(device)
+    for name, module in teacher_layer.named_children():
+        if any(f"{name}.".startswith(part_prefixes(config, part)) for part in PARTS if part not in specs):
+            setattr(layer, name, module)
+    own: dict[str, Tensor] = {}
+    for part, spec in specs.items():
+        given = {name: tensor for name, tensor in weights.items() if name.startswith(part_prefixes(config, part))}
+        own.update(given if given or spec.kind != "keep" else part_state(teacher_layer, part))
+    shared = [name for part in PARTS if part not in specs for name in part_state(layer, part)]
+    state = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in own.items()}
+    load_state(layer, state, f"layer {index}, {', '.join(spec.kind for spec in specs.values())}", present=shared)
+    return layer.train(teacher_layer.training)
 
 
-def part_state(layer: nn.Module, part: Part) -> dict[str, Tensor]:
+def part_state(layer: PuzzleDecoderLayer, part: Part) -> dict[str, Tensor]:
     """The tensors of one part of a layer, by their names within the layer."""
-    return {name: tensor for name, tensor in layer.state_dict().items() if name.startswith(PREFIXES[part])}
+    prefixes = part_prefixes(layer.config, part)
+    return {name: tensor for name, tensor in layer.state_dict().items() if name.startswith(prefixes)}
 
 
-def part_parameters(layer: nn.Module, part: Part) -> list[nn.Parameter]:
-    return [parameter for name, parameter in layer.named_parameters() if name.startswith(PREFIXES[part])]
+def part_parameters(layer: PuzzleDecoderLayer, part: Part) -> list[nn.Parameter]:
+    prefixes = part_prefixes(layer.config, part)
+    return [parameter for name, parameter in layer.named_parameters() if name.startswith(prefixes)]
 
 
 def output_projection(layer: PuzzleDecoderLayer, part: Part) -> nn.Linear:

@@ -1,12 +1,12 @@
 """The heterogeneous decoder: a family's own modules, in layers that each have their own attention and FFN, or none.
 
 Reads a :class:`PuzzleConfig`; computes logits. Tensors are named as in the family's stock model, so that a model that
-keeps every layer loads the teacher's weights as they are; the two further names are ``self_attn.linear_attn.weight``
-and ``mlp.linear_mlp.weight``. A skipped part has no modules at all, not even its norm. This file is copied as it is
-into exported checkpoints, so it imports torch, transformers and its configuration only.
+keeps every layer loads the teacher's weights as they are. This file is copied as it is into exported checkpoints, so it
+imports torch, transformers and its neighbours only.
 
-    x  = x + attention_delta(x)      a site adds a delta to the residual stream; its pre-norm is inside
-    x  = x + ffn_delta(x)
+Layers may see different spans of the sequence (a window, first tokens that stay visible), so masks come in a dict by
+span; rotary tables may differ by kind of layer, so they come in a dict by key. A layer takes its own out of each. The
+KV cache has one slot per layer with real attention.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary.
 """
@@ -16,160 +16,22 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama import modeling_llama
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_puzzle import PuzzleConfig
+from .configuration_puzzle import PuzzleConfig, Span
+from .families_puzzle import family_of
+from .layers_puzzle import Masks, PuzzleDecoderLayer
+from .spans_puzzle import local_causal_mask, make_slot, note_padding, span_mask
 
-
-@dataclass(frozen=True)
-class Family:
-    """The stock modules of one model family, with the signatures in which transformers builds them."""
-
-    attention: Callable[..., nn.Module]  # (config, layer_idx)
-    mlp: Callable[..., nn.Module]  # (config)
-    norm: Callable[..., nn.Module]  # (hidden_size, eps=)
-    rotary: Callable[..., nn.Module]  # (config)
-
-
-# The one place that knows a model family, by its Hugging Face model_type. Its config class is transformers' own.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        attention=modeling_llama.LlamaAttention,
-        mlp=modeling_llama.LlamaMLP,
-        norm=modeling_llama.LlamaRMSNorm,
-        rotary=modeling_llama.LlamaRotaryEmbedding,
-    ),
-}
-
-
-def family_of(config: PuzzleConfig) -> Family:
-    """The modules for ``config.family``; ValueError for a family that is not in the table."""
-    if config.family not in FAMILIES:
-        raise ValueError(f"family {config.family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[config.family]
-
-
-# Not "…Attention": transformers takes a module of that name for one with its own backends, and then refuses
-# set_attn_implementation() for the whole model.
-class LinearAttn(nn.Module):
-    """One matrix in place of the attention: each token sees itself only."""
-
-    def __init__(self, config: PuzzleConfig) -> None:
-        super().__init__()
-        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.linear_attn(hidden)
-        return output
-
-
-class LinearMlp(nn.Module):
-    """One matrix in place of the FFN."""
-
-    def __init__(self, config: PuzzleConfig) -> None:
-        super().__init__()
-        self.linear_mlp = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.linear_mlp(hidden)
-        return output
-
-
-class PuzzleDecoderLayer(GradientCheckpointingLayer):
-    """Layer ``layer_idx`` of ``config``, also usable alone; ``cache_idx`` is its KV-cache slot (see PuzzleConfig).
-
-    Alone, ``config._attn_implementation`` must be set, as a PreTrainedModel does for its config.
-    """
-
-    def __init__(self, config: PuzzleConfig, layer_idx: int, cache_idx: int) -> None:
-        super().__init__()
-        family, layer_config = family_of(config), config.layer_config(layer_idx)
-        block = config._blocks[layer_idx]
-        self.config = config
-        self.layer_idx = layer_idx
-        self.attention_kind: str = block["attention"]["kind"]
-        self.ffn_kind: str = block["ffn"]["kind"]
-
-        if self.attention_kind != "skip":
-            self.input_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-            if self.attention_kind == "linear":
-                self.self_attn: nn.Module = LinearAttn(config)
-            else:
-                self.self_attn = family.attention(layer_config, layer_idx)
-                self.self_attn.layer_idx = cache_idx  # type: ignore[assignment]
-                # The shared config, so that model.set_attn_implementation() reaches every layer.
-                self.self_attn.config = config  # type: ignore[assignment]
-        if self.ffn_kind != "skip":
-            self.post_attention_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp: nn.Module = LinearMlp(config) if self.ffn_kind == "linear" else family.mlp(layer_config)
-
-    def attention_delta(
-        self,
-        hidden: torch.Tensor,  # (B, T, D)
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:  # (B, T, D)
-        """What the attention site adds to the residual stream; for skip a zero without memory (read only).
-
-        Without a mask the attention is causal: unpadded sequences from their first token on, or one further token on
-        a filled cache. Anything else, and the eager implementation always, needs a mask; ValueError where this shows.
-        ``past_key_values`` needs only ``update(k, v, cache_idx)``; linear and skip use neither it nor the positions.
-        """
-        if self.attention_kind == "skip":
-            return hidden.new_zeros(()).expand_as(hidden)
-        normed = self.input_layernorm(hidden)
-        if self.attention_kind == "linear":
-            delta: torch.Tensor = self.self_attn(normed)
-            return delta
-        implementation = self.config._attn_implementation
-        if attention_mask is None and implementation in (None, "eager") and hidden.shape[1] > 1:
-            raise ValueError(
-                f"layer {self.layer_idx}: attention {implementation!r} is not causal without a mask; "
-                "give one, or set config._attn_implementation = 'sdpa'"
-            )
-        delta, _ = self.self_attn(
-            hidden_states=normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        return delta
-
-    def ffn_delta(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the FFN site adds to the residual stream, (B, T, D); for skip as in :meth:`attention_delta`."""
-        if self.ffn_kind == "skip":
-            return hidden.new_zeros(()).expand_as(hidden)
-        delta: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden))
-        return delta
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if self.attention_kind != "skip":
-            delta = self.attention_delta(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-            hidden_states = hidden_states + delta
-        if self.ffn_kind != "skip":
-            hidden_states = hidden_states + self.ffn_delta(hidden_states)
-        return hidden_states
+__all__ = ["PuzzleDecoderLayer", "PuzzleForCausalLM", "PuzzleModel", "PuzzlePreTrainedModel", "local_causal_mask"]
 
 
 class PuzzlePreTrainedModel(PreTrainedModel):
@@ -183,42 +45,105 @@ class PuzzlePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _supports_context_parallel = False  # it would ignore the layers' windows
+    # Transformers looks for "@use_experts_implementation" in this file to see whether kernels for experts can be
+    # chosen; the families' experts are decorated with it where they are defined.
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        """As the base class does it, and then what only the families' own base classes know."""
+        super()._init_weights(module)
+        family = family_of(self.config)
+        if isinstance(module, family.norm):
+            with torch.device("cpu"):
+                fresh: Any = family.norm(1)
+            weight: Any = module.weight
+            init.constant_(weight, float(fresh.weight))  # Gemma's is 0 where others have 1
+        elif isinstance(module, family.rotary):
+            with torch.device("cpu"):
+                fresh = family.rotary(self.config.family_config())
+            for name, buffer in fresh.named_buffers():
+                init.copy_(getattr(module, name), buffer)
+        elif hasattr(module, "scalar_embed_scale"):
+            init.constant_(module.embed_scale, module.scalar_embed_scale)
+        elif not isinstance(module, (nn.Linear, nn.Embedding)):  # experts and their router
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class PuzzleModel(PuzzlePreTrainedModel):
-    """Embedding, layers, final norm."""
+    """Embedding, layers, final norm. ``embed_tokens(ids)`` is what the first layer reads, scaled where the family does.
+
+    ``slots`` are the spans of the layers with real attention, in the order of their KV-cache slots.
+    """
 
     def __init__(self, config: PuzzleConfig) -> None:
         super().__init__(config)
         family = family_of(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = family.embedding(config)
         self.layers = nn.ModuleList(
             PuzzleDecoderLayer(config, layer_idx, config.cache_idx(layer_idx))
             for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = family.rotary(config=config)
-        self.has_attention = any(config.num_kv_heads(layer) is not None for layer in range(config.num_hidden_layers))
+        self.rotary_emb = family.rotary(config=config.family_config())
+        attending = [layer for layer in range(config.num_hidden_layers) if config.num_kv_heads(layer) is not None]
+        self.slots: tuple[Span, ...] = tuple(config.span(layer) for layer in attending)
         self.gradient_checkpointing = False
         self.post_init()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PuzzleModel:
         """Moves and casts as ever, but leaves RoPE's frequencies in fp32, as from_pretrained does.
 
-        ``model.to(torch.bfloat16)`` would round them by up to 0.4 %, which is whole turns at long contexts.
+        ``model.to(torch.bfloat16)`` would round them by up to 0.4 %, which is whole turns at long contexts. The same
+        for the scale of the embeddings, if there is one.
         """
-        exact = dict(self.rotary_emb.named_buffers())
+        exact = {module: dict(module.named_buffers()) for module in (self.rotary_emb, self.embed_tokens)}
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            if not buffer.is_meta:
-                setattr(self.rotary_emb, name, buffer.to(getattr(self.rotary_emb, name).device))
+        for module, buffers in exact.items():
+            for name, buffer in buffers.items():
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(getattr(module, name).device))
         return self
+
+    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The tables for ``position_ids`` (1 or B, T), by the layers' ``rope``; ``hidden`` says dtype and device."""
+        if not family_of(self.config).rope_by_layer_type:
+            return {"default": self.rotary_emb(hidden, position_ids=position_ids)}
+        kinds: Any = self.rotary_emb.layer_types
+        return {kind: self.rotary_emb(hidden, position_ids=position_ids, layer_type=kind) for kind in kinds}
+
+    def masks(
+        self,
+        hidden: torch.Tensor,  # (B, T, any)
+        attention_mask: torch.Tensor | None,  # (B, tokens seen + T)
+        past_key_values: Any,
+        position_ids: torch.Tensor | None,
+        spans: Iterable[Span] | None = None,
+    ) -> dict[Span, Any]:
+        """One mask for each of ``spans`` (default: all that occur)."""
+        note_padding(past_key_values, hidden, attention_mask)
+        return {
+            span: span_mask(
+                span, self.slots.index(span), hidden, self.config, attention_mask, past_key_values, position_ids
+            )
+            for span in dict.fromkeys(self.slots if spans is None else spans)
+        }
+
+    def new_cache(self) -> DynamicCache:
+        """A growing KV cache with one slot per real attention, which keeps no more than its span has use for.
+
+        What transformers would build from the config keeps everything in every slot: as right, but larger.
+        """
+        cache = DynamicCache()
+        cache.layers = [make_slot(span) for span in self.slots]
+        return cache
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, tokens seen + T)
+        attention_mask: Masks | torch.Tensor | None = None,  # (B, tokens seen + T), or masks by span
         position_ids: torch.Tensor | None = None,  # (B, T)
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,  # (B, T, D)
@@ -231,24 +156,20 @@ class PuzzleModel(PuzzlePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not available: not every layer has attention weights")
+        if "cache" in kwargs and any(window is not None for window, _ in self.slots):
+            raise ValueError("continuous batching is not available: its paged cache would ignore the layers' windows")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.gradient_checkpointing and self.training)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self.new_cache()
         if position_ids is None:
             seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen_tokens).unsqueeze(0)
-        mask = None
-        if self.has_attention:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        position_embeddings = self.rotary_emb(hidden, position_ids=position_ids)
+        masks = attention_mask
+        if not isinstance(masks, Mapping):
+            masks = self.masks(hidden, masks, past_key_values, position_ids)
+        position_embeddings = self.rotary(hidden, position_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[torch.Tensor] = []
@@ -256,7 +177,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
             states += [hidden] if output_hidden_states else []
             hidden = layer(
                 hidden,
-                attention_mask=mask,
+                attention_mask=masks,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -281,11 +202,33 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def create_masks_for_generate(
+        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Any, position_ids: Any = None, **_: Any
+    ) -> dict[Span, Any]:
+        """What ``generate`` calls in place of its own function, which knows one mask per type of layer only."""
+        masks: dict[Span, Any] = self.model.masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        return masks
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As ever; but where that makes a plain growing cache, this model's own, which keeps less, takes its place."""
+        given = model_kwargs.get("past_key_values")
+        base: Any = super()
+        result = base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) is DynamicCache and not made.offloading and not generation_config.is_assistant:
+            model_kwargs["past_key_values"] = self.model.new_cache()
+        return result
+
+    def _get_static_cache_init_shape(self) -> None:
+        """None: a static cache takes each slot's shape from what is first put in it."""
+
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Masks | torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,

@@ -15,15 +15,17 @@ LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
 
 
 def weight_bytes(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> float:
-    """Bytes of the site's weights on one of ``tp`` GPUs: heads and channels are shared out, whole KV heads are held.
+    """Bytes of the site's weights on one of ``tp`` GPUs: heads, channels, experts are shared out, each of them whole.
 
-    Norms and ``linear`` are counted in full on every GPU.
+    Norms and ``linear`` are counted in full on every GPU; an expert's row of the router goes with the expert.
     """
     local_shape = _shape_per_gpu(shape, tp)
     if isinstance(spec, AttentionSpec) and spec.num_kv_heads:
         spec = replace(spec, num_kv_heads=_share(spec.num_kv_heads, tp))
     elif isinstance(spec, FfnSpec) and spec.intermediate_size:
         spec = replace(spec, intermediate_size=_share(spec.intermediate_size, tp))
+    elif isinstance(spec, FfnSpec) and spec.num_experts:
+        spec = replace(spec, num_experts=_share(spec.num_experts, tp))
     return variants.weight_bytes(variants.params(spec, local_shape), spec.precision or dtype)
 
 
@@ -33,9 +35,12 @@ def rest_weight_bytes(shape: ModelShape, dtype: str, tp: int = 1) -> float:
 
 
 def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size: int) -> float:
-    """Bytes of K and V of all ``batch_size`` sequences on one GPU when the last of isl + osl tokens has been made."""
+    """Bytes of K and V of all ``batch_size`` sequences on one GPU when the last of isl + osl tokens has been made.
+
+    Attention with a window needs no more than the window, and its sinks.
+    """
     per_token = variants.kv_bytes_per_token(spec, shape, workload.kv, workload.tp)
-    return per_token * workload.context_tokens * batch_size
+    return per_token * variants.tokens_in_sight(spec, workload.context_tokens) * batch_size
 
 
 def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> float:
@@ -45,11 +50,16 @@ def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> f
 
         residual and normed input + max(attention: q, its three rotary temporaries, k, v; FFN: act(gate), up, product)
 
-    plus fp32 logits of one token per sequence. An upper bound for runtimes that split prompts into chunks.
+    plus fp32 logits of one token per sequence. A layer with experts has, in place of the FFN, for each expert that a
+    token goes to, the token's normed input and the expert's act(gate), up, product. An upper bound for runtimes that
+    split prompts into chunks.
     """
     local = _shape_per_gpu(shape, workload.tp)
     attention = (4 * local.num_attention_heads + 2 * local.num_kv_heads) * local.head_dim
-    widest = 2 * local.hidden_size + max(attention, 3 * local.intermediate_size)
+    ffn = 3 * local.intermediate_size if len(shape.moe_layers) < shape.num_layers else 0
+    per_expert = local.hidden_size + 3 * shape.moe_intermediate_size
+    experts = _share(shape.num_active_experts, workload.tp) * per_expert if shape.moe_layers else 0
+    widest = 2 * local.hidden_size + max(attention, ffn, experts)
     activations = batch_size * workload.isl * widest * variants.dtype_bytes(workload.weights)
     return activations + batch_size * shape.vocab_size * LOGIT_BYTES
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from puzzle import artifacts, search
 from puzzle.run import STORED_DTYPES
 from puzzle.search import pareto
-from puzzle.tables import read_scores
 from puzzle.types import GIB, Solution, Spec
-from puzzle.variants import params, variant_name
+from puzzle.variants import is_teacher, params, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -55,10 +54,12 @@ class Summary:
     def of(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
         evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
-        found = search.problems(run.shape, run.items, read_scores(run.scores), run.read_costs(), run.constraint_file)
+        found = search.problems(run.shape, run.items, run.read_scores(), run.read_costs(), run.constraint_file)
         problem = next(one for one in found if _at_batch_sizes_of(one, solution))
-        keep = [item.id for item in run.items if item.specs[0].kind == "keep"]
-        specs: dict[str, Spec] = {str(item.sites[0]): item.specs[0] for item in run.chosen_items()}
+        keep = [item.id for item in run.items if is_teacher(item)]
+        specs: dict[str, Spec] = {
+            str(site): spec for item in run.chosen_items() for site, spec in zip(item.sites, item.specs, strict=True)
+        }
         layers = [(specs[f"L{i:03d}.attention"], specs[f"L{i:03d}.ffn"]) for i in range(run.shape.num_layers)]
         cost = next((name for name in solution.totals if name.endswith("memory_gib")), "params")
         return cls(

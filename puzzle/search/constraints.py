@@ -21,16 +21,12 @@ from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
 from puzzle.search.problem import Problem, Row
 from puzzle.tables import ScoreTable
 from puzzle.types import (
-    AttentionSpec,
     ConfigError,
     Conflict,
     Cost,
-    FfnSpec,
     Item,
     MissingMeasurementError,
     ModelShape,
-    Part,
-    Spec,
     Workload,
 )
 
@@ -211,8 +207,7 @@ def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fractio
 
 
 def _teacher_value(metric: str, setting: Setting) -> Fraction:
-    keep: dict[Part, Spec] = {"attention": AttentionSpec("keep"), "ffn": FfnSpec("keep")}
-    items = [variants.site_item(site, keep[site.part]) for site in setting.shape.sites]
+    items = [variants.site_item(site, variants.keep_spec(setting.shape, site)) for site in setting.shape.sites]
     return quantity(metric, setting, items).value(item.id for item in items)
 
 

@@ -6,6 +6,7 @@ import ast
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from puzzle.export.hf import export_hf
 from puzzle.export.verify import Verification, main, verify_hf, write_reference
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.types import ConfigError, CorruptFileError
+from tests.tiny_families import make_stock
+from tests.tiny_families import make_student as make_family_student
 
 KEEP, SKIP, LINEAR = {"kind": "keep"}, {"kind": "skip"}, {"kind": "linear"}
 GQA, NARROW = {"kind": "gqa", "num_kv_heads": 2}, {"kind": "narrow", "intermediate_size": 40}
@@ -67,7 +70,7 @@ def mixed_export(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path_factory
 
 
 def test_mixed_export_is_complete(mixed_export: Path, teacher_dir: Path) -> None:
-    code = {"configuration_puzzle.py", "modeling_puzzle.py"}
+    code = {f"{name}_puzzle.py" for name in ("configuration", "families", "spans", "layers", "modeling")}
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert files(mixed_export) == {"config.json", "model.safetensors", "README.md", *copied, *code}
     assert (mixed_export / "README.md").read_text() == "# A student\n"
@@ -90,13 +93,14 @@ def test_mixed_export_is_complete(mixed_export: Path, teacher_dir: Path) -> None
 
 def test_code_files_import_torch_and_transformers_only() -> None:
     folder = Path(puzzle.modeling.__file__).parent
-    allowed = {"__future__", "copy", "collections", "dataclasses", "typing", "torch", "transformers"}
-    for name in ("configuration_puzzle.py", "modeling_puzzle.py"):
-        for node in ast.walk(ast.parse((folder / name).read_text())):
+    allowed = {*sys.stdlib_module_names, "torch", "transformers"}
+    neighbours = tuple(f"{name}_puzzle" for name in ("configuration", "families", "spans", "layers", "modeling"))
+    for name in neighbours:
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed
             elif isinstance(node, ast.ImportFrom):
-                relative = (node.level, node.module) == (1, "configuration_puzzle")
+                relative = node.level == 1 and node.module in neighbours
                 assert relative or (node.module or "").split(".")[0] in allowed
 
 
@@ -106,6 +110,35 @@ def test_mixed_export_passes_in_a_clean_process(
     write_reference(student, tmp_path / "reference.safetensors")
     assert main([str(mixed_export), str(tmp_path / "reference.safetensors")]) == 0
     assert capsys.readouterr().out.startswith("passed: logits within")
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
+def test_mixed_exports_of_other_families_pass_in_a_clean_process(
+    family: str, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Windows narrower than the reference's tokens, sinks, an attention-free first layer, fewer experts."""
+    window = {"kind": "window", "window_tokens": 3}
+    blocks = [
+        {"attention": SKIP, "ffn": KEEP},
+        {"attention": {**window, "sink_tokens": 2}, "ffn": {"kind": "narrow", "intermediate_size": 24}},
+        {"attention": window, "ffn": {"kind": "experts", "num_experts": 3} if family == "qwen3_moe" else LINEAR},
+        {"attention": KEEP, "ffn": KEEP},
+    ]
+    model = make_family_student(make_stock(family), blocks)
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out", "")
+    write_reference(model, tmp_path / "reference.safetensors")
+    verification = verify_hf(tmp_path / "out", tmp_path / "reference.safetensors")
+    assert verification.passed, verification.failures
+
+
+def test_a_plain_export_names_its_experts_as_all_readers_do(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    fewer = {"attention": KEEP, "ffn": {"kind": "experts", "num_experts": 4}}
+    model = make_family_student(make_stock("qwen3_moe", mlp_only_layers=[]), [fewer] * 4)
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out", "")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["num_experts"], config["num_local_experts"]) == ("qwen3_moe", 4, 4)
+    names = {f"model.layers.0.mlp.experts.3.{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
+    assert names < set(load_file(tmp_path / "out" / "model.safetensors"))
 
 
 @torch.no_grad()
@@ -148,9 +181,9 @@ def test_what_is_wrong_is_reported_in_words(student: PuzzleForCausalLM, mixed_ex
     """A wrong weight or logit, and the classic mistake: cache slots numbered over all layers, attention or not."""
     export, reference = tmp_path / "export", tmp_path / "reference.safetensors"
     shutil.copytree(mixed_export, export)
-    code = (export / "modeling_puzzle.py").read_text()
+    code = (export / "layers_puzzle.py").read_text()
     assert "layer_idx = cache_idx" in code
-    (export / "modeling_puzzle.py").write_text(code.replace("layer_idx = cache_idx", "layer_idx = layer_idx"))
+    (export / "layers_puzzle.py").write_text(code.replace("layer_idx = cache_idx", "layer_idx = layer_idx"))
     write_reference(student, reference)
     tensors = load_file(reference)
     tensors["logits"][1, 5, 7] += 0.01

@@ -247,7 +247,7 @@ def test_layers_alone_compose_to_the_model(model: PuzzleForCausalLM) -> None:
     tokens = make_tokens(2, 12)
     outputs = model(tokens, output_hidden_states=True)
     hidden = model.model.embed_tokens(tokens)
-    positions = model.model.rotary_emb(hidden, torch.arange(tokens.shape[1])[None])
+    positions = model.model.rotary(hidden, torch.arange(tokens.shape[1])[None])
     for index, layer in enumerate(model.model.layers):
         torch.testing.assert_close(hidden, outputs.hidden_states[index], rtol=0, atol=1e-5)
         alone = PuzzleDecoderLayer(model.config, index, 0)
@@ -295,7 +295,7 @@ def test_attention_backend_can_be_changed_for_every_layer() -> None:
     before = model(tokens).logits
     layer = model.model.layers[1]
     hidden = model.model.embed_tokens(tokens)
-    positions = model.model.rotary_emb(hidden, torch.arange(17)[None])
+    positions = model.model.rotary(hidden, torch.arange(17)[None])
     assert layer.attention_delta(hidden, positions).shape == hidden.shape
     model.set_attn_implementation("eager")
     assert layer.self_attn.config._attn_implementation == "eager"
@@ -336,7 +336,7 @@ def test_layer_accepts_any_cache_with_update() -> None:
 
     model, cache = make_model(MIXED), Recorder()
     hidden = torch.randn(2, 5, 48)
-    positions = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    positions = model.model.rotary(hidden, torch.arange(5)[None])
     for layer in model.model.layers:
         layer(hidden, position_embeddings=positions, past_key_values=cache)
     assert cache.shapes == {0: (2, 2, 5, 8), 1: (2, 4, 5, 8)}
@@ -397,7 +397,7 @@ def test_beam_search_runs_where_cache_slots_are_fewer_than_layers() -> None:
         (
             "attention",
             {"kind": "sparse"},
-            "layer 1, attention: unknown kind 'sparse'.*allowed: keep, gqa, linear, skip",
+            "layer 1, attention: unknown kind 'sparse'.*allowed: keep, gqa, window, linear, skip",
         ),
         ("ffn", {"kind": "gqa", "num_kv_heads": 2}, "layer 1, ffn: unknown kind 'gqa'"),
         ("attention", {"kind": "gqa"}, "layer 1, attention: kind 'gqa' has the fields .*num_kv_heads"),
@@ -422,7 +422,9 @@ def test_other_impossible_configs_are_refused() -> None:
         PuzzleConfig(blocks=[{"attention": {"kind": "keep"}}])
     with pytest.raises(ValueError, match="'no-such-model' is not a model_type"):
         PuzzleConfig(family="no-such-model")
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama"):
+    with pytest.raises(
+        ValueError, match="'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma3_text, qwen3_moe"
+    ):
         PuzzleForCausalLM(PuzzleConfig(family="gpt2", blocks=[]))
 
 

@@ -21,7 +21,7 @@ device: cpu
 dtype: fp32
 data: {{text: {folder}/text.jsonl, sequence_tokens: 16}}
 init: {{sequences: 8}}
-distill: {{tokens: 64, batch_size: 2, layers_per_pass: 1}}
+distill: {{tokens: 64, batch_size: 2}}
 score: {{sequences: 4}}
 profile: {{grid: {folder}/grid.yaml}}
 kd: {{tokens: 192, batch_size: 2, warmup_steps: 1, checkpoint_steps: 2}}

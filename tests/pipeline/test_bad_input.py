@@ -166,7 +166,7 @@ CASES: list[tuple[Callable[[Project], None], int, tuple[str, ...]]] = [
     (truncated_weights, 5, ("model.safetensors", "bytes where its header says")),
     (corrupt_weights, 5, ("model.safetensors", "no safetensors file, or truncated")),
     (missing_weights, 5, ("model.safetensors", "missing")),
-    (missing_tensor, 5, ("the tensors do not fit", "layers.0.mlp.up_proj.weight")),
+    (missing_tensor, 5, ("layer 0: the tensors do not fit", "mlp.up_proj.weight")),
     (other_shape, 5, ("teacher", "size mismatch")),
     (no_tokenizer, 2, ("no tokenizer here",)),
     (no_text, 2, ("data.text", "no such file")),
@@ -296,7 +296,7 @@ def test_a_diverging_variant_is_failed_and_the_search_does_without_it(project: P
     run = Run.open(project.config, ["distill.learning_rate=1e30"])
     failed = read_scores(run.scores).failed
     assert failed
-    assert all(reason == "its loss is not finite after distillation" for reason in failed.values())
+    assert all("not finite" in reason for reason in failed.values())
     assert not set(failed) & set(run.solutions()[0].items)
 
 

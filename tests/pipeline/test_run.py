@@ -81,11 +81,46 @@ def test_changed_settings_are_refused_by_name_until_redone(copy: Project, capsys
     assert tree(copy.run / "library" / "trained") != before
 
 
-def test_how_many_layers_train_at_once_changes_no_bit(copy: Project) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "residual=disk",
+        "residual=recompute",
+        "residual=memory",
+        "memory_budget_gib=7e-4",
+    ],
+)
+def test_where_activations_are_kept_and_how_much_trains_at_once_changes_no_bit(copy: Project, setting: str) -> None:
     before = tree(copy.run / "library" / "trained")
     shutil.rmtree(copy.run / "library" / "trained")
-    assert main(["--debug", "distill", str(copy.config), "--set", "distill.layers_per_pass=2"]) == 0
+    assert main(["--debug", "distill", str(copy.config), "--set", f"distill.{setting}"]) == 0
     assert tree(copy.run / "library" / "trained") == before
+    assert not list(copy.run.glob(".aside*"))
+
+
+def test_a_budget_that_nothing_fits_in_is_refused(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy.run / "library" / "trained")
+    assert main(["distill", str(copy.config), "--set", "distill.memory_budget_gib=1e-5"]) == 2
+    assert "raise distill.memory_budget_gib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("space", ["pairs: true", "nested"])
+def test_pairs_and_nested_widths_go_all_the_way(
+    project: Project, space: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--set", "distill.nested=true"] if space == "nested" else []
+    names = "attention: [keep, gqa-2, skip]\nffn: [keep, narrow-50%, narrow-25%, skip]\nffn_multiple_of: 8\n"
+    (project.folder / "space.yaml").write_text(names + ("pairs: true\n" if space == "pairs: true" else ""))
+    assert main(["--debug", "run", str(project.config), *settings]) == 0
+    units = {path.name for path in (project.run / "library" / "trained").iterdir()}
+    if space == "nested":
+        assert units == {f"L{layer:03d}.{name}" for layer in (0, 1) for name in ("attention.gqa-2", "ffn.nested")}
+    else:
+        assert len(units) == 2 * (3 * 4 - 4)  # all but keep+keep, keep+skip, skip+keep, skip+skip have weights
+    run = Run.open(project.config, [setting for setting in settings if setting != "--set"])
+    assert set(run.solutions()[0].items) <= {item.id for item in run.items}
+    assert main(["--debug", "show", "library", str(project.config), *settings]) == 0
+    assert "narrow-24" in capsys.readouterr().out
 
 
 def test_a_stage_says_what_it_needs_first(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +155,7 @@ def test_searching_a_finished_run_never_imports_torch(copy: Project, command: st
 
 
 def test_show_prints_every_table(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    for what, expected in (("library", "loss_after"), ("scores", "standard_error"), ("costs", "ms_p90")):
+    for what, expected in (("library", "loss_end"), ("scores", "standard_error"), ("costs", "ms_p90")):
         assert main(["--debug", "show", what, str(copy.config)]) == 0
         assert expected in capsys.readouterr().out
 

@@ -40,7 +40,7 @@ def _config_of(shape: ModelShape) -> PuzzleConfig:
             head_dim=shape.head_dim,
             max_position_embeddings=shape.max_position_embeddings,
             tie_word_embeddings=shape.tied_embeddings,
-            attention_bias=shape.attention_bias,
+            attention_bias=shape.qkv_bias,
             mlp_bias=shape.mlp_bias,
             pad_token_id=0,
             bos_token_id=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from puzzle.modeling import PuzzleConfig
+from puzzle.modeling import FAMILIES, PuzzleConfig
 from puzzle.profiling import measure, timer
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, PreallocatedLayer
@@ -31,8 +32,10 @@ from puzzle.profiling.measure import (
 )
 from puzzle.profiling.memory import kv_cache_bytes
 from puzzle.profiling.table import CostTable
-from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec, Workload
-from puzzle.variants import block_part
+from puzzle.space import SearchSpace
+from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Part, Site, Spec, Workload
+from puzzle.variants import block_part, keep_spec, params, shape_id
+from tests.tiny_families import make_stock, shape_of
 
 SPECS: tuple[Spec, ...] = (
     AttentionSpec("keep"),
@@ -177,6 +180,87 @@ def test_the_cache_holds_what_memory_predicts(shape: ModelShape, teacher_config:
     assert isinstance(cache, PreallocatedCache)
 
 
+OFFERED: dict[Part, list[str]] = {
+    "attention": ["gqa-1", "window-3", "window-3-sinks-2", "window-1", "linear", "skip"],
+    "ffn": ["narrow-24", "experts-3", "active-1", "linear", "skip"],
+}
+
+
+@functools.cache
+def family_stack(family: str) -> tuple[SiteStack, tuple[Spec, ...]]:
+    """The stack of everything that the tiny model of the family can have, and the specs, each once."""
+    stock = make_stock(family)
+    family_shape = shape_of(stock)
+    offered = {
+        part: [name for name in names if has_experts(name) <= bool(family_shape.moe_layers)]
+        for part, names in OFFERED.items()
+    }
+    space = SearchSpace.parse(offered, family_shape)
+    specs = tuple({spec: None for item in space.items() for spec in item.specs})
+    return SiteStack.build(family_shape, PuzzleConfig.from_family(stock.config), specs, "cpu", "fp32"), specs
+
+
+def has_experts(name: str) -> bool:
+    return name.startswith(("experts", "active"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_s_shapes_are_measured_as_what_they_are(family: str) -> None:
+    stack, specs = family_stack(family)
+    by_shape = {shape_id(spec, stack.shape): spec for spec in specs}
+    assert set(stack.sites) == set(by_shape) - {"attention.skip", "ffn.skip"}
+    for name, layer in stack.sites.items():
+        spec = by_shape[name]
+        own = sum(parameter.numel() for parameter in layer.parameters())
+        assert own == params(spec, stack.shape), name
+        if isinstance(spec, AttentionSpec):
+            if spec.kind != "linear":
+                assert layer.span == (spec.window_tokens, spec.sink_tokens or 0)
+        elif spec.num_experts:
+            assert layer.mlp.gate.top_k == spec.num_active_experts
+    assert stack.neighbour_ids[0] in ("attention.gqa-2", f"attention.gqa-2-window-{stack.shape.window(2)}")
+    assert stack.neighbour_ids[1] == ("ffn.experts-6-active-2" if stack.shape.moe_layers else "ffn.narrow-40")
+    for point in (PREFILL, DECODE):
+        costs = measure_point(stack, point, repeats=1, seed=0)
+        assert sorted(cost.shape_id for cost in costs) == sorted([*stack.sites, "rest"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_sites_makes_the_teacher_s_masks_only(family: str) -> None:
+    stack, _ = family_stack(family)
+    step = stack.step(PREFILL)
+    assert set(step._made_spans) == {(stack.shape.window(layer), 0) for layer in range(4)}
+    others = {(3, 0), (3, 2), (1, 0)} - set(step._made_spans)
+    assert set(step._ready_masks) == others
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_holds_what_windows_leave(family: str) -> None:
+    """And computes what the model computes with a cache of its own."""
+    sinks = {"kind": "window", "window_tokens": 3, "sink_tokens": 2}
+    kinds = ({"kind": "keep"}, {"kind": "skip"}, {"kind": "window", "window_tokens": 3}, sinks)
+    blocks = [{"attention": kind, "ffn": {"kind": "keep"}} for kind in kinds]
+    stock = make_stock(family)
+    family_shape, config = shape_of(stock), PuzzleConfig.from_family(stock.config)
+    model = random_model(config, blocks, "cpu", "fp32")
+    decode, own = ForwardStep(model, DECODE), model.model.new_cache()
+    prompt = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model(prompt, past_key_values=own, use_cache=True)
+        for slot, filled in zip(decode.cache.slots, own.layers, strict=True):
+            assert slot.held_tokens == filled.keys.shape[2]
+            slot.keys[:, :, :-1], slot.values[:, :, :-1] = filled.keys, filled.values
+        expected = model(decode._input_ids, past_key_values=own, use_cache=True).logits
+    assert torch.allclose(decode(), expected, atol=1e-5)
+    specs = (
+        keep_spec(family_shape, Site(0, "attention")),
+        AttentionSpec("window", window_tokens=3),
+        AttentionSpec("window", window_tokens=3, sink_tokens=2),
+    )
+    workload = Workload("w", isl=6, osl=2, kv="fp32")
+    assert decode.cache.num_bytes == sum(kv_cache_bytes(spec, family_shape, workload, 3) for spec in specs)
+
+
 def test_whole_models_and_sites_are_measured_in_the_same_rounds(stack: SiteStack, teacher_config: PuzzleConfig) -> None:
     model = random_model(teacher_config, MIX, "cpu", "fp32")
     timings = measure_many([site_probe(stack, DECODE), ModelProbe("student", model, DECODE)], repeats=2, seed=0)
@@ -257,3 +341,14 @@ def test_measuring_on_a_gpu(shape: ModelShape, teacher_config: PuzzleConfig, poi
     assert isinstance(clock, timer.CapturedGraph)
     torch.cuda.synchronize()
     assert torch.allclose(clock._result, expected, atol=1e-2)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: measures by CUDA graphs")
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
+def test_measuring_windows_and_experts_on_a_gpu(family: str) -> None:
+    cpu_stack, specs = family_stack(family)
+    config = PuzzleConfig.from_family(make_stock(family).config)
+    stack = SiteStack.build(cpu_stack.shape, config, specs, "cuda", "bf16")
+    for point in (PREFILL, DECODE):
+        assert {cost.shape_id for cost in measure_point(stack, point, 5, 0)} == {*cpu_stack.sites, "rest"}

@@ -34,8 +34,8 @@ BLOCKS = [{"attention": block_part(attention), "ffn": block_part(ffn)} for atten
 def test_weight_bytes_are_those_of_a_built_model(
     shape: ModelShape, make_config: MakeConfig, dtype: str, tied: bool, bias: bool
 ) -> None:
-    shape = replace(shape, tied_embeddings=tied, attention_bias=bias, mlp_bias=bias)
-    model = random_model(make_config(shape), BLOCKS, "cpu", dtype)  # type: ignore[arg-type]
+    shape = replace(shape, tied_embeddings=tied, qkv_bias=bias, output_bias=bias, mlp_bias=bias)
+    model = random_model(make_config(shape), BLOCKS, "cpu", dtype, layers=[0] * 5)  # type: ignore[arg-type]
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert sum(weight_bytes(spec, shape, dtype) for spec in SPECS) + rest_weight_bytes(shape, dtype) == held
 
@@ -43,7 +43,7 @@ def test_weight_bytes_are_those_of_a_built_model(
 def test_kv_cache_bytes_are_those_of_the_cache_after_generation(
     shape: ModelShape, teacher_config: PuzzleConfig
 ) -> None:
-    model = random_model(teacher_config, BLOCKS, "cpu", "bf16")
+    model = random_model(teacher_config, BLOCKS, "cpu", "bf16", layers=[0] * 5)
     workload = Workload("w", isl=9, osl=5)
     ids = torch.randint(3, shape.vocab_size, (2, workload.isl))
     cache = DynamicCache()
@@ -78,6 +78,34 @@ def test_weights_are_shared_out_over_gpus(shape: ModelShape) -> None:
     query, kv = shape.hidden_size * shape.num_attention_heads * shape.head_dim, shape.hidden_size * shape.head_dim
     assert weight_bytes(one_head, shape, "bf16", 2) == 2 * (query / 2 * 2 + 2 * kv) + norm
     assert rest_weight_bytes(shape, "bf16", 2) == 2 * shape.vocab_size * shape.hidden_size + norm
+
+
+def test_a_window_bounds_the_cache(shape: ModelShape) -> None:
+    """The token under way counts: 2 in the window, or with a sink 3, of 16 in all."""
+    workload = Workload("w", isl=10, osl=6)
+    per_token = 2 * 4 * shape.head_dim * 2 * 3
+    assert kv_cache_bytes(AttentionSpec("window", window_tokens=2), shape, workload, 3) == 2 * per_token
+    assert kv_cache_bytes(AttentionSpec("window", window_tokens=2, sink_tokens=1), shape, workload, 3) == 3 * per_token
+    assert kv_cache_bytes(AttentionSpec("window", window_tokens=99), shape, workload, 3) == 16 * per_token
+    assert kv_cache_bytes(AttentionSpec("keep", window_tokens=5), shape, workload, 3) == 5 * per_token
+
+
+def test_experts_are_shared_out_over_gpus_as_they_are(shape: ModelShape) -> None:
+    moe = replace(shape, moe_layers=(0, 2), num_experts=6, num_active_experts=2, moe_intermediate_size=12)
+    keep = FfnSpec("keep", num_experts=6, num_active_experts=2)
+    expert, norm = 3 * shape.hidden_size * 12 + shape.hidden_size, shape.hidden_size  # with its row of the router
+    held = {tp: (weight_bytes(keep, moe, "bf16", tp) / 2 - norm) / expert for tp in (1, 2, 4, 8)}
+    assert held == {1: 6, 2: 3, 4: 2, 8: 1}
+    assert weight_bytes(FfnSpec("keep"), moe, "bf16") == weight_bytes(KEEP_FFN, shape, "bf16")  # a dense layer of it
+
+    def workspace(changed: ModelShape, tp: int = 1) -> float:
+        whole = workspace_bytes(changed, Workload("w", isl=1, osl=1, tp=tp), 1)
+        return (whole - changed.vocab_size * 4) / 2 - 2 * changed.hidden_size
+
+    wide = replace(moe, moe_intermediate_size=100)
+    assert workspace(wide) == 2 * (shape.hidden_size + 300) == 2 * workspace(wide, tp=2)
+    only_experts = replace(moe, intermediate_size=10**6, moe_layers=(0, 1, 2))
+    assert workspace(only_experts) == workspace(shape) < workspace(replace(only_experts, moe_layers=(0, 1)))
 
 
 def test_workspace_grows_with_the_prompt_and_counts_logits_in_fp32(shape: ModelShape) -> None:

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from puzzle import metrics
-from puzzle.blocks.initialise import paper_start
 from puzzle.build import build_student
+from puzzle.data.batches import Batch
 from puzzle.evaluate import evaluate
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.scoring.exact import exact_scores
+from puzzle.space import PARTS
 from puzzle.teacher import final_hidden, freeze, layers_of
-from puzzle.types import AttentionSpec, FfnSpec, Item, Spec
-from puzzle.variants import SearchSpace, site_item
-from tests.test_variants import SHAPE
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
+from puzzle.variants import layer_item, site_item
+from tests.blocks.conftest import start_of
 
 SPECS: list[Spec] = [
     AttentionSpec("gqa", num_kv_heads=1),
@@ -36,40 +37,52 @@ def teacher(tiny_llama: LlamaForCausalLM) -> PuzzleForCausalLM:
 
 
 def weights_of(teacher: PuzzleForCausalLM, item: Item) -> dict[str, torch.Tensor]:
-    return paper_start(layers_of(teacher)[item.sites[0].layer], item.sites[0].part, item.specs[0], torch.arange(96.0))
+    return start_of(layers_of(teacher), item).weights  # type: ignore[return-value]
+
+
+def items_of() -> list[Item]:
+    single = [
+        site_item(Site(layer, "attention" if isinstance(spec, AttentionSpec) else "ffn"), spec)
+        for layer in range(4)
+        for spec in SPECS
+    ]
+    narrow = FfnSpec("narrow", intermediate_size=48)
+    pairs = [layer_item(1, AttentionSpec("gqa", num_kv_heads=1), narrow), layer_item(2, AttentionSpec("skip"), narrow)]
+    return sorted([*single, *pairs], key=lambda item: item.sites[0].layer)
+
+
+def keeps_beside(item: Item) -> list[Item]:
+    sites = [Site(layer, part) for layer in range(4) for part in PARTS]
+    keep: dict[str, Spec] = {"attention": AttentionSpec("keep"), "ffn": FfnSpec("keep")}
+    return [site_item(site, keep[site.part]) for site in sites if site not in item.sites]
 
 
 def test_scores_are_those_of_the_whole_student(teacher: PuzzleForCausalLM) -> None:
     torch.manual_seed(1)
-    batches = [torch.randint(3, 128, (3, 20)), torch.randint(3, 128, (2, 20))]
-    sites = SearchSpace.parse(["keep"], ["keep"], SHAPE).items(SHAPE)
-    layers = 4
-    items = [
-        site_item(type(sites[0].sites[0])(layer, "attention" if isinstance(spec, AttentionSpec) else "ffn"), spec)
-        for layer in range(layers)
-        for spec in SPECS
-    ]
-    by_layer = {layer: [item for item in items if item.sites[0].layer == layer] for layer in range(layers)}
+    batches = [Batch(torch.randint(3, 128, (3, 20))), Batch(torch.randint(3, 128, (2, 20)))]
+    counted = torch.rand(2, 20) < 0.5
+    batches[1] = Batch(batches[1].ids, counted)
+    items = items_of()
+    by_layer = {layer: [item for item in items if item.sites[0].layer == layer] for layer in range(4)}
     found = dict(exact_scores(teacher, by_layer, lambda item: weights_of(teacher, item), batches))
     assert list(found) == items
     for item in items:
-        keeps = [
-            site_item(
-                type(item.sites[0])(layer, part), AttentionSpec("keep") if part == "attention" else FfnSpec("keep")
-            )
-            for layer in range(layers)
-            for part in ("attention", "ffn")
-            if (layer, part) != (item.sites[0].layer, item.sites[0].part)
-        ]
-        student = build_student(teacher, [*keeps, item], lambda chosen: weights_of(teacher, chosen))
+        student = build_student(teacher, [*keeps_beside(item), item], lambda chosen: weights_of(teacher, chosen))
         expected = {"kl": [], "ce_delta": [], "agreement": []}
         with torch.no_grad():
-            for ids in batches:
-                log_p, log_q = (F.log_softmax(model(ids).logits[:, :-1].double(), -1) for model in (teacher, student))
-                labels = ids[:, 1:, None]
-                expected["kl"] += (log_p.exp() * (log_p - log_q)).sum(-1).mean(1).tolist()
-                expected["ce_delta"] += (log_p - log_q).gather(-1, labels).squeeze(-1).mean(1).tolist()
-                expected["agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).tolist()
+            for batch in batches:
+                log_p, log_q = (
+                    F.log_softmax(model(batch.ids).logits[:, :-1].double(), -1) for model in (teacher, student)
+                )
+                labels = batch.ids[:, 1:, None]
+                each = {
+                    "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+                    "ce_delta": (log_p - log_q).gather(-1, labels).squeeze(-1),
+                    "agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double(),
+                }
+                counts = torch.ones_like(labels[..., 0]) if batch.counted is None else batch.counted[:, 1:]
+                for metric, values in each.items():
+                    expected[metric] += ((values * counts).sum(1) / counts.sum(1)).tolist()
         for metric, values in expected.items():
             assert found[item][metric].tolist() == pytest.approx(values, rel=1e-3, abs=1e-5), (item.id, metric)
 
@@ -77,15 +90,14 @@ def test_scores_are_those_of_the_whole_student(teacher: PuzzleForCausalLM) -> No
 def test_the_chunked_kl_and_its_gradient_are_the_plain_ones(
     teacher: PuzzleForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = torch.randint(3, 128, (3, 21))
     with torch.no_grad():
-        reference = final_hidden(teacher, ids)
+        reference = final_hidden(teacher, Batch(torch.randint(3, 128, (3, 21))))
     noise = 0.1 * torch.randn_like(reference)
     gradients, losses = [], []
     for chunk in (7, 10_000):
         monkeypatch.setattr(metrics, "CHUNK_TOKENS", chunk)
         student = (reference + noise).requires_grad_()
-        loss = metrics.kl_loss(student, reference, (teacher.lm_head, teacher.lm_head))
+        loss = metrics.kl_loss(student, reference, (teacher.lm_head, teacher.lm_head), torch.ones(3, 21))
         loss.backward()
         losses.append(loss.item())
         gradients.append(student.grad)
@@ -99,10 +111,10 @@ def test_the_chunked_kl_and_its_gradient_are_the_plain_ones(
 
 
 def test_evaluating_the_teacher_against_itself(teacher: PuzzleForCausalLM) -> None:
-    batches = [torch.randint(3, 128, (4, 20))]
+    batches = [Batch(torch.randint(3, 128, (4, 20)))]
     quality = evaluate(teacher, teacher, batches, bytes_per_token=2.0)
     assert quality.kl_nats.mean == pytest.approx(0.0, abs=1e-7)
     assert quality.agreement.mean == 1.0
-    loss = teacher(batches[0], labels=batches[0]).loss.item()
+    loss = teacher(batches[0].ids, labels=batches[0].ids).loss.item()
     assert quality.ce_nats.mean == pytest.approx(loss, rel=1e-5)
     assert quality.bits_per_byte.mean == pytest.approx(loss / 0.6931471805599453 / 2.0, rel=1e-5)

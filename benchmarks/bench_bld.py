@@ -1,0 +1,295 @@
+"""How near block-wise distillation comes to what the hardware allows, and what it needs of memory.
+
+    python benchmarks/bench_bld.py efficiency [--device cuda] [--shape 8b]
+    python benchmarks/bench_bld.py memory
+
+``efficiency``: random weights, one layer of the shape with all its variants. One BLD step's time over the time of what
+it cannot avoid: the matrix products of the teacher's pass and of every unit's forward and backward (as torch counts
+them) at the rate of a plain product measured in the same run, and the optimiser's update measured alone. Against
+training every variant on its own, each with its own teacher pass from the embedding on.
+
+``memory``: `puzzle distill` on a random Llama of 3 GiB in a process of its own, within a small budget; its peak resident
+memory, and its losses against those of a run that may hold everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from puzzle.blocks.distill import Start, distill
+from puzzle.blocks.layer import part_state
+from puzzle.blocks.stream import InMemory, OnDisk, Stream
+from puzzle.checkpoint import read_shape
+from puzzle.config import DistillConfig
+from puzzle.data.batches import Batch
+from puzzle.space import SearchSpace
+from puzzle.teacher import Teacher
+from puzzle.types import AttentionSpec, FfnSpec, Item, ModelShape
+from puzzle.variants import has_weights
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+}
+ATTENTION, FFN = ["gqa-*", "linear"], ["narrow-87%", "narrow-75%", "narrow-50%", "narrow-25%", "narrow-10%", "linear"]
+
+
+def random_teacher(folder: Path, num_layers: int, vocab_size: int = 4096, **sizes: int) -> ModelShape:
+    """A checkpoint of random bf16 weights, written a layer at a time."""
+    config = LlamaConfig(num_hidden_layers=num_layers, vocab_size=vocab_size, max_position_embeddings=8192, **sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.save_pretrained(folder)
+    hidden, width = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (width, hidden),
+        "mlp.up_proj": (width, hidden),
+        "mlp.down_proj": (hidden, width),
+    }
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * size[-1] ** -0.5).bfloat16()
+
+    index: dict[str, str] = {}
+    for layer in range(num_layers):
+        prefix, name = f"model.layers.{layer}.", f"model-{layer:05d}.safetensors"
+        state = {f"{prefix}{matrix}.weight": random(*size) for matrix, size in matrices.items()}
+        state |= {
+            f"{prefix}{norm}.weight": torch.ones(hidden).bfloat16()
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        save_file(state, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(state, name)
+    rest = {
+        "model.embed_tokens.weight": random(vocab_size, hidden) * hidden**0.5,
+        "lm_head.weight": random(vocab_size, hidden),
+    }
+    rest["model.norm.weight"] = torch.ones(hidden).bfloat16()
+    save_file(rest, folder / "rest.safetensors", {"format": "pt"})
+    index |= dict.fromkeys(rest, "rest.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return read_shape(folder)
+
+
+def start_of(teacher: Teacher, item: Item) -> Start:
+    """The teacher's weights cut to size; how good it is does not matter here."""
+    layer, site, spec = teacher.layer(item.sites[0].layer), item.sites[0], item.specs[0]
+    state = part_state(layer, site.part)
+    hidden = teacher.config.hidden_size
+    if spec.kind == "linear":
+        norm = next(name for name in state if "layernorm" in name)
+        matrix = "self_attn.linear_attn.weight" if site.part == "attention" else "mlp.linear_mlp.weight"
+        return Start(item.id, (item,), {norm: state[norm], matrix: torch.zeros(hidden, hidden)})
+    if isinstance(spec, AttentionSpec) and spec.num_kv_heads:
+        rows = spec.num_kv_heads * hidden // teacher.config.num_attention_heads
+        return Start(item.id, (item,), {n: t[:rows] if "k_proj" in n or "v_proj" in n else t for n, t in state.items()})
+    assert isinstance(spec, FfnSpec)
+    width = spec.intermediate_size
+    cut = {n: t[:, :width] if "down" in n else t[:width] if n.startswith("mlp.") else t for n, t in state.items()}
+    return Start(item.id, (item,), cut)
+
+
+def items_of(shape: ModelShape, layers: list[int]) -> list[Item]:
+    space = SearchSpace.parse({"attention": ATTENTION, "ffn": FFN}, shape)
+    return [item for item in space.items() if has_weights(item) and item.sites[0].layer in layers]
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The median of several calls."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[repeats // 2]
+
+
+def efficiency(options: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    tokens = options.batch_size * options.sequence_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        shape = random_teacher(Path(folder), options.layers, **SHAPES[options.shape])
+        teacher = Teacher(Path(folder), device, dtype, held=True)
+
+        def batch(step: int) -> Batch:
+            ids = torch.randint(
+                4000, (options.batch_size, options.sequence_tokens), generator=torch.Generator().manual_seed(step)
+            )
+            return Batch(ids, None, None).to(device)
+
+        layer = options.layers - 1
+        items = items_of(shape, [layer])
+        config = DistillConfig(batch_size=options.batch_size)
+
+        def run(chosen: list[Item], steps: int, store: bool = True) -> Callable[[], Any]:
+            starts = [start_of(teacher, item) for item in chosen]
+            stream = Stream(teacher, batch, steps, InMemory() if store else None)
+            held_out = Stream.of(teacher, [])
+            for index in range(layer):
+                stream.advance(teacher.layer(index))
+                held_out.advance(teacher.layer(index))
+            return lambda: distill(starts, stream, held_out, config)
+
+        def step_seconds(chosen: list[Item], store: bool = True) -> float:
+            """By the difference of a long and a short run: what is not a step falls out."""
+            few, many = (seconds(run(chosen, steps, store), device, 3) for steps in (2, 2 + options.steps))
+            return (many - few) / options.steps
+
+        ours = step_seconds(items)
+        alone = sum(step_seconds([item], store=False) for item in items)
+        with FlopCounterMode(display=False) as counter:
+            run(items, 1)()
+        # the start's and the end's look at no held-out batch costs nothing; one step is what was counted
+        flops = counter.get_total_flops()
+        rate = matmul_rate(shape, tokens, device, dtype)
+        update = optimiser_seconds(teacher, items, config, device)
+    floor = flops / rate + update
+    return {
+        "shape": options.shape, "device": options.device, "dtype": options.dtype, "tokens_per_step": tokens,
+        "units": len(items), "layers": options.layers, "step_s": ours, "floor_s": floor, "ratio": ours / floor,
+        "matmul_s": flops / rate, "optimiser_s": update, "matmul_gflops": rate / 1e9,
+        "utilisation_of_matmul_rate": flops / ours / rate, "tflops_reached": flops / ours / 1e12,
+        "each_alone_over_together": alone / ours,
+    }  # fmt: skip
+
+
+def matmul_rate(shape: ModelShape, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the layer's widest product."""
+    left = torch.randn(tokens, shape.hidden_size, device=device, dtype=dtype)
+    right = torch.randn(shape.hidden_size, shape.intermediate_size, device=device, dtype=dtype)
+    took = seconds(lambda: [left @ right for _ in range(8)], device, 9) / 8
+    return 2.0 * tokens * shape.hidden_size * shape.intermediate_size / took
+
+
+def optimiser_seconds(teacher: Teacher, items: list[Item], config: DistillConfig, device: torch.device) -> float:
+    """One fused AdamW update of every unit's parameters."""
+    total = 0.0
+    for item in items:
+        weights = [torch.nn.Parameter(t.to(device, torch.float32)) for t in start_of(teacher, item).weights.values()]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimiser = torch.optim.AdamW(weights, lr=config.learning_rate, fused=True)
+        total += seconds(optimiser.step, device, 3)
+    return total
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """In processes of their own, so that each one's peak is its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Path(folder) / "teacher"
+        random_teacher(
+            teacher,
+            16,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            vocab_size=32000,
+        )
+        size = sum(file.stat().st_size for file in teacher.glob("*.safetensors"))
+        found = {
+            way: json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, "child", str(teacher), way], check=True, capture_output=True, text=True
+                ).stdout
+            )
+            for way in ("streamed", "held")
+        }
+    allowed = 0.3 * size + 2**30
+    streamed, held = found["streamed"], found["held"]
+    return {
+        "teacher_bytes": size, "peak_bytes": streamed["peak_bytes"], "allowed_bytes": allowed,
+        "within": streamed["peak_bytes"] <= allowed, "held_peak_bytes": held["peak_bytes"],
+        "seconds": {way: result["seconds"] for way, result in found.items()},
+        "losses_equal": streamed["losses"] == held["losses"], "losses": streamed["losses"],
+    }  # fmt: skip
+
+
+def child(folder: Path, way: str) -> dict[str, Any]:
+    """BLD of layers 0, 7 and 15: one unit at a time with the stream on disk, or all at once with everything held."""
+    streamed = way == "streamed"
+    teacher = Teacher(folder, torch.device("cpu"), torch.bfloat16, held=not streamed)
+    if not streamed:
+        for index in range(teacher.num_layers):
+            teacher.layer(index)
+    shape = read_shape(folder)
+    config = DistillConfig(batch_size=2)
+
+    def batch(step: int) -> Batch:
+        return Batch(torch.randint(30000, (2, 128), generator=torch.Generator().manual_seed(step)), None, None)
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        stream = Stream(teacher, batch, 8, OnDisk(Path(scratch) / "residual") if streamed else InMemory())
+        held_out = Stream.of(teacher, [batch(1000)])
+        losses = {}
+        for layer in (0, 7, 15):
+            for one in (stream, held_out):
+                while one.depth < layer:
+                    one.advance(teacher.layer(one.depth))
+            wanted = [item for item in items_of(shape, [layer]) if item.id.endswith(("gqa-4", "narrow-2048"))]
+            for group in [[item] for item in wanted] if streamed else [wanted]:
+                for unit, result in distill(
+                    [start_of(teacher, item) for item in group], stream, held_out, config
+                ).items():
+                    losses[unit] = [*result.before.values(), *result.after.values()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_bytes": peak, "losses": losses, "seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    fast = commands.add_parser("efficiency")
+    fast.add_argument("--shape", choices=SHAPES, default="small")
+    fast.add_argument("--device", default="cpu")
+    fast.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
+    fast.add_argument("--layers", type=int, default=4)
+    fast.add_argument("--batch-size", type=int, default=8)
+    fast.add_argument("--sequence-tokens", type=int, default=256)
+    fast.add_argument("--steps", type=int, default=4)
+    for command in (fast, commands.add_parser("memory")):
+        command.add_argument("--output", type=Path)
+    process = commands.add_parser("child")
+    process.add_argument("folder", type=Path)
+    process.add_argument("way")
+    options = parser.parse_args()
+    if options.what == "child":
+        print(json.dumps(child(options.folder, options.way)))
+        return
+    found = {**{"efficiency": efficiency, "memory": memory}[options.what](options), "environment": environment()}
+    output = options.output or RESULTS / f"bld_{options.what}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What the benchmarks on the bundled teacher share: libraries, architectures under a share of it, students, figures.
+
+A work folder keeps every library, and a result file every figure, so that a benchmark that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from environment import environment
+
+from puzzle import artifacts, kd, pipeline, search
+from puzzle.build import build_student
+from puzzle.config import ConstraintFile
+from puzzle.evaluate import evaluate
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.run import Run
+from puzzle.schedule import num_steps
+from puzzle.search import mip
+from puzzle.search.problem import Problem
+from puzzle.stages.common import compute_of, item_weights, sequences_of, teacher_of, tokens_of
+from puzzle.variants import params, rest_params
+
+CONFIG = "run: {folder}\nconstraints: half-memory\n"
+LIBRARY_STAGES = ("data", "init", "distill", "score")
+REPORT_SEQUENCES = 128
+
+
+def make_library(work: Path, *settings: str) -> Run:
+    """A run of the bundled teacher up to its scores, with ``settings`` (``a.b=value``), in a folder named by them."""
+    folder = work / artifacts.fingerprint(sorted(settings))
+    config = work / f"{folder.name}.yaml"
+    work.mkdir(parents=True, exist_ok=True)
+    config.write_text(CONFIG.format(folder=folder))
+    run = Run.open(config, settings)
+    for stage in LIBRARY_STAGES:
+        pipeline.run_stage(run, stage)
+    return run
+
+
+def problem_of(run: Run, share: float) -> Problem:
+    """Minimise the sum of KL scores at ``share`` of the teacher's layer parameters (all of one dtype, so bytes too)."""
+    layers = sum(params(spec, run.shape) for spec in run.keep_specs)
+    limit = int(rest_params(run.shape) + share * layers)
+    file = ConstraintFile.model_validate({"constraints": {"params": {"max": limit}}})
+    (problem,) = search.problems(run.shape, run.items, run.read_scores(), (), file)
+    return problem
+
+
+def solved(run: Run, share: float) -> Sequence[str]:
+    """The MIP's architecture."""
+    return mip.solve([problem_of(run, share)], {}).solutions[0].items
+
+
+def student_of(run: Run, chosen: Sequence[str]) -> PuzzleForCausalLM:
+    by_id = {item.id: item for item in run.items}
+    items = [by_id[item_id] for item_id in chosen]
+    return build_student(teacher_of(run), items, functools.partial(item_weights, run))
+
+
+def quality(run: Run, student: PuzzleForCausalLM, split: str, sequences: int) -> dict[str, float]:
+    """KL and CE gap in nats per token, with standard errors over sequences."""
+    found = evaluate(student, teacher_of(run), sequences_of(run, split, sequences), 1.0)
+    return {
+        "kl": found.kl_nats.mean,
+        "kl_se": found.kl_nats.standard_error,
+        "ce_gap": found.ce_gap_nats.mean,
+        "ce_gap_se": found.ce_gap_nats.standard_error,
+    }
+
+
+def distilled(run: Run, student: PuzzleForCausalLM) -> PuzzleForCausalLM:
+    settings, compute, tokens = run.config.kd, compute_of(run), tokens_of(run)
+    job = kd.Distillation(student, teacher_of(run), settings, compute)
+    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
+    batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
+    job.run(batches, steps, steps, lambda _: None)
+    return job.finish()
+
+
+def measure(run: Run, chosen: Sequence[str], share: float) -> dict[str, Any]:
+    """The student of ``chosen`` before and after GKD, on sequences nothing was chosen on."""
+    student = student_of(run, chosen)
+    before = quality(run, student, "report", REPORT_SEQUENCES)
+    return {
+        "params": sum(parameter.numel() for parameter in student.parameters()),
+        "sum_of_scores": float(problem_of(run, share).objective_of(chosen)),
+        "before": before,
+        "after": quality(run, distilled(run, student), "report", REPORT_SEQUENCES),
+        "items": list(chosen),
+    }
+
+
+class Results:
+    """A result file: settings, environment, and figures by name, written as they are found."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path, self._settings = path, dict(settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.figures: dict[str, Any] = found.get("results", {}) if found.get("settings") == self._settings else {}
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """The figure called ``name``, found now if it was not before."""
+        if name not in self.figures:
+            self.figures[name] = find()
+            print(name, {key: value for key, value in self.figures[name].items() if key != "items"}, flush=True)
+            document = {"settings": self._settings, "environment": environment(), "results": self.figures}
+            self._path.write_text(json.dumps(document, indent=1) + "\n")
+        return self.figures[name]

@@ -1,0 +1,150 @@
+"""The residual stream of a fixed sequence of batches, moving through a teacher that need not fit in memory.
+
+Reads a :class:`~puzzle.teacher.Teacher` layer by layer; holds what enters the layer it stands at. Three stores, with
+equal results: ``memory``; ``disk``, one file of ``batches * B * T * D`` values; ``recompute``, from the ids again each
+time, several batches together so that each layer read serves them all. Between two layers the stream is rounded to the
+teacher's dtype, whoever computes it and however often it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from puzzle.data.batches import Batch
+from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.teacher import Context, LayerPass, Teacher, run_layer
+
+Kind = Literal["memory", "disk", "recompute"]
+
+
+class Store(Protocol):
+    """Where one tensor per batch is kept; all have the same shape and dtype."""
+
+    def write(self, index: int, hidden: Tensor) -> None: ...
+
+    def read(self, index: int) -> Tensor: ...
+
+
+class InMemory:
+    """In the host's memory; on a CPU without a copy."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Tensor] = {}
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        self._rows[index] = hidden.cpu()
+
+    def read(self, index: int) -> Tensor:
+        return self._rows[index]
+
+
+class OnDisk:
+    """In one file, read and written a batch at a time; whoever named it deletes it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        self._path = path
+        self._like: Tensor | None = None
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        self._like = torch.empty_like(hidden, device="meta") if self._like is None else self._like
+        assert hidden.shape == self._like.shape
+        data = _bytes_of(hidden.cpu().contiguous())
+        with open(self._path, "r+b") as file:
+            file.seek(index * len(data))
+            file.write(data)
+
+    def read(self, index: int) -> Tensor:
+        assert self._like is not None, "nothing was written"
+        hidden = torch.empty(self._like.shape, dtype=self._like.dtype)
+        data = _bytes_of(hidden)
+        with open(self._path, "rb") as file:
+            file.seek(index * len(data))
+            count = file.readinto(data)
+        assert count == len(data), "the file ended early"
+        return hidden
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's own memory."""
+    return tensor.view(torch.uint8).numpy().data.cast("B")
+
+
+@dataclass
+class Stream:
+    """``batch(i)`` gives batch ``i`` of ``num_batches``; ``depth`` is the layer whose input :meth:`hidden` gives."""
+
+    teacher: Teacher
+    batch: Callable[[int], Batch]
+    num_batches: int
+    store: Store | None  # None: recompute
+    chunk: int = 1  # batches recomputed together
+    depth: int = 0
+    _recomputed: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.store is not None:
+            for index in range(self.num_batches):
+                self.store.write(index, self._embedded(index)[0])
+
+    @classmethod
+    def of(cls, teacher: Teacher, batches: Sequence[Batch]) -> Stream:
+        """Over a few batches, in memory."""
+        return cls(teacher, batches.__getitem__, len(batches), InMemory())
+
+    def _embedded(self, index: int) -> tuple[Tensor, Context]:
+        return self.teacher.embed(self.batch(index))
+
+    def hidden(self, index: int) -> tuple[Tensor, Context]:
+        """The residual stream (B, T, D) of batch ``index`` at the input of layer ``depth``, on the teacher's device."""
+        embedded, context = self._embedded(index)
+        if self.depth == 0:
+            return embedded, context
+        if self.store is not None:
+            return self.store.read(index).to(self.teacher.device), context
+        if index not in self._recomputed:
+            self._recompute(index)
+        return self._recomputed[index].to(self.teacher.device), context
+
+    @torch.no_grad()
+    def _recompute(self, first: int) -> None:
+        indices = range(first, min(first + self.chunk, self.num_batches))
+        self._recomputed = {index: self._embedded(index)[0].cpu() for index in indices}
+        for depth in range(self.depth):
+            layer = self.teacher.layer(depth)
+            for index in indices:
+                hidden, context = self._recomputed[index].to(self.teacher.device), self._embedded(index)[1]
+                self._recomputed[index] = self._next(layer, hidden, context).cpu()
+
+    def passes(self, layer: PuzzleDecoderLayer) -> Iterator[LayerPass]:
+        """What layer ``depth`` makes of every batch, one at a time."""
+        for index in range(self.num_batches):
+            with torch.no_grad(), self.teacher.autocast():
+                one = run_layer(layer, *self.hidden(index))
+            yield one
+
+    @torch.no_grad()
+    def advance(self, layer: PuzzleDecoderLayer) -> None:
+        """Moves on to the input of the layer after ``layer``, which is the one it stands at."""
+        assert layer.layer_idx == self.depth
+        if self.store is not None:
+            for index in range(self.num_batches):
+                self.store.write(index, self._next(layer, *self.hidden(index)))
+        self._recomputed = {}
+        self.depth += 1
+
+    def _next(self, layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> Tensor:
+        with self.teacher.autocast():
+            return next_hidden(run_layer(layer, hidden, context), self.teacher.dtype)
+
+
+def next_hidden(one: LayerPass, dtype: torch.dtype) -> Tensor:
+    """What the next layer is given."""
+    return one.after.to(dtype)

@@ -1,0 +1,1 @@
+"""Text as packed tokens: sources, splits, mixtures, chats, and batches of windows."""

@@ -1,0 +1,122 @@
+"""How block-wise distillation is laid out so that it stays within a memory budget. Pure arithmetic on sizes.
+
+What is held at once: the teacher's layers of the current group; for every unit under training 16 bytes a parameter
+(fp32 weight, gradient, two moments), its start, its best weights and a bf16 copy; one batch's activations; and the
+residual stream of all training batches, in memory, in a file, or not at all (see blocks/stream.py). Nothing grows with
+the number of layers, so the need is that of a layer:
+
+    bytes = layer + Σ_units 26 · params + activations(batch) + [residual: batches · B · T · D · bytes of the dtype]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from puzzle.types import GIB, ConfigError, ModelShape
+from puzzle.variants import keep_spec, params
+
+BYTES_PER_TRAINED_PARAM = 26  # weight, gradient, two moments: 16; start and best: 8; copy in bf16: 2
+RESIDUAL_SHARE = 0.5  # of the budget that a residual stream in memory may take
+Residual = Literal["memory", "disk", "recompute"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is trained as one piece."""
+
+    name: str
+    layer: int
+    num_params: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``budget_bytes`` for the stage on its device; ``host_bytes`` of memory and ``disk_bytes`` free beside it."""
+
+    budget_bytes: float
+    host_bytes: float
+    disk_bytes: float
+    shared: bool  # the device is the host: the residual stream counts against the budget
+
+
+@dataclass(frozen=True)
+class BldPlan:
+    """``groups`` of unit names train together; ``chunk`` batches are recomputed together, from a ``hold_teacher``."""
+
+    residual: Residual
+    residual_bytes: float
+    hold_teacher: bool
+    chunk: int
+    groups: tuple[tuple[str, ...], ...]
+    needed_bytes: float  # of the largest group, with all it needs
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training batches: how many, their size, and bytes of one value of the residual stream."""
+
+    count: int
+    tokens: int
+    dtype_bytes: int
+
+
+def plan_bld(
+    shape: ModelShape, units: Sequence[Unit], batches: Batches, machine: Machine, wanted: Residual | None = None
+) -> BldPlan:
+    """The fewest groups that fit. ConfigError where not even one unit at a time does."""
+    layer_bytes = batches.dtype_bytes * max(_layer_params(shape, layer) for layer in range(shape.num_layers))
+    one_batch = batches.tokens * shape.hidden_size * batches.dtype_bytes
+    residual_bytes = float(one_batch * batches.count)
+    room = machine.budget_bytes if machine.shared else machine.host_bytes
+    residual = wanted or (
+        "memory"
+        if residual_bytes <= RESIDUAL_SHARE * room
+        else "disk"
+        if residual_bytes <= RESIDUAL_SHARE * machine.disk_bytes
+        else "recompute"
+    )
+    teacher_bytes = layer_bytes * shape.num_layers
+    hold = residual == "recompute" and teacher_bytes <= RESIDUAL_SHARE * machine.budget_bytes
+    spare = RESIDUAL_SHARE * room - (teacher_bytes if hold and machine.shared else 0)
+    chunk = 1 if hold or residual != "recompute" else int(max(1, min(batches.count, spare / 2 // one_batch)))
+    fixed = activation_bytes(shape, batches.tokens) + (teacher_bytes if hold else 0.0)
+    if machine.shared:
+        fixed += {"memory": residual_bytes, "disk": 0.0, "recompute": float(chunk * one_batch)}[residual]
+    groups, needed = _groups(units, machine.budget_bytes - fixed, layer_bytes)
+    if needed + fixed > machine.budget_bytes:
+        raise ConfigError(
+            f"distill: one unit at a time needs {(needed + fixed) / GIB:.2f} GiB where "
+            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise distill.memory_budget_gib, "
+            "or lower distill.batch_size or data.sequence_tokens"
+        )
+    return BldPlan(residual, residual_bytes, hold, chunk, groups, needed + fixed)
+
+
+def activation_bytes(shape: ModelShape, tokens: int) -> float:
+    """fp32 activations of one unit's forward and backward, and of the teacher's pass over its layer. An upper bound."""
+    widest = max(shape.intermediate_size, shape.num_active_experts * shape.moe_intermediate_size)
+    heads = (shape.num_attention_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    return 4.0 * tokens * (14 * shape.hidden_size + 5 * max(widest, heads))
+
+
+def _groups(units: Sequence[Unit], room: float, layer_bytes: float) -> tuple[tuple[tuple[str, ...], ...], float]:
+    """Consecutive units by layer, as many as fit in ``room`` bytes; and what the largest group takes."""
+    groups: list[list[Unit]] = []
+    for unit in sorted(units, key=lambda unit: unit.layer):
+        if groups and _group_bytes([*groups[-1], unit], layer_bytes) <= room:
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    largest = max((_group_bytes(group, layer_bytes) for group in groups), default=0.0)
+    return tuple(tuple(unit.name for unit in group) for group in groups), largest
+
+
+def _group_bytes(group: Sequence[Unit], layer_bytes: float) -> float:
+    layers = group[-1].layer - group[0].layer + 1
+    return layers * layer_bytes + BYTES_PER_TRAINED_PARAM * sum(unit.num_params for unit in group)
+
+
+def _layer_params(shape: ModelShape, layer: int) -> int:
+    return sum(params(keep_spec(shape, site), shape) for site in shape.sites if site.layer == layer)

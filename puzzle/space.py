@@ -1,0 +1,103 @@
+"""The search space: what is on offer at every site, as items. Pure; computes from shapes and names.
+
+A space names its variants once for all layers; a layer takes those that it can have (one with experts no ``narrow``, a
+dense one no ``experts``, one with a window no wider one). ``layers`` narrows single layers further. With ``pairs`` the
+attention and the FFN of a layer are chosen together: every combination is one item over both sites (coupled BLD,
+Puzzle section 2.2); it needs ``layers`` to stay affordable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Part, Site, Spec
+from puzzle.variants import keep_spec, layer_item, parse_variant, resolve, shape_id, site_item, variant_name
+
+PARTS: tuple[Part, Part] = ("attention", "ffn")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """``on_offer``: at every site the resolved specs, the teacher's own first."""
+
+    on_offer: Mapping[Site, tuple[Spec, ...]] = field(hash=False)
+    pairs: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        names: Mapping[Part, Sequence[str]],
+        shape: ModelShape,
+        multiple_of: int | None = None,
+        layers: Mapping[int, Mapping[Part, Sequence[str]]] | None = None,
+        pairs: bool = False,
+    ) -> SearchSpace:
+        """From names; ``gqa-*`` is every proper divisor of the KV heads. Doubles and the full size fall away.
+
+        ``multiple_of`` rounds percentages of the FFN width (default: :func:`hardware_multiple`). ConfigError for what
+        no layer can have, and for a layer that the teacher lacks.
+        """
+        multiple = multiple_of or hardware_multiple(shape)
+        narrowed = layers or {}
+        for layer in narrowed:
+            if not 0 <= layer < shape.num_layers:
+                raise ConfigError(f"layers: the teacher has layers 0 to {shape.num_layers - 1}, not {layer}")
+        everywhere = {part: _parsed(part, names[part], shape, multiple) for part in PARTS}
+        on_offer: dict[Site, tuple[Spec, ...]] = {}
+        for site in shape.sites:
+            own = narrowed.get(site.layer, {}).get(site.part)
+            specs = everywhere[site.part] if own is None else _parsed(site.part, own, shape, multiple)
+            on_offer[site] = _at(site, specs, shape)
+        for part in PARTS:
+            _check_all_taken(part, everywhere[part], shape)
+        return cls(on_offer, pairs)
+
+    def items(self) -> tuple[Item, ...]:
+        """Every item, in the order of the sites."""
+        if not self.pairs:
+            return tuple(site_item(site, spec) for site, specs in self.on_offer.items() for spec in specs)
+        layers = sorted({site.layer for site in self.on_offer})
+        return tuple(
+            layer_item(layer, attention, ffn)
+            for layer in layers
+            for attention in self.on_offer[Site(layer, "attention")]
+            for ffn in self.on_offer[Site(layer, "ffn")]
+            if isinstance(attention, AttentionSpec) and isinstance(ffn, FfnSpec)
+        )
+
+
+def hardware_multiple(shape: ModelShape) -> int:
+    """What FFN widths are rounded to by default: tensor cores and runtimes like 256 channels, small models 64 or 8."""
+    return 256 if shape.intermediate_size >= 4096 else 64 if shape.intermediate_size >= 1024 else 8
+
+
+def _parsed(part: Part, names: Iterable[str], shape: ModelShape, multiple_of: int) -> list[Spec]:
+    expanded = [
+        name if name != "gqa-*" else f"gqa-{count}"
+        for name in names
+        for count in (_proper_divisors(shape.num_kv_heads) if name == "gqa-*" else (0,))
+    ]
+    return [parse_variant(part, name, shape, multiple_of) for name in expanded]
+
+
+def _at(site: Site, specs: Iterable[Spec], shape: ModelShape) -> tuple[Spec, ...]:
+    """The teacher's own first, then each different shape once."""
+    keep = keep_spec(shape, site)
+    by_shape: dict[str, Spec] = {}
+    for spec in specs:
+        resolved = resolve(spec, shape, site.layer)
+        if resolved is not None:
+            by_shape.setdefault(shape_id(resolved, shape), resolved)
+    by_shape.pop(shape_id(keep, shape), None)
+    return (keep, *by_shape.values())
+
+
+def _check_all_taken(part: Part, specs: Iterable[Spec], shape: ModelShape) -> None:
+    for spec in specs:
+        if all(resolve(spec, shape, layer) is None for layer in range(shape.num_layers)):
+            raise ConfigError(f"{variant_name(spec)}: no layer of the teacher can have this {part}; leave it out")
+
+
+def _proper_divisors(number: int) -> tuple[int, ...]:
+    return tuple(divisor for divisor in range(number // 2, 0, -1) if number % divisor == 0)

@@ -1,0 +1,33 @@
+"""What each stage does: makes the units that are missing, publishing each as soon as it is whole.
+
+The torch lane's side of the pipeline; every function takes a :class:`~puzzle.run.Run` and the planned units that are
+missing, reads what earlier stages published, and writes nothing but those units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import transformers
+
+from puzzle.progress import Progress
+from puzzle.run import Planned, Run
+from puzzle.stages.distill import make_distill
+from puzzle.stages.starts import make_data, make_init
+from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
+from puzzle.stages.tables import make_profile, make_score
+
+transformers.logging.set_verbosity_error()  # its warnings are about uses that are not ours
+transformers.logging.disable_progress_bar()
+
+MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
+    "data": make_data,
+    "init": make_init,
+    "distill": make_distill,
+    "score": make_score,
+    "profile": make_profile,
+    "build": make_build,
+    "kd": make_kd,
+    "evaluate": make_evaluate,
+    "export": make_export,
+}

@@ -1,0 +1,70 @@
+"""What several stages need of a run: the device, the teacher, the tokens, an item's weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puzzle import artifacts
+from puzzle.blocks import library
+from puzzle.data.batches import Batch, TokenData, read_tokens
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.run import Run
+from puzzle.teacher import Compute, Teacher, load_model
+from puzzle.types import Item
+from puzzle.variants import has_weights
+
+BATCH_SEQUENCES = 8
+HELD_OUT_SEQUENCES = 16
+
+
+def compute_of(run: Run) -> Compute:
+    return Compute.choose(run.config.device, run.config.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_model(folder: Path, fingerprint: str, compute: Compute) -> PuzzleForCausalLM:
+    return load_model(folder, compute)
+
+
+def teacher_of(run: Run) -> PuzzleForCausalLM:
+    """The whole teacher, loaded once for consecutive stages of one process."""
+    return _cached_model(run.teacher, run.teacher_fingerprint, compute_of(run))
+
+
+def forget_teacher() -> None:
+    """Makes room."""
+    _cached_model.cache_clear()
+
+
+def streamed_teacher(run: Run, dtype: torch.dtype, held: bool = False) -> Teacher:
+    """The teacher one layer at a time."""
+    return Teacher(run.teacher, compute_of(run).device, dtype, held)
+
+
+def tokens_of(run: Run) -> TokenData:
+    return read_tokens(run.data, artifacts.read_unit(run.data).payload, run.config.data)
+
+
+def sequences_of(run: Run, split: str, count: int) -> list[Batch]:
+    """Batches on the device; the same for equal (split, count, seed)."""
+    drawn = tokens_of(run).sequences(split, count, run.config.seed)
+    return [batch.to(compute_of(run).device) for batch in drawn.split(BATCH_SEQUENCES)]
+
+
+def held_out_of(run: Run) -> list[Batch]:
+    """Batches of ``train`` that nothing is trained on: they choose between starts, and say when training stops."""
+    tokens = tokens_of(run)
+    held_out = tokens.held_out(min(HELD_OUT_SEQUENCES, tokens.num_held_out))
+    return [batch.to(compute_of(run).device) for batch in held_out.split(BATCH_SEQUENCES)]
+
+
+def item_weights(run: Run, item: Item) -> Mapping[str, Tensor]:
+    """The trained weights of an item, by names within the layer; none for what is the teacher's, or nothing."""
+    if not has_weights(item):
+        return {}
+    return library.item_view(library.read_weights(run.trained(run.unit_of(item))), item, run.units[run.unit_of(item)])

@@ -1,0 +1,144 @@
+"""The stage that trains the library: lays the work out within the memory budget and over the ranks, then BLD."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from puzzle import artifacts, memory_plan
+from puzzle.blocks import distill, library
+from puzzle.blocks.stream import InMemory, OnDisk, Store, Stream
+from puzzle.data.batches import Batch
+from puzzle.memory_plan import BldPlan, Machine
+from puzzle.progress import Progress
+from puzzle.ranks import Ranks, Share, rows_of, shares, team_sum
+from puzzle.run import Planned, Run
+from puzzle.schedule import num_steps
+from puzzle.stages.common import compute_of, held_out_of, streamed_teacher, tokens_of
+from puzzle.types import GIB
+from puzzle.variants import params
+
+BUDGET_SHARE = 0.6  # of what is free on the device, where the config names no budget
+
+
+def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    """Trains what is missing of the library, or this rank's share of it."""
+    wanted = {unit.path.name: unit for unit in missing}
+    ranks, settings = Ranks.current(), run.config.distill
+    costs = {unit: _cost(run, unit) for unit in run.units if unit in wanted}
+    share = shares(costs, ranks.count, settings.batch_size)[ranks.rank]
+    add_up = _sum_over_team(run, costs, ranks, share)
+    if not share.pieces:
+        return
+    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
+    plan = plan_of(run, share.pieces, steps, machine_of(run))
+    with _residual_store(run, plan, ranks) as store:
+        rows = rows_of(settings.batch_size, share.team, ranks.rank)
+        job = _Job(run, plan, store, steps, rows, add_up)
+        for group in plan.groups:
+            done = job.train(group, functools.partial(_advance, progress, steps))
+            for unit, result in done.items():
+                if share.team[0] == ranks.rank:
+                    _publish(wanted[unit], result)
+            progress.done(*group)
+
+
+def _cost(run: Run, unit: str) -> float:
+    """What training a unit costs against others: multiply-adds per token and step."""
+    items = run.units[unit]
+    return sum(params(spec, run.shape) for item in items for spec in item.specs)
+
+
+def _advance(progress: Progress, steps: int, num_units: int) -> None:
+    progress.fraction(num_units / steps)
+
+
+def _publish(planned: Planned, result: distill.Distilled) -> None:
+    payload: dict[str, Any] = {"tokens": result.tokens}
+    if result.failed is None:
+        payload |= {"before": dict(result.before), "after": dict(result.after)}
+    else:
+        payload |= {"failed": result.failed}
+    artifacts.publish_folder(planned.path, planned.inputs, functools.partial(_write, result.weights, payload))
+
+
+def _write(weights: Mapping[str, Tensor], payload: Mapping[str, Any], aside: Path) -> Mapping[str, Any]:
+    library.write_weights(aside, weights)
+    return payload
+
+
+class _Job:
+    """The streams that all groups of this rank train on."""
+
+    def __init__(
+        self, run: Run, plan: BldPlan, store: Store | None, steps: int, rows: slice, add_up: distill.AddUp
+    ) -> None:
+        settings, tokens = run.config.distill, tokens_of(run)
+        self._run, self._add_up = run, add_up
+        self._teacher = streamed_teacher(run, compute_of(run).dtype, plan.hold_teacher)
+
+        def batch(step: int) -> Batch:
+            return tokens.batch(run.config.seed, step, settings.batch_size).rows(rows)
+
+        self._stream = Stream(self._teacher, batch, steps, store, plan.chunk)
+        self._held_out = Stream.of(self._teacher, held_out_of(run))
+
+    def train(self, group: Sequence[str], on_step: Callable[[int], None]) -> dict[str, distill.Distilled]:
+        run = self._run
+        starts = [distill.Start(unit, run.units[unit], library.read_weights(run.initial(unit))) for unit in group]
+        for stream in (self._stream, self._held_out):
+            while stream.depth < min(start.layer for start in starts):
+                stream.advance(self._teacher.layer(stream.depth))
+        return distill.distill(starts, self._stream, self._held_out, run.config.distill, on_step, self._add_up)
+
+
+def plan_of(run: Run, units: Sequence[str], steps: int, machine: Machine) -> BldPlan:
+    """How the units are trained on this machine."""
+    settings = run.config.distill
+    batches = memory_plan.Batches(
+        steps, settings.batch_size * run.config.data.sequence_tokens, compute_of(run).dtype.itemsize
+    )
+    named = [memory_plan.Unit(unit, run.units[unit][0].sites[0].layer, run.unit_params(unit)) for unit in units]
+    wanted = None if settings.residual == "auto" else settings.residual
+    return memory_plan.plan_bld(run.shape, named, batches, machine, wanted)
+
+
+def machine_of(run: Run) -> Machine:
+    """What there is to use, and what of it the config allows."""
+    device = compute_of(run).device
+    host = float(psutil.virtual_memory().available)
+    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+    given = run.config.distill.memory_budget_gib
+    budget = given * GIB if given is not None else BUDGET_SHARE * free
+    return Machine(budget, BUDGET_SHARE * host, float(psutil.disk_usage(str(run.folder)).free), device.type != "cuda")
+
+
+@contextlib.contextmanager
+def _residual_store(run: Run, plan: BldPlan, ranks: Ranks) -> Iterator[Store | None]:
+    """Where the residual stream is kept; what a crash leaves is swept away with other half-written things."""
+    if plan.residual != "disk":
+        yield InMemory() if plan.residual == "memory" else None
+        return
+    path = run.folder / f"{artifacts.ASIDE}residual-{ranks.rank}"
+    store = OnDisk(path)
+    try:
+        yield store
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _sum_over_team(run: Run, costs: Mapping[str, float], ranks: Ranks, share: Share) -> distill.AddUp:
+    """Every rank makes every team's group, in the same order; it sums over its own."""
+    if ranks.count == 1:
+        return lambda tensors: None
+    every = shares(costs, ranks.count, run.config.distill.batch_size)
+    teams = sorted({one.team for one in every if len(one.team) > 1})
+    sums = {team: team_sum(team) for team in teams}
+    return sums.get(share.team, lambda tensors: None)

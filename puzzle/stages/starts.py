@@ -1,0 +1,112 @@
+"""The stages before training: tokens and starting points."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle import artifacts
+from puzzle.blocks import library
+from puzzle.blocks.starts import Start, best_starts, nested_start
+from puzzle.blocks.stream import Stream
+from puzzle.data import tokenise
+from puzzle.data.encode import Encoder
+from puzzle.data.inputs import pinned_sources
+from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.progress import Progress
+from puzzle.run import Planned, Run
+from puzzle.stages.common import held_out_of, sequences_of, streamed_teacher
+from puzzle.teacher import LayerPass, load_config, load_tokenizer
+from puzzle.types import Item, Spec
+from puzzle.variants import WEIGHTLESS
+
+
+def make_data(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    (unit,) = missing
+    load_config(run.teacher)  # what transformers refuses is refused now, not after the first long stage
+    encoder = Encoder(load_tokenizer(run.teacher), run.shape.vocab_size)
+    settings, shards = run.config.data, run.folder / "shards"
+    tokenise.tokenise_all(settings, pinned_sources(settings, run.folder), encoder, shards, unit.inputs, progress)
+    pack = functools.partial(tokenise.pack_all, settings, shards, unit.inputs)
+    artifacts.publish_folder(unit.path, unit.inputs, pack)
+    artifacts.remove(shards)
+    progress.done(unit.path.name)
+
+
+def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    wanted = {unit.path.name: unit for unit in missing}
+    teacher = streamed_teacher(run, torch.float32)
+    calibration = Stream.of(teacher, sequences_of(run, "train", run.config.init.sequences))
+    held_out = Stream.of(teacher, held_out_of(run))
+    for index in range(run.shape.num_layers):
+        here = {unit: items for unit, items in run.units.items() if items[0].sites[0].layer == index}
+        units = {unit: items for unit, items in here.items() if unit in wanted}
+        layer = teacher.layer(index)
+        if units:
+            for unit, start in _Layer(run, layer, calibration, held_out).starts(units).items():
+                payload = {"start": start.name, "losses": start.losses}
+                write = functools.partial(_write, start.weights, payload)
+                artifacts.publish_folder(wanted[unit].path, wanted[unit].inputs, write)
+                progress.done(unit)
+        for stream in (calibration, held_out):
+            stream.advance(layer)
+
+
+def _write(weights: Mapping[str, Tensor], payload: Mapping[str, Any], aside: Path) -> Mapping[str, Any]:
+    library.write_weights(aside, weights)
+    return payload
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the teacher, and what enters it."""
+
+    run: Run
+    layer: PuzzleDecoderLayer
+    calibration: Stream
+    held_out: Stream
+
+    def starts(self, units: Mapping[str, Sequence[Item]]) -> dict[str, Start]:
+        """The starting point of each unit; a pair's is that of both its parts."""
+        nested = {unit: items for unit, items in units.items() if len(items) > 1}
+        single = {unit: items[0] for unit, items in units.items() if len(items) == 1}
+        specs = (spec for item in single.values() for spec in item.specs)
+        found = self._best(list(dict.fromkeys(spec for spec in specs if spec.kind not in WEIGHTLESS)))
+        starts = {unit: [found[spec] for spec in item.specs if spec in found] for unit, item in single.items()}
+        joined = {unit: _joined(of_parts) for unit, of_parts in starts.items()}
+        return joined | {unit: self._nested(items) for unit, items in nested.items()}
+
+    def _best(self, specs: Sequence[Spec]) -> dict[Spec, Start]:
+        config, layer = self.run.config, self.layer
+        loss = (config.distill.loss_at, config.distill.loss)
+        paper = config.init.start == "paper"
+        passes = (_Passes(self.calibration, layer), _Passes(self.held_out, layer))
+        return dict(best_starts(layer, specs, *passes, loss, paper)) if specs else {}
+
+    def _nested(self, items: Sequence[Item]) -> Start:
+        width = max(getattr(item.specs[0], "intermediate_size", 0) for item in items)
+        return Start(nested_start(self.layer, width, _Passes(self.calibration, self.layer)), "sorted", {})
+
+
+def _joined(starts: Sequence[Start]) -> Start:
+    """The weights of one part, or of both."""
+    weights = {name: tensor for start in starts for name, tensor in start.weights.items()}
+    losses = starts[0].losses if len(starts) == 1 else {}
+    return Start(weights, "+".join(start.name for start in starts), losses)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """A layer's passes over a stream, computed anew each time they are iterated."""
+
+    stream: Stream
+    layer: PuzzleDecoderLayer
+
+    def __iter__(self) -> Iterator[LayerPass]:
+        return self.stream.passes(self.layer)

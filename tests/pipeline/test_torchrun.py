@@ -1,0 +1,85 @@
+"""Two processes on one run make what one makes, bit for bit; a rank that dies is named and its work taken up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puzzle.artifacts import read_events
+from puzzle.cli import main
+from tests.pipeline.conftest import Project
+
+DRIVER = """
+import os, sys
+from puzzle.cli import main
+import puzzle.stages.distill as stage
+publish, count = stage._publish, [0]
+def dying(planned, result):
+    count[0] += 1
+    if os.environ["RANK"] == "1" and count[0] > 2:
+        os._exit(9)
+    publish(planned, result)
+stage._publish = dying
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=240)
+
+
+def weights(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    folders = (run / "library" / "trained").iterdir()
+    return {folder.name: load_file(folder / "weights.safetensors") for folder in folders if folder.name[0] == "L"}
+
+
+@pytest.fixture
+def unfinished(finished: Project, tmp_path: Path) -> Project:
+    """A finished run without its trained library."""
+    project = finished.copy_to(tmp_path / "project")
+    shutil.copytree(finished.run, project.run)
+    shutil.rmtree(project.run / "library" / "trained")
+    return project
+
+
+def test_two_ranks_share_the_units_and_then_the_batches(unfinished: Project, finished: Project) -> None:
+    done = torchrun("-m", "puzzle", "--debug", "distill", str(unfinished.config))
+    assert done.returncode == 0, done.stderr
+    found, expected = weights(unfinished.run), weights(finished.run)
+    assert found.keys() == expected.keys()
+    for unit, tensors in expected.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found[unit][name], tensor), (unit, name)
+    assert not (unfinished.run / "ranks").exists() or not list((unfinished.run / "ranks").iterdir())
+
+    shutil.rmtree(unfinished.run / "library" / "trained" / "L001.ffn.linear")  # one unit for two: half a batch each
+    done = torchrun("-m", "puzzle", "--debug", "distill", str(unfinished.config))
+    assert done.returncode == 0, done.stderr
+    for name, tensor in expected["L001.ffn.linear"].items():
+        torch.testing.assert_close(weights(unfinished.run)["L001.ffn.linear"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dead_rank_is_named_and_its_units_are_taken_up(
+    unfinished: Project, finished: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    died = torchrun(str(tmp_path / "driver.py"), "distill", str(unfinished.config))
+    assert died.returncode != 0
+    left = weights(unfinished.run)
+    assert 2 <= len(left) < len(weights(finished.run))
+    assert main(["--debug", "distill", str(unfinished.config)]) == 0
+    assert "rank 1 (process" in capsys.readouterr().err
+    assert {event["rank"] for event in read_events(unfinished.run / "events.jsonl") if event["event"] == "died"} >= {1}
+    expected = weights(finished.run)
+    for unit, tensors in weights(unfinished.run).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[unit][name]), (unit, name)

@@ -1,0 +1,140 @@
+"""Shapes read from ``config.json`` as it lies on the hub, and the folders that are no usable teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puzzle.checkpoint import read_shape
+from puzzle.types import ConfigError, CorruptFileError, ModelShape
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+}
+
+
+def shape_of(folder: Path, **fields: Any) -> ModelShape:
+    (folder / "config.json").write_text(json.dumps({**SIZES, **fields}))
+    return read_shape(folder)
+
+
+def test_llama(tmp_path: Path) -> None:
+    shape = shape_of(tmp_path, model_type="llama", attention_bias=True, sliding_window=16)  # it has no windows
+    assert (shape.head_dim, shape.num_kv_heads, shape.tied_embeddings, shape.windows) == (16, 2, False, ())
+    assert (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.qk_norm, shape.post_norms) == (
+        True,
+        True,
+        False,
+        False,
+        False,
+    )
+    assert shape_of(tmp_path, model_type="llama", num_key_value_heads=None, head_dim=8).num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"sliding_window": 1024}, (1024,) * 8),
+        ({"sliding_window": None}, ()),
+        ({}, ()),  # transformers' default is 4096, as long as the longest sequence here
+        ({"max_position_embeddings": 32768}, (4096,) * 8),
+    ],
+)
+def test_mistral(fields: dict[str, Any], windows: tuple[int, ...], tmp_path: Path) -> None:
+    shape = shape_of(tmp_path, model_type="mistral", attention_bias=True, **fields)  # a switch that it does not have
+    assert shape.windows == windows
+    assert not shape.qkv_bias
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 2}, ()),
+        ({"sliding_window": 512, "max_window_layers": 2}, ()),
+        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 6}, (None,) * 6 + (512,) * 2),
+        ({"use_sliding_window": True, "sliding_window": 512}, ()),  # from layer 28 on
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, ()),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 512,
+                "layer_types": ["sliding_attention", *["full_attention"] * 7],
+            },
+            (512,) + (None,) * 7,
+        ),
+    ],
+)
+def test_qwen(family: str, fields: dict[str, Any], windows: tuple[int | None, ...], tmp_path: Path) -> None:
+    shape = shape_of(tmp_path, model_type=family, **fields)
+    assert shape.windows == windows
+    assert (shape.qkv_bias, shape.output_bias) == (family == "qwen2", False)
+    assert (shape.qk_norm, shape.head_dim) == ((False, 16) if family == "qwen2" else (True, 128))
+
+
+def test_gemma_3(tmp_path: Path) -> None:
+    """google/gemma-3-1b-it says neither that its embeddings are tied nor, at first, which layers see everything."""
+    first = shape_of(tmp_path, model_type="gemma3_text", sliding_window=512, sliding_window_pattern=3)
+    assert first.windows == (512, 512, None, 512, 512, None, 512, 512)
+    assert (first.tied_embeddings, first.qk_norm, first.post_norms, first.head_dim) == (True, True, True, 256)
+    types = ["full_attention", *["sliding_attention"] * 7]
+    later = shape_of(tmp_path, model_type="gemma3_text", sliding_window=512, layer_types=types, head_dim=32)
+    assert later.windows == (None,) + (512,) * 7 and later.head_dim == 32
+    assert shape_of(tmp_path, model_type="gemma3_text", sliding_window=512).windows == (512,) * 5 + (None, 512, 512)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])  # on the hub, and as transformers 5 saves it
+def test_qwen_3_moe(name: str, tmp_path: Path) -> None:
+    experts = {name: 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+    shape = shape_of(tmp_path, model_type="qwen3_moe", head_dim=32, **experts)
+    assert (shape.num_experts, shape.num_active_experts, shape.moe_intermediate_size) == (16, 4, 24)
+    assert shape.moe_layers == tuple(range(8)) and shape.windows == () and shape.head_dim == 32
+    mixed = shape_of(tmp_path, model_type="qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3, 4], **experts)
+    assert mixed.moe_layers == (1, 5, 7) and mixed.head_dim == 16
+    with pytest.raises(CorruptFileError, match="experts: at most all active"):
+        shape_of(tmp_path, model_type="qwen3_moe", **{**experts, "num_experts_per_tok": 17})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model_type": "gpt2"},
+            "family 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma3_text, qwen3_moe",
+        ),
+        ({"model_type": "gemma3", "text_config": {}}, "'gemma3' is a multimodal model; save its language model"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+            r"the weights are quantised.*model\.dequantize\(\)",
+        ),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention = True is not supported",
+        ),
+    ],
+)
+def test_teachers_that_cannot_be_used(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shape_of(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": None},
+        {"num_attention_heads": "four"},
+        {"layer_types": ["sliding_attention"], "sliding_window": 8},
+    ],
+)
+def test_malformed_fields(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CorruptFileError, match="missing or malformed field"):
+        shape_of(tmp_path, model_type="gemma3_text", **{"layer_types": ["sliding_attention"], **fields})

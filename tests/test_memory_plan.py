@@ -1,0 +1,74 @@
+"""Block-wise distillation within a memory budget: what fits is taken, what cannot fit is refused before it runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from puzzle.memory_plan import BYTES_PER_TRAINED_PARAM, Batches, BldPlan, Machine, Unit, activation_bytes, plan_bld
+from puzzle.types import GIB, ConfigError, ModelShape
+
+LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
+BATCHES = Batches(count=6000, tokens=8 * 2048, dtype_bytes=2)  # 98M tokens
+
+
+def units_of(shape: ModelShape, widths: tuple[float, ...] = (0.87, 0.5, 0.25)) -> list[Unit]:
+    return [
+        Unit(f"L{layer}.{width}", layer, round(3 * shape.hidden_size * shape.intermediate_size * width))
+        for layer in range(shape.num_layers)
+        for width in widths
+    ]
+
+
+def plan(gib: float, host_gib: float = 500, disk_gib: float = 0, batches: Batches = BATCHES) -> BldPlan:
+    machine = Machine(gib * GIB, host_gib * GIB, disk_gib * GIB, shared=False)
+    return plan_bld(LLAMA_70B, units_of(LLAMA_70B), batches, machine)
+
+
+def test_a_70b_teacher_fits_one_gpu_of_80_gb() -> None:
+    found = plan(0.9 * 80e9 / GIB)
+    assert found.residual == "recompute"
+    assert not found.hold_teacher
+    assert found.chunk >= 64
+    assert found.needed_bytes <= 0.9 * 80e9
+    assert [name for group in found.groups for name in group] == [unit.name for unit in units_of(LLAMA_70B)]
+
+
+def test_the_need_does_not_grow_with_the_number_of_layers() -> None:
+    few = ModelShape(**{**vars(LLAMA_70B), "num_layers": 8})
+    machine = Machine(67 * GIB, 500 * GIB, 0, shared=False)
+    found = [plan_bld(shape, units_of(shape), BATCHES, machine, "disk") for shape in (few, LLAMA_70B)]
+    assert found[0].needed_bytes == found[1].needed_bytes
+
+
+def test_more_room_makes_fewer_groups() -> None:
+    sizes = [len(plan(gib).groups) for gib in (40, 80, 160, 320)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+def test_the_stream_goes_where_there_is_room() -> None:
+    short = Batches(100, 8 * 2048, 2)  # 25 GiB
+    assert plan(67, host_gib=100, batches=short).residual == "memory"
+    assert plan(67, host_gib=20, disk_gib=100, batches=short).residual == "disk"
+    assert plan(67, host_gib=20, disk_gib=20, batches=short).residual == "recompute"
+
+
+def test_on_a_cpu_the_stream_counts_against_the_budget() -> None:
+    small = ModelShape("llama", 16, 1024, 16, 8, 64, 4096, 32000, 8192, tied_embeddings=False)
+    units = units_of(small, (0.5,))
+    batches = Batches(64, 2048, 4)
+    residual = 64 * 2048 * 1024 * 4
+    least = activation_bytes(small, 2048) + BYTES_PER_TRAINED_PARAM * units[0].num_params
+    roomy = plan_bld(small, units, batches, Machine(4 * residual + least, 0, 0, shared=True))
+    assert roomy.residual == "memory"
+    assert roomy.needed_bytes <= 4 * residual + least
+    assert roomy.needed_bytes > residual
+
+
+def test_what_cannot_fit_says_how_much_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"one unit at a time needs \d+\.\d+ GiB where 4\.00 GiB may be used"):
+        plan(4)
+
+
+def test_nothing_to_train_needs_no_group() -> None:
+    assert plan_bld(LLAMA_70B, [], BATCHES, Machine(80 * GIB, 0, 0, shared=False)).groups == ()

@@ -1,0 +1,88 @@
+"""The search space: which variants every layer is offered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from puzzle.space import SearchSpace, hardware_multiple
+from puzzle.types import ConfigError, ModelShape, Site
+from puzzle.variants import variant_name
+
+SHAPE = ModelShape("llama", 3, 64, 4, 4, 16, 96, 128, 256, tied_embeddings=True)
+MIXED = replace(
+    SHAPE,
+    windows=(8, None, 8),
+    moe_layers=(0, 2),
+    num_experts=8,
+    num_active_experts=2,
+    moe_intermediate_size=24,
+)
+
+
+def names(space: SearchSpace, layer: int, part: str) -> list[str]:
+    return [variant_name(spec) for spec in space.on_offer[Site(layer, part)]]  # type: ignore[arg-type]
+
+
+def test_a_space_expands_divisors_rounds_percentages_and_drops_doubles() -> None:
+    offered = {
+        "attention": ["gqa-*", "skip", "gqa-4"],
+        "ffn": ["narrow-50%", "narrow-48", "narrow-100%", "keep"],
+    }
+    space = SearchSpace.parse(offered, SHAPE, multiple_of=16)  # type: ignore[arg-type]
+    assert names(space, 1, "attention") == ["keep", "gqa-2", "gqa-1", "skip"]
+    assert names(space, 1, "ffn") == ["keep", "narrow-48"]
+    items = space.items()
+    assert len(items) == 3 * (4 + 2)
+    assert items[0].id == "L000.attention.keep"
+    assert items[-1].sites == (Site(2, "ffn"),)
+
+
+def test_each_layer_takes_what_it_can_have() -> None:
+    offered = {"attention": ["window-8", "window-4", "gqa-2"], "ffn": ["narrow-48", "experts-4", "active-1", "skip"]}
+    space = SearchSpace.parse(offered, MIXED)  # type: ignore[arg-type]
+    assert names(space, 0, "attention") == names(space, 2, "attention") == ["keep", "window-4", "gqa-2"]
+    assert names(space, 1, "attention") == ["keep", "window-8", "window-4", "gqa-2"]
+    assert names(space, 0, "ffn") == names(space, 2, "ffn") == ["keep", "experts-4", "active-1", "skip"]
+    assert names(space, 1, "ffn") == ["keep", "narrow-48", "skip"]
+
+
+def test_single_layers_can_be_given_their_own() -> None:
+    offered = {"attention": ["gqa-2"], "ffn": ["skip"]}
+    space = SearchSpace.parse(offered, SHAPE, layers={1: {"attention": []}, 2: {"ffn": ["linear"]}})  # type: ignore[arg-type]
+    assert names(space, 0, "attention") == ["keep", "gqa-2"]
+    assert names(space, 1, "attention") == ["keep"]
+    assert [names(space, layer, "ffn") for layer in range(3)] == [
+        ["keep", "skip"],
+        ["keep", "skip"],
+        ["keep", "linear"],
+    ]
+    with pytest.raises(ConfigError, match="the teacher has layers 0 to 2, not 3"):
+        SearchSpace.parse(offered, SHAPE, layers={3: {}})  # type: ignore[arg-type]
+
+
+def test_pairs_are_all_combinations_of_a_layer() -> None:
+    space = SearchSpace.parse({"attention": ["gqa-2"], "ffn": ["skip"]}, SHAPE, pairs=True)
+    ids = [item.id for item in space.items()]
+    assert len(ids) == 3 * 2 * 2
+    assert ids[:4] == ["L000.keep+keep", "L000.keep+skip", "L000.gqa-2+keep", "L000.gqa-2+skip"]
+    assert space.items()[3].sites == (Site(0, "attention"), Site(0, "ffn"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "ffn", "message"),
+    [
+        (["window-8"], [], "window-8: no layer of the teacher can have this attention; leave it out"),
+        ([], ["narrow-48"], "narrow-48: no layer of the teacher can have this ffn; leave it out"),
+    ],
+)
+def test_what_no_layer_can_have_is_an_error(attention: list[str], ffn: list[str], message: str) -> None:
+    shape = replace(MIXED, windows=(8, 8, 8), moe_layers=(0, 1, 2))
+    with pytest.raises(ConfigError, match=message):
+        SearchSpace.parse({"attention": attention, "ffn": ffn}, shape)
+
+
+def test_widths_are_rounded_to_what_hardware_likes() -> None:
+    multiples = {width: hardware_multiple(replace(SHAPE, intermediate_size=width)) for width in (512, 1024, 14336)}
+    assert multiples == {512: 8, 1024: 64, 14336: 256}
