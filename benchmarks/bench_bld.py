@@ -8,8 +8,8 @@ it cannot avoid: the matrix products of the teacher's pass and of every unit's f
 them) at the rate of a plain product measured in the same run, and the optimiser's update measured alone. Against
 training every variant on its own, each with its own teacher pass from the embedding on.
 
-``memory``: `puzzle distill` on a random Llama of 3 GiB in a process of its own, within a small budget; its peak resident
-memory, and its losses against those of a run that may hold everything.
+``memory``: `puzzle distill` on a random Llama of 3 GiB in a process of its own, within a small budget: its peak
+resident memory, and its losses against those of a run that may hold everything.
 """
 
 from __future__ import annotations
