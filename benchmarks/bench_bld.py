@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,10 +32,11 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+from puzzle.artifacts import read_unit
 from puzzle.blocks.distill import Start, distill
 from puzzle.blocks.layer import part_state
-from puzzle.blocks.stream import InMemory, OnDisk, Stream
-from puzzle.checkpoint import read_shape
+from puzzle.blocks.stream import InMemory, Stream
+from puzzle.checkpoint import DEMO_TEACHER, TOKENIZER_FILES, read_shape
 from puzzle.config import DistillConfig
 from puzzle.data.batches import Batch
 from puzzle.space import SearchSpace
@@ -200,68 +202,60 @@ def optimiser_seconds(teacher: Teacher, items: list[Item], config: DistillConfig
     return total
 
 
+RUN = """\
+run: {work}/{way}
+teacher: {work}/teacher
+space: {work}/space.yaml
+constraints: half-memory
+device: cpu
+dtype: bf16
+data: {{sequence_tokens: 128}}
+init: {{start: paper, sequences: 2}}
+distill: {{tokens: 2048, batch_size: 2, learning_rate: 1e-4, residual: {residual}, memory_budget_gib: {budget}}}
+"""
+WAYS = {"streamed": ("disk", 0.9), "held": ("memory", 64)}
+
+
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """In processes of their own, so that each one's peak is its own."""
     with tempfile.TemporaryDirectory() as folder:
-        teacher = Path(folder) / "teacher"
-        random_teacher(
-            teacher,
-            16,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            vocab_size=32000,
-        )
+        work, teacher = Path(folder), Path(folder) / "teacher"
+        sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
+        random_teacher(teacher, 26, vocab_size=32000, **sizes)
+        for name in TOKENIZER_FILES:
+            if (DEMO_TEACHER / name).is_file():
+                shutil.copyfile(DEMO_TEACHER / name, teacher / name)
+        (work / "space.yaml").write_text("attention: [keep, gqa-4]\nffn: [keep, narrow-25%]\n")
         size = sum(file.stat().st_size for file in teacher.glob("*.safetensors"))
-        found = {
-            way: json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, "child", str(teacher), way], check=True, capture_output=True, text=True
-                ).stdout
-            )
-            for way in ("streamed", "held")
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for way, (residual, budget) in WAYS.items():
+            config = work / f"{way}.yaml"
+            config.write_text(RUN.format(work=work, way=way, residual=residual, budget=budget))
+            stages = {stage: process(stage, config) for stage in ("data", "init", "distill")}
+            markers = [read_unit(path).payload for path in sorted((work / way / "library" / "trained").glob("L*"))]
+            found[way] = {"stages": stages, "losses": [[marker["before"], marker["after"]] for marker in markers]}
+            shutil.rmtree(work / way)
     allowed = 0.3 * size + 2**30
-    streamed, held = found["streamed"], found["held"]
+    peaks = {way: {stage: one["peak_bytes"] for stage, one in of["stages"].items()} for way, of in found.items()}
     return {
-        "teacher_bytes": size, "peak_bytes": streamed["peak_bytes"], "allowed_bytes": allowed,
-        "within": streamed["peak_bytes"] <= allowed, "held_peak_bytes": held["peak_bytes"],
-        "seconds": {way: result["seconds"] for way, result in found.items()},
-        "losses_equal": streamed["losses"] == held["losses"], "losses": streamed["losses"],
-    }  # fmt: skip
+        "teacher_bytes": size,
+        "budget_gib": WAYS["streamed"][1],
+        "allowed_bytes": allowed,
+        "peak_bytes": peaks,
+        "within": max(peaks["streamed"].values()) <= allowed,
+        "seconds": {way: of["stages"]["distill"]["seconds"] for way, of in found.items()},
+        "units": len(found["streamed"]["losses"]),
+        "losses_equal": found["streamed"]["losses"] == found["held"]["losses"],
+        "better_than_start": sum(a != b for a, b in found["streamed"]["losses"]),
+    }
 
 
-def child(folder: Path, way: str) -> dict[str, Any]:
-    """BLD of layers 0, 7 and 15: one unit at a time with the stream on disk, or all at once with everything held."""
-    streamed = way == "streamed"
-    teacher = Teacher(folder, torch.device("cpu"), torch.bfloat16, held=not streamed)
-    if not streamed:
-        for index in range(teacher.num_layers):
-            teacher.layer(index)
-    shape = read_shape(folder)
-    config = DistillConfig(batch_size=2)
-
-    def batch(step: int) -> Batch:
-        return Batch(torch.randint(30000, (2, 128), generator=torch.Generator().manual_seed(step)), None, None)
-
+def process(stage: str, config: Path) -> dict[str, float]:
+    """One stage in a process of its own: its peak resident memory, and how long it took."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        stream = Stream(teacher, batch, 8, OnDisk(Path(scratch) / "residual") if streamed else InMemory())
-        held_out = Stream.of(teacher, [batch(1000)])
-        losses = {}
-        for layer in (0, 7, 15):
-            for one in (stream, held_out):
-                while one.depth < layer:
-                    one.advance(teacher.layer(one.depth))
-            wanted = [item for item in items_of(shape, [layer]) if item.id.endswith(("gqa-4", "narrow-2048"))]
-            for group in [[item] for item in wanted] if streamed else [wanted]:
-                for unit, result in distill(
-                    [start_of(teacher, item) for item in group], stream, held_out, config
-                ).items():
-                    losses[unit] = [*result.before.values(), *result.after.values()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak_bytes": peak, "losses": losses, "seconds": time.perf_counter() - started}
+    child = subprocess.Popen([sys.executable, "-m", "puzzle", stage, str(config)])
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0, stage
+    return {"peak_bytes": usage.ru_maxrss * 1024, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
@@ -277,13 +271,7 @@ def main() -> None:
     fast.add_argument("--steps", type=int, default=4)
     for command in (fast, commands.add_parser("memory")):
         command.add_argument("--output", type=Path)
-    process = commands.add_parser("child")
-    process.add_argument("folder", type=Path)
-    process.add_argument("way")
     options = parser.parse_args()
-    if options.what == "child":
-        print(json.dumps(child(options.folder, options.way)))
-        return
     found = {**{"efficiency": efficiency, "memory": memory}[options.what](options), "environment": environment()}
     output = options.output or RESULTS / f"bld_{options.what}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

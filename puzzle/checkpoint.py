@@ -76,7 +76,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 def locate_teacher(teacher: str) -> Path:
-    """The folder of ``teacher``: ``demo``, a local folder, or a hub id (downloaded, or found in the local cache)."""
+    """The folder of ``teacher``: ``demo``, a local folder, or a hub id (downloaded, or found in the local cache).
+
+    ``org/name@revision`` pins a branch, tag or commit. With HF_HUB_OFFLINE=1 nothing but the cache is asked.
+    """
     if teacher == "demo":
         return DEMO_TEACHER
     folder = Path(teacher)
@@ -89,16 +92,26 @@ def locate_teacher(teacher: str) -> Path:
     return _download(teacher)
 
 
-def _download(repo_id: str) -> Path:
+def _download(teacher: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
 
+    repo_id, _, revision = teacher.partition("@")
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError:
         raise ConfigError(
             f"teacher: {repo_id} is gated; accept its licence on the hub and run `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise ConfigError(
+            f"teacher: {repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"teacher: {teacher} is not in the local cache, and the hub cannot be reached; "
+            "go online once, or give a local folder"
         ) from None
     except Exception as error:  # the hub client raises whatever its HTTP library does; all of it means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -164,8 +164,9 @@ class Teacher:
 
 
 def _without_layers(config: PuzzleConfig) -> PuzzleConfig:
-    """For a model of no layers, whose embedding is a single row until it gets its weights."""
-    empty = config.with_layers([], [])
+    """For a model whose layers are all empty, and whose embedding is a single row until it gets its weights."""
+    layers = range(config.num_hidden_layers)
+    empty = config.with_layers(layers, [{"attention": {"kind": "skip"}, "ffn": {"kind": "skip"}}] * len(layers))
     empty.vocab_size, empty.pad_token_id = 1, None
     return empty
 

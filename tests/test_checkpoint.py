@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import errors
 
-from puzzle.checkpoint import read_shape
+from puzzle.checkpoint import locate_teacher, read_shape
 from puzzle.types import ConfigError, CorruptFileError, ModelShape
 
 SIZES = {
@@ -138,3 +140,44 @@ def test_teachers_that_cannot_be_used(fields: dict[str, Any], message: str, tmp_
 def test_malformed_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="missing or malformed field"):
         shape_of(tmp_path, model_type="gemma3_text", **{"layer_types": ["sliding_attention"], **fields})
+
+
+def http_error(kind: type[Exception]) -> Exception:
+    """As the hub client raises it, without asking anybody."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "404 Client Error")
+    return error
+
+
+def test_a_hub_id_may_pin_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert locate_teacher("org/name@0a1b2c") == tmp_path
+    assert locate_teacher("org/name") == tmp_path
+    assert asked == [("org/name", "0a1b2c"), ("org/name", None)]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: http_error(errors.GatedRepoError), "accept its licence on the hub and run `hf auth login`"),
+        (lambda: http_error(errors.RevisionNotFoundError), "has no revision 'v9'"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), "not in the local cache, and the hub cannot be reached"),
+        (lambda: ConnectionError("no route"), r"not to be had from the hub \(no route\)"),
+    ],
+)
+def test_what_keeps_a_hub_teacher_away_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], message: str
+) -> None:
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=message) as found:
+        locate_teacher("org/name@v9")
+    assert "\n" not in str(found.value)

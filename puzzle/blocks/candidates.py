@@ -5,6 +5,7 @@
     window    paper: the teacher's weights                 refit: and the output projection fitted
     narrow    paper: the channels that contribute most     refit: and the down projection fitted
               obs: channels.py's order, and the down projection fitted
+              mixed: likewise, with some of linear_channels.py's among them
     experts   reap: those that count most: Σ over tokens of routing weight · |output| (REAP, arXiv 2510.13999)
     active    the teacher's weights
     linear    paper: the product of value and output (up and down) projection, as if each token saw itself only
@@ -27,7 +28,8 @@ from torch import Tensor
 from puzzle.blocks import channels, heads
 from puzzle.blocks.keys import Distances
 from puzzle.blocks.layer import block_of, config_with, part_state
-from puzzle.blocks.moments import Moments, ridge
+from puzzle.blocks.linear_channels import GatedMoments, best_mixture
+from puzzle.blocks.moments import RIDGE_TO_ZERO, Moments, exact_device, ridge
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.types import AttentionSpec, FfnSpec, Part, Spec
 
@@ -45,11 +47,20 @@ class Draft:
 
 @dataclass(frozen=True)
 class GatedSeen:
-    """What a gated FFN's ``down`` projection W (D, I) saw: ``gram`` H (I, I), and ``activity`` (I,) Σ |x|."""
+    """What a gated FFN's ``down`` projection W (D, I) saw: ``joint`` moments of its input x, the block's input z and
+    one (I + D + 1), and ``activity`` (I,) Σ |x|."""
 
     down: Tensor
-    moments: Moments
+    joint: Moments
     activity: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        """(I, I) of x."""
+        return self.joint.gram[: len(self.activity), : len(self.activity)]
+
+    def damping(self, num_features: int) -> float:
+        return ridge(num_features, self.joint.num_tokens)
 
     @functools.cached_property
     def contribution_order(self) -> Tensor:
@@ -57,12 +68,11 @@ class GatedSeen:
 
     @functools.cached_property
     def obs_order(self) -> Tensor:
-        return channels.obs_order(self.moments.gram, self.down, ridge(len(self.activity), self.moments.num_tokens))
+        return channels.obs_order(self.gram, self.down, self.damping(len(self.activity)))
 
     def refitted(self, kept: Tensor) -> Tensor:
         """(D, N) the down projection of the channels ``kept`` (N,)."""
-        gram, damping = self.moments.gram, ridge(len(kept), self.moments.num_tokens)
-        return channels.refit_down(gram, self.down, kept, damping).to(self.down).contiguous()
+        return channels.refit_down(self.gram, self.down, kept, self.damping(len(kept))).to(self.down).contiguous()
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,37 @@ def drafts(seen: Seen, spec: Spec) -> dict[str, Draft]:
     return CANDIDATES[spec.kind](seen, spec)
 
 
+def paper(layer: PuzzleDecoderLayer, spec: Spec, activity: Tensor | None = None) -> Weights:
+    """The paper's start without any moments; ``activity`` (I,) Σ |x| orders the channels of a narrow FFN.
+
+    Where the paper has none (experts, a linear map in their place) the teacher's first experts, and nothing added.
+    """
+    state = part_state(layer, part_of(spec))
+    if isinstance(spec, AttentionSpec) and spec.num_kv_heads is not None and spec.kind == "gqa":
+        return _pooled(layer, spec.num_kv_heads)
+    if isinstance(spec, FfnSpec) and spec.intermediate_size is not None:
+        assert activity is not None
+        order = channels.contribution_order(activity, state["mlp.down_proj.weight"])
+        return _cut(state, order[: spec.intermediate_size].sort().values)
+    if isinstance(spec, FfnSpec) and spec.kind == "experts":
+        kept = torch.arange(spec.num_experts or 0)
+        return {name: _experts_of(name, tensor, kept) for name, tensor in state.items()}
+    if spec.kind == "linear":
+        norms, matrix = _linear_parts(layer, spec)
+        some = next(iter(state.values()))
+        product = _product(layer, part_of(spec))
+        size = layer.config.hidden_size
+        return {**norms, matrix: some.new_zeros(size, size) if product is None else product}
+    return state
+
+
+def _pooled(layer: PuzzleDecoderLayer, num_kv_heads: int) -> Weights:
+    attention: Any = layer.self_attn
+    state = part_state(layer, "attention")
+    own = heads.Heads.of(state, attention.head_dim, exact_device(state["self_attn.k_proj.weight"].device))
+    return heads.mean_pooled(own, num_kv_heads).state(state)
+
+
 def _keep(seen: Seen, spec: Spec) -> dict[str, Draft]:
     return {"teacher": Draft(part_state(seen.layer, seen.part))}
 
@@ -110,31 +151,42 @@ def _gqa(seen: Seen, spec: Spec) -> dict[str, Draft]:
     attention: Any = seen.layer.self_attn
     state, covariance = part_state(seen.layer, "attention"), seen.inputs.gram
     own = heads.Heads.of(state, attention.head_dim, covariance.device)
-    pooled = heads.mean_pooled(own, spec.num_kv_heads).state(state)
+    pooled = paper(seen.layer, spec)
     reach = min(HORIZON * seen.sequence_tokens, seen.layer.span[0] or math.inf)
     distances = Distances.up_to(int(reach), seen.angles)
-    merged = heads.merged_heads(own, covariance, distances, spec.num_kv_heads, _gains(attention)).state(state)
+    merged = heads.merged_heads(own, covariance, distances, spec.num_kv_heads, heads.gains_of(attention)).state(state)
     return {"paper": Draft(pooled), "refit": Draft(pooled, refit=True), "merged": Draft(merged, refit=True)}
-
-
-def _gains(attention: Any) -> heads.Gains | None:
-    """Families differ in what their norms make of a weight; all of them make it of a vector of ones."""
-    if not hasattr(attention, "k_norm"):
-        return None
-    ones = torch.ones_like(attention.k_norm.weight)
-    return heads.Gains(attention.q_norm(ones), attention.k_norm(ones))
 
 
 def _narrow(seen: Seen, spec: Spec) -> dict[str, Draft]:
     assert isinstance(spec, FfnSpec) and spec.intermediate_size is not None and seen.gated is not None
     gated, state, width = seen.gated, part_state(seen.layer, "ffn"), spec.intermediate_size
     contributing, surviving = (order[:width].sort().values for order in (gated.contribution_order, gated.obs_order))
-    paper = _cut(state, contributing)
-    return {
-        "paper": Draft(paper),
-        "refit": Draft({**paper, "mlp.down_proj.weight": gated.refitted(contributing)}),
+    contributed = _cut(state, contributing)
+    found = {
+        "paper": Draft(contributed),
+        "refit": Draft({**contributed, "mlp.down_proj.weight": gated.refitted(contributing)}),
         "obs": Draft({**_cut(state, surviving), "mlp.down_proj.weight": gated.refitted(surviving)}),
     }
+    mixed = _mixed(seen.layer, gated, width)
+    return found if mixed is None else {**found, "mixed": Draft(mixed)}
+
+
+def _mixed(layer: PuzzleDecoderLayer, gated: GatedSeen, width: int) -> Weights | None:
+    """With linear channels; None where they are of no use."""
+    state = part_state(layer, "ffn")
+    bias = "mlp.up_proj.bias" in state
+    joint, up_norm = gated.joint.gram, state["mlp.up_proj.weight"].norm(dim=1).mean().item()
+    moments = GatedMoments(joint, gated.down.to(joint), RIDGE_TO_ZERO * gated.damping(width), bias, up_norm)
+    mixture = best_mixture(moments, gated.obs_order, width)
+    if mixture is None:
+        return None
+    cut = _cut(state, mixture.kept)
+    added = {f"mlp.{name}_proj.weight": rows[:, :-1] for name, rows in (("gate", mixture.gate), ("up", mixture.up))}
+    if bias:
+        added |= {"mlp.gate_proj.bias": mixture.gate[:, -1], "mlp.up_proj.bias": mixture.up[:, -1]}
+    cut |= {name: torch.cat([cut[name], rows.to(cut[name])]) for name, rows in added.items()}
+    return {**cut, "mlp.down_proj.weight": mixture.down.to(gated.down).contiguous()}
 
 
 def _experts(seen: Seen, spec: Spec) -> dict[str, Draft]:
@@ -176,15 +228,20 @@ def _cut(state: Mapping[str, Tensor], kept: Tensor) -> Weights:
 
 
 def _linear(seen: Seen, spec: Spec) -> dict[str, Draft]:
-    state, names = part_state(seen.layer, seen.part), _names(seen.layer, spec)
-    (matrix,) = (name for name in names if name.startswith(("self_attn.", "mlp.")))
-    norms = {name: state[name] for name in names if name != matrix}
+    norms, matrix = _linear_parts(seen.layer, spec)
     moments = Moments(seen.inputs.gram[:-1, :-1], seen.inputs.cross[:-1], seen.inputs.num_tokens)
     product = _product(seen.layer, seen.part)
     found = {} if product is None else {"paper": Draft({**norms, matrix: product})}
-    some = next(iter(state.values()))
-    fitted = moments.fit(torch.zeros_like(moments.cross.T)).to(some).contiguous()
+    some = next(iter(norms.values()))
+    fitted = moments.fit().to(some).contiguous()
     return {**found, "refit": Draft({**norms, matrix: fitted})}
+
+
+def _linear_parts(layer: PuzzleDecoderLayer, spec: Spec) -> tuple[Weights, str]:
+    """The norms that a linear variant keeps, and the name of its matrix."""
+    state, names = part_state(layer, part_of(spec)), _names(layer, spec)
+    (matrix,) = (name for name in names if name.startswith(("self_attn.", "mlp.")))
+    return {name: state[name] for name in names if name != matrix}, matrix
 
 
 def _names(layer: PuzzleDecoderLayer, spec: Spec) -> list[str]:

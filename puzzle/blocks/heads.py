@@ -11,8 +11,8 @@ of h) and ``R_h = E_h V_h``, those are the top eigenvectors B of the stacked R C
 **Groups.** Permuting KV heads with their queries and their columns of the output projection changes nothing, so they
 are free: swaps from the neighbours' grouping on, as long as they lower the sum over pairs of what merging them costs.
 
-**QK-norm** takes the scale from every query and key, and so part of the freedom: keys are merged as if each head's norm
-were a constant, which is an approximation, as :func:`merged_heads` is there as a whole.
+**QK-norm** divides every query and key by its own size. Keys are merged as if that were one constant per head: only an
+approximation, and yet half the error of averaging them (an attention of the demo teacher, retrained with QK-norm).
 
 Shapes: D hidden size, H query heads of d channels, K KV heads, r = H/K; the variant's G groups of m = K/G heads.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ class Gains:
 
     query: Tensor
     key: Tensor
+
+
+def gains_of(attention: Any) -> Gains | None:
+    """Of a family's attention module; None where it has no QK-norm."""
+    if not hasattr(attention, "k_norm"):
+        return None
+    # families differ in what a norm makes of its weight, and all make it of a vector of ones
+    ones = torch.ones_like(attention.k_norm.weight)
+    return Gains(attention.q_norm(ones), attention.k_norm(ones))
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def merged_heads(
     pooled = pool_keys(scores, groups, distances)
     merged = _apply_keys(regrouped(keyed, groups), pooled)
     if gains is not None:
-        merged = _before_norm(merged, covariance, gains)
+        merged = _before_norm(merged, heads, covariance, gains)
     value, output = _merged_values(values, groups, regrouped(heads, groups), covariance)
     return Heads(merged.query, merged.key, value, output)
 
@@ -128,16 +138,17 @@ def _through_norm(heads: Heads, covariance: Tensor, gains: Gains) -> Heads:
     return Heads(query, key, heads.value, heads.output)
 
 
-def _before_norm(heads: Heads, covariance: Tensor, gains: Gains) -> Heads:
-    """What the norm takes to these queries and keys, but for a scale: that of a root mean square of one."""
+def _before_norm(heads: Heads, like: Heads, covariance: Tensor, gains: Gains) -> Heads:
+    """What the norm takes to these queries and keys, but for their size, which is the mean one of ``like``."""
 
-    def undone(rows: Tensor, gain: Tensor) -> Tensor:
+    def undone(rows: Tensor, gain: Tensor, old: Tensor) -> Tensor:
         gain = gain.to(rows)
         floor = GAIN_FLOOR * gain.abs().mean()
         rows = rows / torch.where(gain.abs() < floor, floor, gain)[:, None]
-        return rows / _size(rows, covariance)
+        return rows / _size(rows, covariance) * _size(old, covariance).mean()
 
-    return Heads(undone(heads.query, gains.query), undone(heads.key, gains.key), heads.value, heads.output)
+    query, key = undone(heads.query, gains.query, like.query), undone(heads.key, gains.key, like.key)
+    return Heads(query, key, heads.value, heads.output)
 
 
 def _size(rows: Tensor, covariance: Tensor) -> Tensor:

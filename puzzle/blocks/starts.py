@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puzzle.blocks.candidates import Draft, GatedSeen, Seen, Weights, drafts, nested_weights, part_of
+from puzzle.blocks.candidates import Draft, GatedSeen, Seen, Weights, drafts, nested_weights, paper, part_of
 from puzzle.blocks.layer import captured_inputs, output_projection, variant_layer
 from puzzle.blocks.loss import LossAt, LossKind, local_loss
 from puzzle.blocks.moments import Moments, exact_device, token_weights
@@ -47,31 +47,44 @@ def nested_start(layer: PuzzleDecoderLayer, width: int, calibration: Iterable[La
 
 
 @torch.no_grad()
+def paper_starts(
+    layer: PuzzleDecoderLayer, specs: Sequence[Spec], calibration: Iterable[LayerPass]
+) -> Iterator[tuple[Spec, Start]]:
+    """The paper's start for each of ``specs``; of the tokens it takes only what each channel contributes."""
+    activity = _activity(layer, calibration) if any(spec.kind == "narrow" for spec in specs) else None
+    for spec in specs:
+        yield spec, Start(paper(layer, spec, activity), "paper", {})
+
+
+def _activity(layer: PuzzleDecoderLayer, calibration: Iterable[LayerPass]) -> Tensor:
+    """(I,) fp64: Σ |x| of what a gated FFN's down projection sees."""
+    down = output_projection(layer, "ffn")
+    total = torch.zeros(down.in_features, dtype=torch.float64, device=exact_device(down.weight.device))
+    for one in calibration:
+        with captured_inputs(down) as features:
+            layer.ffn_delta(one.middle)
+        total += features[0][token_weights(one.middle) > 0].abs().sum(0).to(total)
+    return total
+
+
+@torch.no_grad()
 def best_starts(
     layer: PuzzleDecoderLayer,
     specs: Sequence[Spec],
     calibration: Iterable[LayerPass],
     held_out: Iterable[LayerPass],
     loss: tuple[LossAt, LossKind] = ("layer", "mse"),
-    only_paper: bool = False,
 ) -> Iterator[tuple[Spec, Start]]:
-    """For each of ``specs``, in their order, the best of its candidates by ``loss`` (loss.py), or the paper's."""
+    """For each of ``specs``, in their order, the best of its candidates by ``loss`` (loss.py)."""
     seen = look(layer, {part_of(spec) for spec in specs}, calibration)
     attention: dict[Spec, dict[str, Draft]] = {
-        spec: _drafts(seen["attention"], spec, only_paper) for spec in specs if part_of(spec) == "attention"
+        spec: drafts(seen["attention"], spec) for spec in specs if part_of(spec) == "attention"
     }
     fitted = refitted(layer, attention, calibration)
     for spec in specs:
         # an FFN's candidates are large: they are made when their turn has come, and let go after it
-        ready = fitted.get(spec) or {
-            name: draft.weights for name, draft in _drafts(seen["ffn"], spec, only_paper).items()
-        }
+        ready = fitted.get(spec) or {name: draft.weights for name, draft in drafts(seen["ffn"], spec).items()}
         yield spec, _best(layer, spec, ready, held_out, loss)
-
-
-def _drafts(seen: Seen, spec: Spec, only_paper: bool) -> dict[str, Draft]:
-    found = drafts(seen, spec)
-    return dict([next(iter(found.items()))]) if only_paper else found
 
 
 def _best(
@@ -162,9 +175,8 @@ def _nothing_seen(layer: PuzzleDecoderLayer, part: Part, one: LayerPass) -> Seen
     device = one.before.device
     inputs = Moments.zeros(size + 1, size, device)
     if part == "attention":
-        cos, sin = (
-            table[0, 1].chunk(2)[0] for table in one.context.position[layer.rope]
-        )  # of the second token: one turn
+        tables = one.context.position[layer.rope]
+        cos, sin = (table[0, 1].chunk(2)[0] for table in tables)  # of the second token: one turn
         return Seen(layer, part, inputs, sequence_tokens, torch.atan2(sin, cos).to(inputs.gram.device))
     if not hasattr(layer.mlp, "down_proj"):
         mlp: Any = layer.mlp
@@ -172,7 +184,7 @@ def _nothing_seen(layer: PuzzleDecoderLayer, part: Part, one: LayerPass) -> Seen
         return Seen(layer, part, inputs, sequence_tokens, experts=counts)
     down = output_projection(layer, part)
     activity = torch.zeros(down.in_features, dtype=torch.float64, device=exact_device(device))
-    gated = GatedSeen(down.weight, Moments.zeros(down.in_features, 0, device), activity)
+    gated = GatedSeen(down.weight, Moments.zeros(down.in_features + size + 1, 0, device), activity)
     return Seen(layer, part, inputs, sequence_tokens, gated=gated)
 
 
@@ -186,9 +198,10 @@ def _see(seen: Seen, one: LayerPass, weights: Tensor) -> None:
     else:
         with captured_inputs(output_projection(layer, part)) as features:
             run = _run(layer, part, one)
-        gated.moments.add(features[0], None, _as_normed(layer, part, run.outputs, weights))
+        together = torch.cat([features[0], with_one(run.inputs)], -1)
+        gated.joint.add(together, None, _as_normed(layer, part, run.outputs, weights))
         gated.activity.add_(features[0][weights > 0].abs().sum(0).to(gated.activity.device))
-    seen.inputs.add(torch.cat([run.inputs, torch.ones_like(run.inputs[..., :1])], -1), run.delta, weights)
+    seen.inputs.add(with_one(run.inputs), run.delta, weights)
 
 
 def _experts_use(mlp: Any, inputs: Tensor) -> Tensor:
@@ -201,6 +214,11 @@ def _experts_use(mlp: Any, inputs: Tensor) -> Tensor:
         outputs = F.linear(mlp.experts.act_fn(gate) * up, mlp.experts.down_proj[expert])
         total[expert] = (weights[tokens, place] * outputs.norm(dim=-1)).double().sum()
     return total
+
+
+def with_one(inputs: Tensor) -> Tensor:
+    """(..., D + 1)"""
+    return torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
 
 
 def _as_normed(layer: PuzzleDecoderLayer, part: Part, outputs: Tensor, weights: Tensor) -> Tensor:

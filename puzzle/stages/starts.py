@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puzzle import artifacts
 from puzzle.blocks import library
-from puzzle.blocks.starts import Start, best_starts, nested_start
+from puzzle.blocks.starts import Start, best_starts, nested_start, paper_starts
 from puzzle.blocks.stream import Stream
 from puzzle.data import tokenise
 from puzzle.data.encode import Encoder
@@ -85,9 +85,10 @@ class _Layer:
     def _best(self, specs: Sequence[Spec]) -> dict[Spec, Start]:
         config, layer = self.run.config, self.layer
         loss = (config.distill.loss_at, config.distill.loss)
-        paper = config.init.start == "paper"
-        passes = (_Passes(self.calibration, layer), _Passes(self.held_out, layer))
-        return dict(best_starts(layer, specs, *passes, loss, paper)) if specs else {}
+        calibration, held_out = _Passes(self.calibration, layer), _Passes(self.held_out, layer)
+        if config.init.start == "paper":
+            return dict(paper_starts(layer, specs, calibration))
+        return dict(best_starts(layer, specs, calibration, held_out, loss)) if specs else {}
 
     def _nested(self, items: Sequence[Item]) -> Start:
         width = max(getattr(item.specs[0], "intermediate_size", 0) for item in items)
