@@ -12,7 +12,7 @@ from collections.abc import Callable
 from puzzle import checkpoint, pipeline, search
 from puzzle.data.source import check_sources
 from puzzle.profiling.table import REST, SKIPPED
-from puzzle.run import Run
+from puzzle.run import STORED_DTYPES, Run
 from puzzle.tables import ScoreTable
 from puzzle.types import ConfigError, Cost, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
@@ -126,7 +126,7 @@ def dry_run(run: Run) -> str:
         minutes = _stage_flops(run, stage.name) * undone / max(1, len(planned)) / (rate * EFFICIENCY) / 60
         total += minutes
         lines.append(f"{stage.name:<12}{undone:>8}{len(planned):>8}{minutes:>10.1f}")
-    library = 2 * 4 * sum(run.unit_params(unit) for unit in run.units)
+    library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
     teacher = _teacher_params(run)
     memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
     lines += [

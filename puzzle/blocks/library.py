@@ -1,6 +1,7 @@
 """The library on disk: one immutable folder per unit, in ``library/{initial,trained}/UNIT/``.
 
-Writes and reads ``weights.safetensors`` (fp32, names within a layer). A unit is one item (``L003.ffn.linear``,
+Writes and reads ``weights.safetensors`` (names within a layer), in the dtype that the teacher's own weights are stored
+in: the student's are rounded to it too, so what is scored is what is built. A unit is one item (``L003.ffn.linear``,
 ``L003.gqa-2+narrow-256``) or a nested FFN whose first channels are several (``L003.ffn.nested``). ``keep`` is the
 teacher itself, ``skip`` has no weights; neither is stored.
 """
@@ -21,8 +22,9 @@ from puzzle.types import CorruptFileError, FfnSpec, Item
 WEIGHTS = "weights.safetensors"
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    rounded = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    save_file(rounded, folder / WEIGHTS)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

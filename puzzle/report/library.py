@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
-from puzzle.run import Run
+from puzzle.run import STORED_DTYPES, Run
 from puzzle.types import MissingMeasurementError
 from puzzle.variants import params, variant_name
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 COLUMNS = ("site", "variant", "start", "loss_start", "loss_end", "tokens", "bytes", "failed")
-BYTES_PER_PARAM = 4  # the library is kept in fp32
 
 
 def library_frame(run: Run) -> pd.DataFrame:
@@ -43,7 +42,7 @@ def library_frame(run: Run) -> pd.DataFrame:
                     "loss_start": payload.get("before", {}).get(item.id),
                     "loss_end": payload.get("after", {}).get(item.id),
                     "tokens": payload["tokens"],
-                    "bytes": BYTES_PER_PARAM * sum(params(spec, run.shape) for spec in item.specs),
+                    "bytes": STORED_DTYPES[run.stored_dtype] * sum(params(spec, run.shape) for spec in item.specs),
                     "failed": payload.get("failed", ""),
                 }
             )

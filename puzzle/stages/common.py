@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ def streamed_teacher(run: Run, dtype: torch.dtype, held: bool = False) -> Teache
     return Teacher(run.teacher, compute_of(run).device, dtype, held)
 
 
+def stored_dtype(run: Run) -> torch.dtype:
+    """The dtype the teacher's weights are stored in: the library's and the student's too."""
+    dtype: torch.dtype = getattr(torch, run.stored_dtype)
+    return dtype
+
+
 def tokens_of(run: Run) -> TokenData:
     return read_tokens(run.data, artifacts.read_unit(run.data).payload, run.config.data)
 
@@ -61,6 +68,12 @@ def held_out_of(run: Run) -> list[Batch]:
     tokens = tokens_of(run)
     held_out = tokens.held_out(min(HELD_OUT_SEQUENCES, tokens.num_held_out))
     return [batch.to(compute_of(run).device) for batch in held_out.split(BATCH_SEQUENCES)]
+
+
+def write_unit(run: Run, weights: Mapping[str, Tensor], payload: Mapping[str, Any], aside: Path) -> Mapping[str, Any]:
+    """Fills a unit of the library; for ``publish_folder``."""
+    library.write_weights(aside, weights, stored_dtype(run))
+    return payload
 
 
 def item_weights(run: Run, item: Item) -> Mapping[str, Tensor]:

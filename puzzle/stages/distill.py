@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from puzzle import artifacts, memory_plan
 from puzzle.blocks import distill, library
@@ -21,7 +19,7 @@ from puzzle.progress import Progress
 from puzzle.ranks import Ranks, Share, rows_of, shares, team_sum
 from puzzle.run import Planned, Run
 from puzzle.schedule import num_steps
-from puzzle.stages.common import compute_of, held_out_of, streamed_teacher, tokens_of
+from puzzle.stages.common import compute_of, held_out_of, streamed_teacher, tokens_of, write_unit
 from puzzle.types import GIB
 from puzzle.variants import params
 
@@ -46,7 +44,7 @@ def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> No
             done = job.train(group, functools.partial(_advance, progress, steps))
             for unit, result in done.items():
                 if share.team[0] == ranks.rank:
-                    _publish(wanted[unit], result)
+                    _publish(run, wanted[unit], result)
             progress.done(*group)
 
 
@@ -60,18 +58,13 @@ def _advance(progress: Progress, steps: int, num_units: int) -> None:
     progress.fraction(num_units / steps)
 
 
-def _publish(planned: Planned, result: distill.Distilled) -> None:
+def _publish(run: Run, planned: Planned, result: distill.Distilled) -> None:
     payload: dict[str, Any] = {"tokens": result.tokens}
     if result.failed is None:
         payload |= {"before": dict(result.before), "after": dict(result.after)}
     else:
         payload |= {"failed": result.failed}
-    artifacts.publish_folder(planned.path, planned.inputs, functools.partial(_write, result.weights, payload))
-
-
-def _write(weights: Mapping[str, Tensor], payload: Mapping[str, Any], aside: Path) -> Mapping[str, Any]:
-    library.write_weights(aside, weights)
-    return payload
+    artifacts.publish_folder(planned.path, planned.inputs, functools.partial(write_unit, run, result.weights, payload))
 
 
 class _Job:

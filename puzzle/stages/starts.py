@@ -5,14 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from puzzle import artifacts
-from puzzle.blocks import library
 from puzzle.blocks.starts import Start, best_starts, nested_start, paper_starts
 from puzzle.blocks.stream import Stream
 from puzzle.data import tokenise
@@ -21,7 +17,7 @@ from puzzle.data.inputs import pinned_sources
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
-from puzzle.stages.common import held_out_of, sequences_of, streamed_teacher
+from puzzle.stages.common import held_out_of, sequences_of, streamed_teacher, write_unit
 from puzzle.teacher import LayerPass, load_config, load_tokenizer
 from puzzle.types import Item, Spec
 from puzzle.variants import WEIGHTLESS
@@ -51,16 +47,11 @@ def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
         if units:
             for unit, start in _Layer(run, layer, calibration, held_out).starts(units).items():
                 payload = {"start": start.name, "losses": start.losses}
-                write = functools.partial(_write, start.weights, payload)
+                write = functools.partial(write_unit, run, start.weights, payload)
                 artifacts.publish_folder(wanted[unit].path, wanted[unit].inputs, write)
                 progress.done(unit)
         for stream in (calibration, held_out):
             stream.advance(layer)
-
-
-def _write(weights: Mapping[str, Tensor], payload: Mapping[str, Any], aside: Path) -> Mapping[str, Any]:
-    library.write_weights(aside, weights)
-    return payload
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.schedule import num_steps
 from puzzle.speed import Subject, measured_speed
-from puzzle.stages.common import compute_of, item_weights, sequences_of, teacher_of, tokens_of
+from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
 from puzzle.teacher import Compute, load_model
 from puzzle.types import PuzzleError, to_json
 
@@ -25,14 +25,8 @@ from puzzle.types import PuzzleError, to_json
 def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     student = build.build_student(teacher_of(run), run.chosen_items(), functools.partial(item_weights, run))
-    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, student, teacher_dtype(run)))
+    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, student, stored_dtype(run)))
     progress.done(unit.path.name)
-
-
-def teacher_dtype(run: Run) -> torch.dtype:
-    """The dtype the teacher's weights are stored in: the student's too."""
-    dtype: torch.dtype = getattr(torch, run.stored_dtype)
-    return dtype
 
 
 def _write_model(model: PuzzleForCausalLM, dtype: torch.dtype, aside: Path) -> None:
@@ -58,7 +52,7 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
             artifacts.publish_folder(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save)
             for path in older:
                 artifacts.remove(path)
-    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, job.finish(), teacher_dtype(run)))
+    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, job.finish(), stored_dtype(run)))
     progress.done(unit.path.name)
 
 
@@ -101,7 +95,7 @@ def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
 
     (unit,) = missing
     on_cpu = Compute(torch.device("cpu"), bf16=False)
-    model = torch.nn.Module.to(load_model(run.student / "final", on_cpu), teacher_dtype(run))
+    model = torch.nn.Module.to(load_model(run.student / "final", on_cpu), stored_dtype(run))
 
     def write(aside: Path) -> dict[str, Any]:
         folder = aside / "hf"

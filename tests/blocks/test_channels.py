@@ -51,7 +51,7 @@ def test_obs_is_near_the_best_of_all_subsets() -> None:
     activations, down = ffn(10)
     kept = obs_order(activations.T @ activations, down, 1e-6)[:5]
     best = min(loss(activations, down, torch.tensor(some)) for some in combinations(range(10), 5))
-    assert best <= loss(activations, down, kept) < 1.05 * best
+    assert 0.999999 * best <= loss(activations, down, kept) < 1.05 * best
 
 
 def test_a_channel_that_others_make_up_for_goes_first() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import puzzle
 from puzzle.artifacts import read_events
 from puzzle.cli import main
 from tests.pipeline.conftest import Project
@@ -21,11 +22,11 @@ import os, sys
 from puzzle.cli import main
 import puzzle.stages.distill as stage
 publish, count = stage._publish, [0]
-def dying(planned, result):
+def dying(run, planned, result):
     count[0] += 1
     if os.environ["RANK"] == "1" and count[0] > 2:
         os._exit(9)
-    publish(planned, result)
+    publish(run, planned, result)
 stage._publish = dying
 sys.exit(main(sys.argv[1:]))
 """
@@ -33,7 +34,7 @@ sys.exit(main(sys.argv[1:]))
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(puzzle.__file__).parent.parent)}
     return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=240)
 
 
