@@ -123,7 +123,7 @@ def starts(options: argparse.Namespace) -> None:
     results = Results(
         options.output or RESULTS / "starts.json", {"share": options.share, "kd_tokens": options.kd_tokens}
     )
-    for tokens in TOKENS:
+    for tokens in options.tokens:
         for start in STARTS:
             names = [f"{start}/{tokens}/library", f"{start}/{tokens}/student"]
             if all(name in results.figures for name in names):
@@ -137,8 +137,8 @@ def starts(options: argparse.Namespace) -> None:
             )
             results.once(names[0], lambda run=run: by_variant(run))
             results.once(names[1], lambda run=run: measure(run, solved(run, options.share), options.share))
-    kinds = list(results.figures[f"paper/{TOKENS[0]}/library"])
-    for tokens in TOKENS:
+    kinds = list(results.figures[f"paper/{options.tokens[0]}/library"])
+    for tokens in options.tokens:
         for start in STARTS:
             library, student = (results.figures[f"{start}/{tokens}/{what}"] for what in ("library", "student"))
             cells = "  ".join(f"{kind} {library[kind]['kl']:.4f}" for kind in kinds)
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("what", choices=["severity", "modes", "starts"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=float, default=0.65)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of BLD, for starts")
     parser.add_argument("--bld-tokens", type=int, default=131072)
     parser.add_argument("--kd-tokens", type=int, default=262144)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-library")
