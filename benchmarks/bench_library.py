@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Results, make_library, measure, solved
+from demo_runs import Results, make_library, measure, solved
 
 from puzzle import artifacts
 from puzzle.run import Run

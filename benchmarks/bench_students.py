@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Results, make_library, measure, problem_of, quality, solved, student_of
+from demo_runs import Results, make_library, measure, problem_of, quality, solved, student_of
 
 from puzzle.run import Run
 from puzzle.search import baselines
