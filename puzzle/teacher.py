@@ -167,7 +167,7 @@ def _without_layers(config: PuzzleConfig) -> PuzzleConfig:
     """For a model whose layers are all empty, and whose embedding is a single row until it gets its weights."""
     layers = range(config.num_hidden_layers)
     empty = config.with_layers(layers, [{"attention": {"kind": "skip"}, "ffn": {"kind": "skip"}}] * len(layers))
-    empty.vocab_size, empty.pad_token_id = 1, None
+    empty.vocab_size, empty.pad_token_id, empty.bos_token_id, empty.eos_token_id = 1, None, None, None
     return empty
 
 
