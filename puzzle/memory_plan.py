@@ -46,7 +46,6 @@ class BldPlan:
     """``groups`` of unit names train together; ``chunk`` batches are recomputed together, from a ``hold_teacher``."""
 
     residual: Residual
-    residual_bytes: float
     hold_teacher: bool
     chunk: int
     groups: tuple[tuple[str, ...], ...]
@@ -91,7 +90,7 @@ def plan_bld(
             f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise distill.memory_budget_gib, "
             "or lower distill.batch_size or data.sequence_tokens"
         )
-    return BldPlan(residual, residual_bytes, hold, chunk, groups, needed + fixed)
+    return BldPlan(residual, hold, chunk, groups, needed + fixed)
 
 
 def activation_bytes(shape: ModelShape, tokens: int) -> float:

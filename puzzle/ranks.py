@@ -1,9 +1,9 @@
 """Several processes on one run, as `torchrun` and `accelerate launch` start them: who does what, and who is missing.
 
-Reads RANK, WORLD_SIZE and LOCAL_RANK. Work is shared out in pieces that do not depend on one another, so what a piece
-comes to does not depend on how many ranks there are; where pieces run out, several ranks share the batches of one.
-Rank 0 alone holds the run's lock, writes events and prints. While it works, each rank keeps a note of what it is at in
-``ranks/N.json``: a note left behind names a rank that died.
+Reads RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and LOCAL_RANK. Work is shared out in pieces that do not depend on one another,
+so what a piece comes to does not depend on how many ranks there are; where pieces run out, several ranks share the
+batches of one. Rank 0 alone holds the run's lock, writes events and prints. While it works, each rank keeps a note of
+what it is at in ``ranks/N.json``: a note left behind names a rank that died.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from typing import Any
 from puzzle import artifacts
 from puzzle.types import PuzzleError
 
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # what the launcher sets, and one process alone
 PATIENCE = datetime.timedelta(days=30)  # the others wait while rank 0 does what is not shared
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among ``count``."""
+    """This process's place among ``count``, of which ``count_here`` share this machine."""
 
     rank: int = 0
     count: int = 1
+    count_here: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
         """As the launcher says; one process alone where there is none."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(*(int(os.environ.get(name, default)) for name, default in LAUNCHED.items()))
 
     @property
     def first(self) -> bool:

@@ -7,7 +7,7 @@ work on. Shapes: ids (B, T) int64; hidden states (B, T, D).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,3 @@ def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
     """(B, T, D) after the last norm: what the head reads."""
     hidden, context = embed(model.model, batch, model.dtype)
     return run_suffix(model, hidden, context, 0)
-
-
-def device_batches(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
-    return [batch.to(device) for batch in batches]

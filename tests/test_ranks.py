@@ -67,3 +67,5 @@ def test_the_launcher_says_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert Ranks.current() == Ranks(3, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Ranks.current() == Ranks(3, 4, 2)

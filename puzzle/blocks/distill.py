@@ -86,10 +86,10 @@ class Learner:
         share = 1 / len(widths) if self._prefix else 1.0
         for width in widths if self._prefix else [0]:
             loss = goal.loss(self._prediction(one, width))
-            self._finite &= torch.isfinite(loss.detach())
             (loss * share).backward()
         add_up([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-        torch.nn.utils.clip_grad_norm_(self._parameters, CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, CLIP_NORM)
+        self._finite &= torch.isfinite(norm)  # of the summed gradients: those who share a batch must agree
         self._optimiser.param_groups[0]["lr"] = self._config.learning_rate * factor
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)

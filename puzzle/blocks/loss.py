@@ -56,10 +56,6 @@ class Goal:
         return (each * self.weights).sum() / self.total
 
 
-def normalised_mse(prediction: Tensor, target: Tensor, context: Context) -> Tensor:
-    return Goal.of(target, context).loss(prediction)
-
-
 def target_of(parts: Collection[Part], one: LayerPass, loss_at: LossAt) -> Tensor:
     """What the teacher has where a variant of ``parts`` is compared with it: (B, T, D)."""
     if loss_at == "layer" or len(parts) > 1:

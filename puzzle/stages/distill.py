@@ -104,13 +104,14 @@ def plan_of(run: Run, units: Sequence[str], steps: int, machine: Machine) -> Bld
 
 
 def machine_of(run: Run) -> Machine:
-    """What there is to use, and what of it the config allows."""
-    device = compute_of(run).device
-    host = float(psutil.virtual_memory().available)
+    """What this process may use of the machine, which it shares with other ranks, and of what the config allows."""
+    device, sharing = compute_of(run).device, Ranks.current().count_here
+    host = psutil.virtual_memory().available / sharing
+    disk = psutil.disk_usage(str(run.folder)).free / sharing
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
     given = run.config.distill.memory_budget_gib
     budget = given * GIB if given is not None else BUDGET_SHARE * free
-    return Machine(budget, BUDGET_SHARE * host, float(psutil.disk_usage(str(run.folder)).free), device.type != "cuda")
+    return Machine(budget, BUDGET_SHARE * host, disk, device.type != "cuda")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 from puzzle.cli import main
 from puzzle.report import Summary
 from puzzle.run import Run
+from puzzle.space import PARTS
 from tests.pipeline.conftest import Project
 
 
@@ -121,6 +122,33 @@ def test_pairs_and_nested_widths_go_all_the_way(
     assert set(run.solutions()[0].items) <= {item.id for item in run.items}
     assert main(["--debug", "show", "library", str(project.config), *settings]) == 0
     assert "narrow-24" in capsys.readouterr().out
+    assert (project.run / "library" / "library.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shrinking_leaves_pairs_of_what_the_front_uses(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    space = copy.folder / "pairs.yaml"
+    everything = ["--within", "10", "--least-share", "0"]
+    assert main(["--debug", "shrink", str(copy.config), str(space), *everything]) == 0
+    assert main(["shrink", str(copy.config), str(space)]) == 2
+    assert "exists" in capsys.readouterr().err
+    chosen = {item.id for item in Run.open(copy.config).chosen_items()}
+    pairs = Run.open(copy.config, [f"space={space}"]).items
+    assert all(len(item.sites) == 2 for item in pairs)
+    for layer in (0, 1):
+        both = "+".join(
+            next(i.rpartition(".")[2] for i in chosen if i.startswith(f"L{layer:03d}.{part}")) for part in PARTS
+        )
+        assert f"L{layer:03d}.{both}" in {item.id for item in pairs}
+    assert main(["shrink", str(copy.config), str(copy.folder / "none.yaml"), "--within", "-0.5"]) == 3
+
+
+def test_a_window_needs_sequences_of_four_windows(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    space = (project.folder / "space.yaml").read_text()
+    (project.folder / "space.yaml").write_text(space.replace("gqa-2", "window-5"))
+    assert main(["validate", str(project.config)]) == 4
+    assert "at least 4 windows, 20 tokens, but data.sequence_tokens is 16" in capsys.readouterr().err
+    (project.folder / "space.yaml").write_text(space.replace("gqa-2", "window-4"))
+    assert main(["--debug", "validate", str(project.config)]) == 0
 
 
 def test_a_stage_says_what_it_needs_first(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
