@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from puzzle.artifacts import read_unit
-from puzzle.blocks.distill import Start, distill
+from puzzle.blocks.distill import Task, distill
 from puzzle.blocks.layer import part_state
 from puzzle.blocks.stream import InMemory, Stream
 from puzzle.checkpoint import DEMO_TEACHER, TOKENIZER_FILES, read_shape
@@ -95,7 +95,7 @@ def random_teacher(folder: Path, num_layers: int, vocab_size: int = 4096, **size
     return read_shape(folder)
 
 
-def start_of(teacher: Teacher, item: Item) -> Start:
+def start_of(teacher: Teacher, item: Item) -> Task:
     """The teacher's weights cut to size; how good it is does not matter here."""
     layer, site, spec = teacher.layer(item.sites[0].layer), item.sites[0], item.specs[0]
     state = part_state(layer, site.part)
@@ -103,14 +103,14 @@ def start_of(teacher: Teacher, item: Item) -> Start:
     if spec.kind == "linear":
         norm = next(name for name in state if "layernorm" in name)
         matrix = "self_attn.linear_attn.weight" if site.part == "attention" else "mlp.linear_mlp.weight"
-        return Start(item.id, (item,), {norm: state[norm], matrix: torch.zeros(hidden, hidden)})
+        return Task(item.id, (item,), {norm: state[norm], matrix: torch.zeros(hidden, hidden)})
     if isinstance(spec, AttentionSpec) and spec.num_kv_heads:
         rows = spec.num_kv_heads * hidden // teacher.config.num_attention_heads
-        return Start(item.id, (item,), {n: t[:rows] if "k_proj" in n or "v_proj" in n else t for n, t in state.items()})
+        return Task(item.id, (item,), {n: t[:rows] if "k_proj" in n or "v_proj" in n else t for n, t in state.items()})
     assert isinstance(spec, FfnSpec)
     width = spec.intermediate_size
     cut = {n: t[:, :width] if "down" in n else t[:width] if n.startswith("mlp.") else t for n, t in state.items()}
-    return Start(item.id, (item,), cut)
+    return Task(item.id, (item,), cut)
 
 
 def items_of(shape: ModelShape, layers: list[int]) -> list[Item]:

@@ -7,13 +7,16 @@ unwritable file, 6 stale unit. Nothing heavy is imported before it is known to b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
+        with contextlib.nullcontext() if Ranks.current().first else contextlib.redirect_stdout(io.StringIO()):
+            command(options)
         sys.stdout.flush()
         return 0
     except PuzzleError as error:

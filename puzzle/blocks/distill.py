@@ -32,7 +32,7 @@ AddUp = Callable[[list[Tensor]], None]
 
 
 @dataclass(frozen=True)
-class Start:
+class Task:
     """A unit to train: its items (several: the widths of a nested FFN) and its weights, by names within the layer."""
 
     unit: str
@@ -61,7 +61,7 @@ class Distilled:
 class Learner:
     """One unit under training, with its own optimiser."""
 
-    def __init__(self, start: Start, teacher_layer: PuzzleDecoderLayer, config: DistillConfig) -> None:
+    def __init__(self, start: Task, teacher_layer: PuzzleDecoderLayer, config: DistillConfig) -> None:
         self.start, self._config = start, config
         widest = max(start.items, key=_width)
         self.layer = item_layer(teacher_layer, widest, start.weights)
@@ -132,7 +132,7 @@ def _width(item: Item) -> int:
 
 
 def distill(
-    starts: Sequence[Start],
+    starts: Sequence[Task],
     stream: Stream,
     held_out: Stream,
     config: DistillConfig,
@@ -242,4 +242,4 @@ class _Group:
         }
 
 
-__all__ = ["Distilled", "Start", "distill"]
+__all__ = ["Distilled", "Task", "distill"]

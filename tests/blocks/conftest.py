@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from puzzle.blocks.distill import Start
+from puzzle.blocks.distill import Task
 from puzzle.blocks.layer import part_state
 from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleDecoderLayer
@@ -39,12 +39,12 @@ def batch(step: int) -> Batch:
     return Batch(torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(step)), None, None)
 
 
-def start_of(layers: Sequence[PuzzleDecoderLayer], item: Item) -> Start:
+def start_of(layers: Sequence[PuzzleDecoderLayer], item: Item) -> Task:
     """The teacher's weights cut to the item's sizes: a start as bad as any."""
     weights: dict[str, Tensor] = {}
     for site, spec in zip(item.sites, item.specs, strict=True):
         weights |= _cut(part_state(layers[site.layer], site.part), spec)
-    return Start(item.id, (item,), weights)
+    return Task(item.id, (item,), weights)
 
 
 def _cut(state: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:

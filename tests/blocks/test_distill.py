@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.blocks.distill import Distilled, Start, distill
+from puzzle.blocks.distill import Distilled, Task, distill
 from puzzle.blocks.layer import item_layer, parts_of
 from puzzle.blocks.loss import Goal, local_loss
 from puzzle.blocks.nested import prefix, widths_at
@@ -163,10 +163,10 @@ def test_a_pair_is_trained_on_the_layer_and_returns_both_parts(teacher: Teacher)
     assert result.weights["mlp.down_proj.weight"].shape == (64, 48)
 
 
-def nested_start(teacher: Teacher, layer: int, widths: list[int]) -> Start:
+def nested_start(teacher: Teacher, layer: int, widths: list[int]) -> Task:
     items = tuple(site_item(Site(layer, "ffn"), FfnSpec("narrow", intermediate_size=width)) for width in widths)
     widest = max(items, key=lambda item: item.specs[0].intermediate_size)  # type: ignore[union-attr, return-value]
-    return Start(f"L{layer:03d}.ffn.nested", items, start_of(layers_of(teacher), widest).weights)
+    return Task(f"L{layer:03d}.ffn.nested", items, start_of(layers_of(teacher), widest).weights)
 
 
 def test_a_nested_ffn_holds_every_width(teacher: Teacher) -> None:

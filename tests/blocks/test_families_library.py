@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from puzzle.blocks.distill import Start, distill
+from puzzle.blocks.distill import Task, distill
 from puzzle.blocks.starts import best_starts
 from puzzle.blocks.stream import Stream
 from puzzle.checkpoint import read_shape
@@ -73,7 +73,7 @@ def test_every_variant_starts_and_trains(family: str) -> None:
         for start in found.values():
             if "paper" in start.losses:
                 assert min(start.losses.values()) <= start.losses["paper"]
-        starts = [Start(item.id, (item,), found[item.specs[0]].weights) for item in trained]
+        starts = [Task(item.id, (item,), found[item.specs[0]].weights) for item in trained]
         config = DistillConfig(batch_size=4, learning_rate=1e-3)
         for unit, result in distill(starts, training, held_out, config).items():
             assert result.failed is None, unit

@@ -125,6 +125,14 @@ def test_pairs_and_nested_widths_go_all_the_way(
     assert (project.run / "library" / "library.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rank_0_alone_prints(
+    finished: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--debug", "show", "costs", str(finished.config)]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_shrinking_leaves_pairs_of_what_the_front_uses(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     space = copy.folder / "pairs.yaml"
     everything = ["--within", "10", "--least-share", "0"]
