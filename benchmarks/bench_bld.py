@@ -15,9 +15,11 @@ resident memory, and its losses against those of a run that may hold everything.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,24 +152,28 @@ def efficiency(options: argparse.Namespace) -> dict[str, Any]:
         items = items_of(shape, [layer])
         config = DistillConfig(batch_size=options.batch_size)
 
-        def run(chosen: list[Item], steps: int, store: bool = True) -> Callable[[], Any]:
+        def times(chosen: list[Item], steps: int, store: bool = True) -> list[float]:
+            """Seconds of each step of one run, without the first."""
             starts = [start_of(teacher, item) for item in chosen]
             stream = Stream(teacher, batch, steps, InMemory() if store else None)
             held_out = Stream.of(teacher, [])
             for index in range(layer):
                 stream.advance(teacher.layer(index))
                 held_out.advance(teacher.layer(index))
-            return lambda: distill(starts, stream, held_out, config)
+            ends: list[float] = []
 
-        def step_seconds(chosen: list[Item], store: bool = True) -> float:
-            """By the difference of a long and a short run: what is not a step falls out."""
-            few, many = (seconds(run(chosen, steps, store), device, 3) for steps in (2, 2 + options.steps))
-            return (many - few) / options.steps
+            def on_step(num_units: int) -> None:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                ends.append(time.perf_counter())
 
-        ours = step_seconds(items)
-        alone = sum(step_seconds([item], store=False) for item in items)
+            distill(starts, stream, held_out, config, on_step)
+            return [after - before for before, after in itertools.pairwise(ends)]
+
+        ours = statistics.median(times(items, 1 + options.steps))
+        alone = sum(statistics.median(times([item], 1 + options.steps, store=False)) for item in items)
         with FlopCounterMode(display=False) as counter:
-            run(items, 1)()
+            times(items, 1)
         # the start's and the end's look at no held-out batch costs nothing; one step is what was counted
         flops = counter.get_total_flops()
         rate = matmul_rate(shape, tokens, device, dtype)
