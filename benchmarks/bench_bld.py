@@ -217,7 +217,8 @@ device: cpu
 dtype: bf16
 data: {{sequence_tokens: 128}}
 init: {{start: paper, sequences: 2}}
-distill: {{tokens: 2048, batch_size: 2, learning_rate: 1e-4, residual: {residual}, memory_budget_gib: {budget}}}
+distill: {{tokens: 2048, batch_size: 2, learning_rate: 1e-4, residual: {residual}}}
+memory_budget_gib: {budget}
 """
 WAYS = {"streamed": ("disk", 0.9), "held": ("memory", 64)}
 

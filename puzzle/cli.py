@@ -111,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         staged = _with_run(commands.add_parser(stage.name, help=stage.summary))
         staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
         staged.set_defaults(command=_stage, stage=stage.name)
+    commands.choices["score"].add_argument(
+        "--until-se",
+        type=float,
+        metavar="NATS",
+        help="add sequences until a site's variants are told apart, or so close",
+    )
 
     pareto = _with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
     pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
@@ -139,14 +145,23 @@ def _with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"])
+    parser.add_argument("--memory-budget", type=float, metavar="GIB", help="what a stage may take on the device")
+    parser.add_argument(
+        "--on", type=Path, metavar="FILE", help="score changes to this architecture.json, not to the teacher"
+    )
     return parser
 
 
 def _open(options: argparse.Namespace) -> Run:
     from puzzle.run import Run
 
-    overrides = [*options.set, *([f"device={options.device}"] if options.device else [])]
-    return Run.open(options.run, overrides, options.constraints)
+    flags = {
+        "device": options.device,
+        "memory_budget_gib": options.memory_budget,
+        "score.until_se": vars(options).get("until_se"),
+    }
+    overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    return Run.open(options.run, overrides, options.constraints, options.on)
 
 
 def _new(options: argparse.Namespace) -> None:
@@ -216,7 +231,8 @@ def _stage(options: argparse.Namespace) -> None:
     if options.stage == "search":
         for rank, solution in enumerate(run.solutions(), start=1):
             bound = f"{solution.status}, bound {solution.bound_nats:.4f}"
-            print(f"solution {rank}: {solution.objective_nats:.4f} nats predicted ({bound})")
+            error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
+            print(f"solution {rank}: {solution.objective_nats:.4f}{error} nats predicted ({bound})")
             for name, value in solution.totals.items():
                 print(f"  {name:<28}{value:,.4f}".rstrip("0").rstrip("."))
         print(run.solution / "architecture.json")

@@ -136,7 +136,7 @@ class DistillConfig(_Model):
 
     ``patience``: a variant stops after so many checks (20 in a whole training) without getting better by 0.1 %; null
     trains all to the end. ``nested``: one FFN per site holds all its ``narrow`` variants. ``residual``: where the
-    teacher's activations between layers are kept; ``memory_budget_gib``: what the stage may take on its device.
+    teacher's activations between layers are kept.
     """
 
     tokens: Annotated[int, Field(ge=0)] = 1_000_000
@@ -149,11 +149,17 @@ class DistillConfig(_Model):
     patience: Positive | None = None
     nested: bool = False
     residual: Literal["auto", "memory", "disk", "recompute"] = "auto"
-    memory_budget_gib: PositiveFloat | None = None
 
 
 class ScoreConfig(_Model):
+    """``until_se`` (nats): where two variants of a site are not told apart, sequences are added, twice as many each
+    time, until the standard error of their difference is below it. ``tasks``: metrics of the user's own by name,
+    ``module:function`` (scoring/exact.py, Task).
+    """
+
     sequences: Positive = 32
+    until_se: PositiveFloat | None = None
+    tasks: dict[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = {}
 
 
 class ProfileConfig(_Model):
@@ -191,7 +197,10 @@ class EvaluateConfig(_Model):
 
 
 class RunConfig(_Model):
-    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage."""
+    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage.
+
+    ``memory_budget_gib``: what ``distill`` and ``score`` may take on the device; default: most of what is free.
+    """
 
     run: str
     teacher: str = "demo"
@@ -200,6 +209,7 @@ class RunConfig(_Model):
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    memory_budget_gib: PositiveFloat | None = None
     data: DataConfig = DataConfig()
     init: InitConfig = InitConfig()
     distill: DistillConfig = DistillConfig()
@@ -218,7 +228,8 @@ class SpaceFile(_Model):
     """A search space: variant names per part (variants.py), for all layers and, in ``layers``, other ones for some.
 
     Percentages are rounded to ``ffn_multiple_of`` channels (default: what hardware likes, see space.py). ``pairs``: the
-    attention and the FFN of a layer are trained, scored and chosen together.
+    attention and the FFN of a layer are trained, scored and chosen together. ``runs``: leaving out up to so many
+    consecutive layers whole is on offer as one item, scored as one.
     """
 
     attention: tuple[str, ...]
@@ -226,6 +237,7 @@ class SpaceFile(_Model):
     ffn_multiple_of: Positive | None = None
     layers: dict[int, LayerSpaceFile] = {}
     pairs: bool = False
+    runs: Annotated[int, Field(ge=0)] = 0
 
 
 class GridFile(_Model):

@@ -52,7 +52,9 @@ def evaluate(
 ) -> Quality:
     """Compares the student with the teacher on ``batches``; where only some tokens count, on predicting those."""
     heads = (student.lm_head, teacher.lm_head)
-    columns = [token_metrics(final_hidden(student, one), final_hidden(teacher, one), heads, one) for one in batches]
+    columns = [
+        token_metrics([final_hidden(student, one)], final_hidden(teacher, one), heads, one)[0] for one in batches
+    ]
 
     def means(of_tokens: Callable[[TokenMetrics], Tensor]) -> Tensor:
         pairs = zip(columns, batches, strict=True)

@@ -24,7 +24,7 @@ from puzzle.data.batches import Batch
 from puzzle.metrics import kl_loss, prediction_weights
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
-from puzzle.teacher import Compute, embed, freeze, layers_of, read_tensors
+from puzzle.teacher import Compute, context_of, embed, freeze, layers_of, read_tensors
 from puzzle.types import ConfigError
 
 STATE = "state.safetensors"
@@ -54,7 +54,7 @@ def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, ba
 
 def _residual_stream(model: PuzzleForCausalLM, batch: Batch) -> list[Tensor]:
     """The residual stream after each layer."""
-    hidden, context = embed(model.model, batch, model.dtype)
+    hidden, context = embed(model.model, batch, model.dtype), context_of(model.model, batch, model.dtype)
     states = []
     for layer in layers_of(model):
         hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)

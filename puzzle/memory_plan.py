@@ -1,11 +1,16 @@
-"""How block-wise distillation is laid out so that it stays within a memory budget. Pure arithmetic on sizes.
+"""How block-wise distillation and scoring are laid out to stay within a memory budget. Pure arithmetic on sizes.
 
-What is held at once: the teacher's layers of the current group; for every unit under training 16 bytes a parameter
+What BLD holds at once: the teacher's layers of the current group; for every unit under training 16 bytes a parameter
 (fp32 weight, gradient, two moments), its start, its best weights and a bf16 copy; one batch's activations; and the
 residual stream of all training batches, in memory, in a file, or not at all (see blocks/stream.py). Nothing grows with
 the number of layers, so the need is that of a layer:
 
     bytes = layer + Σ_units 26 · params + activations(batch) + [residual: batches · B · T · D · bytes of the dtype]
+
+Scoring holds the teacher, or one layer of it, the head with one chunk of logits, and for every change under way its
+own layer and its residual streams in fp32; in the host's memory two streams more, the base's and the teacher's last:
+
+    bytes = (teacher | layer) + 4 · V · D + 16 · min(4096, B · T) · V + changes · 4 · (params + batches · B · T · D)
 """
 
 from __future__ import annotations
@@ -15,10 +20,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from puzzle.types import GIB, ConfigError, ModelShape
-from puzzle.variants import keep_spec, params
+from puzzle.variants import keep_spec, params, rest_params
 
 BYTES_PER_TRAINED_PARAM = 26  # weight, gradient, two moments: 16; start and best: 8; copy in bf16: 2
 RESIDUAL_SHARE = 0.5  # of the budget that a residual stream in memory may take
+MOST_TOGETHER = 16  # changes; more would share little more
+LOGIT_TOKENS = 4096  # whose logits are held at once
 Residual = Literal["memory", "disk", "recompute"]
 
 
@@ -87,10 +94,42 @@ def plan_bld(
     if needed + fixed > machine.budget_bytes:
         raise ConfigError(
             f"distill: one unit at a time needs {(needed + fixed) / GIB:.2f} GiB where "
-            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise distill.memory_budget_gib, "
+            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, "
             "or lower distill.batch_size or data.sequence_tokens"
         )
     return BldPlan(residual, hold, chunk, groups, needed + fixed)
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """``together`` changes are under way at once, on ``chunk`` batches at a time."""
+
+    hold_teacher: bool
+    together: int
+    chunk: int
+
+
+def plan_scores(shape: ModelShape, batches: Batches, machine: Machine) -> ScorePlan:
+    """The most changes at once that fit, up to 16. ConfigError where not even one does, with one batch at a time."""
+    largest = max(_layer_params(shape, layer) for layer in range(shape.num_layers))
+    layer_bytes = batches.dtype_bytes * largest
+    hold = layer_bytes * shape.num_layers <= RESIDUAL_SHARE * machine.budget_bytes
+    one_batch = 4.0 * batches.tokens * shape.hidden_size
+    fixed = layer_bytes * (shape.num_layers if hold else 1) + 4.0 * rest_params(shape)
+    fixed += activation_bytes(shape, batches.tokens) + 16.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size
+    fixed += 2 * one_batch * batches.count if machine.shared else 0.0
+    room, own = machine.budget_bytes - fixed, 4.0 * largest
+    together = int(min(MOST_TOGETHER, room // (own + one_batch * batches.count)))
+    if together >= 1:
+        return ScorePlan(hold, together, batches.count)
+    chunk = int((room - own) // one_batch)
+    if chunk < 1:
+        raise ConfigError(
+            f"score: one change on one batch needs {(fixed + own + one_batch) / GIB:.2f} GiB where "
+            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, "
+            "or lower score.sequences or data.sequence_tokens"
+        )
+    return ScorePlan(hold, 1, chunk)
 
 
 def activation_bytes(shape: ModelShape, tokens: int) -> float:

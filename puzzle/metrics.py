@@ -6,6 +6,7 @@ at once: ``(tokens, vocab)`` exists for one chunk only. Everything is computed i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,42 +15,52 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.data.batches import Batch
+from puzzle.memory_plan import LOGIT_TOKENS
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = LOGIT_TOKENS
 
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """Per predicted token: KL(teacher ‖ student), cross-entropy of both, whether the top-1 agree. All (B, T-1) fp32."""
+    """Per predicted token: KL(teacher ‖ student), cross-entropy of both, whether the top-1 agree, and the distance
+    1 - cos of the final hidden states (0 to 2). All (B, T-1) fp32.
+    """
 
     kl_nats: Tensor
     ce_nats: Tensor
     teacher_ce_nats: Tensor
     agreement: Tensor
+    hidden_distance: Tensor
 
 
 def token_metrics(
-    student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], batch: Batch
-) -> TokenMetrics:
-    """Compares two (B, T, D) final hidden states under their ``heads`` (student's, teacher's) on ``batch``."""
-    ids = batch.ids
-    student, teacher = student_hidden[:, :-1].flatten(0, 1), teacher_hidden[:, :-1].flatten(0, 1)  # (N, D)
-    labels = ids[:, 1:].flatten()
-    columns: list[tuple[Tensor, ...]] = []
+    students: Sequence[Tensor], teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], batch: Batch
+) -> list[TokenMetrics]:
+    """Compares each student's (B, T, D) final hidden states with the teacher's under ``heads`` (students', teacher's).
+
+    What depends on the teacher alone is computed once for all students.
+    """
+    hidden = [of[:, :-1].flatten(0, 1) for of in (teacher_hidden, *students)]  # (N, D)
+    labels = batch.ids[:, 1:].flatten().unsqueeze(1)  # (N, 1)
+    columns: list[list[tuple[Tensor, ...]]] = [[] for _ in students]
     for start in range(0, len(labels), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        log_q = F.log_softmax(heads[0](student[part]).float(), -1)  # (n, V)
-        log_p = F.log_softmax(heads[1](teacher[part]).float(), -1)
-        columns.append(
-            (
-                (log_p.exp() * (log_p - log_q)).sum(-1),
-                F.nll_loss(log_q, labels[part], reduction="none"),
-                F.nll_loss(log_p, labels[part], reduction="none"),
-                (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+        log_p = F.log_softmax(heads[1](hidden[0][part]).float(), -1)  # (n, V)
+        p, teacher_ce, top = log_p.exp(), -log_p.gather(1, labels[part]).squeeze(1), log_p.argmax(-1)
+        negative_entropy = torch.linalg.vecdot(p, log_p)
+        for found, own in zip(columns, hidden[1:], strict=True):
+            log_q = F.log_softmax(heads[0](own[part]).float(), -1)
+            found.append(
+                (
+                    negative_entropy - torch.linalg.vecdot(p, log_q),
+                    -log_q.gather(1, labels[part]).squeeze(1),
+                    teacher_ce,
+                    (log_q.argmax(-1) == top).float(),
+                    1 - F.cosine_similarity(own[part].float(), hidden[0][part].float(), dim=-1),
+                )
             )
-        )
-    shape = (ids.shape[0], ids.shape[1] - 1)
-    return TokenMetrics(*(torch.cat(column).view(shape) for column in zip(*columns, strict=True)))
+    shape = (batch.ids.shape[0], batch.ids.shape[1] - 1)
+    return [TokenMetrics(*(torch.cat(one).view(shape) for one in zip(*found, strict=True))) for found in columns]
 
 
 def sequence_means(values: Tensor, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.space import PARTS, SearchSpace
 from puzzle.tables import ScoreTable, read_costs, read_scores
 from puzzle.types import (
+    TEACHER_CONTEXT,
     AttentionSpec,
     ConfigError,
     Cost,
@@ -48,21 +49,31 @@ class Planned:
 
 @dataclass(frozen=True)
 class Run:
-    """``folder`` holds everything the run writes; ``constraints`` is the constraint file's path."""
+    """``folder`` holds everything the run writes; ``constraints`` is the constraint file's path.
+
+    ``context_file``: the architecture.json of a partly compressed model that changes are scored on, not the teacher.
+    """
 
     folder: Path
     config: RunConfig
     constraints: Path
+    context_file: Path | None = None
 
     @classmethod
-    def open(cls, where: Path, overrides: Sequence[str] = (), constraints: str | None = None) -> Run:
+    def open(
+        cls,
+        where: Path,
+        overrides: Sequence[str] = (),
+        constraints: str | None = None,
+        context_file: Path | None = None,
+    ) -> Run:
         """From a config file, or from the folder of an existing run; ``overrides`` are ``a.b=value``."""
         path = where / "config.yaml" if where.is_dir() else where
         if where.is_dir() and not path.is_file():
             raise ConfigError(f"{where}: no run folder (it has no config.yaml); `puzzle run CONFIG` makes one")
         settings = config.load(RunConfig, path, overrides)
         folder = where if where.is_dir() else Path(settings.run)
-        return cls(folder, settings, config.locate("constraints", constraints or settings.constraints))
+        return cls(folder, settings, config.locate("constraints", constraints or settings.constraints), context_file)
 
     # --- what the run rests on -------------------------------------------------------------------------------------
 
@@ -101,7 +112,7 @@ class Run:
         }
         names = {part: getattr(file, part) for part in PARTS}
         try:
-            return SearchSpace.parse(names, self.shape, file.ffn_multiple_of, layers, file.pairs)
+            return SearchSpace.parse(names, self.shape, file.ffn_multiple_of, layers, file.pairs, file.runs)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -122,6 +133,20 @@ class Run:
                 f"{variant_name(spec)} must be trained and scored on at least {LEAST_WINDOWS} windows, {needed} "
                 f"tokens, but data.sequence_tokens is {there}; raise it, or take the variant out of the space"
             )
+
+    @cached_property
+    def context(self) -> tuple[Item, ...]:
+        """What is in place already in the model that changes are scored on; nothing where that is the teacher."""
+        if self.context_file is None:
+            return ()
+        try:
+            return self.space.items_of(artifacts.read_json(self.context_file))
+        except ConfigError as error:
+            raise ConfigError(f"{self.context_file}: {error}") from None
+
+    @property
+    def context_id(self) -> str:
+        return artifacts.fingerprint([item.id for item in self.context])[:8] if self.context else TEACHER_CONTEXT
 
     @cached_property
     def units(self) -> Mapping[str, tuple[Item, ...]]:
@@ -216,7 +241,8 @@ class Run:
 
     @property
     def scores(self) -> Path:
-        return self.folder / "scores"
+        """Of changes to the teacher, or to the context."""
+        return self.folder / "scores" / (self.context_id if self.context else "")
 
     @property
     def costs(self) -> Path:
@@ -272,7 +298,7 @@ class Run:
 
     def plan_distill(self) -> list[Planned]:
         # how much trains at once, and what is kept where, changes nothing
-        settings = self.config.distill.model_dump(exclude={"memory_budget_gib", "residual", "nested"})
+        settings = self.config.distill.model_dump(exclude={"residual", "nested"})
         return [
             Planned(
                 self.trained(unit),
@@ -297,7 +323,7 @@ class Run:
                 self.scores / f"{name}.json",
                 {
                     **self._teacher_and_data(),
-                    "library": self._library_content(items),
+                    "library": self._library_content([*items, *self.context]),
                     "space": artifacts.fingerprint([item.id for item in items]),
                     "score": self._slice(self.config.score.model_dump()),
                 },
@@ -307,10 +333,12 @@ class Run:
 
     @cached_property
     def scored_together(self) -> Mapping[str, tuple[Item, ...]]:
-        """The items of each unit of scores, by its name: those of one site, or of one layer's pairs."""
+        """The items of each unit of scores, by its name: those of a site, a layer's pairs, or runs from a layer on."""
         names: dict[str, tuple[Item, ...]] = {}
         for item in self.items:
-            name = str(item.sites[0]) if len(item.sites) == 1 else f"L{item.sites[0].layer:03d}.layer"
+            layers = {site.layer for site in item.sites}
+            what = item.sites[0].part if len(item.sites) == 1 else "layer" if len(layers) == 1 else "run"
+            name = f"L{item.sites[0].layer:03d}.{what}"
             names[name] = (*names.get(name, ()), item)
         return names
 

@@ -12,17 +12,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Part, Site, Spec
-from puzzle.variants import keep_spec, layer_item, parse_variant, resolve, shape_id, site_item, variant_name
+from puzzle.variants import (
+    is_teacher,
+    keep_spec,
+    layer_item,
+    parse_variant,
+    resolve,
+    run_item,
+    shape_id,
+    site_item,
+    variant_name,
+)
 
 PARTS: tuple[Part, Part] = ("attention", "ffn")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """``on_offer``: at every site the resolved specs, the teacher's own first."""
+    """``on_offer``: at every site the resolved specs, the teacher's own first; ``runs``: see config.SpaceFile."""
 
     on_offer: Mapping[Site, tuple[Spec, ...]] = field(hash=False)
     pairs: bool = False
+    runs: int = 0
 
     @classmethod
     def parse(
@@ -32,6 +43,7 @@ class SearchSpace:
         multiple_of: int | None = None,
         layers: Mapping[int, Mapping[Part, Sequence[str]]] | None = None,
         pairs: bool = False,
+        runs: int = 0,
     ) -> SearchSpace:
         """From names; ``gqa-*`` is every proper divisor of the KV heads. Doubles and the full size fall away.
 
@@ -51,20 +63,44 @@ class SearchSpace:
             on_offer[site] = _at(site, specs, shape)
         for part in PARTS:
             _check_all_taken(part, everywhere[part], shape)
-        return cls(on_offer, pairs)
+        return cls(on_offer, pairs, runs)
 
     def items(self) -> tuple[Item, ...]:
-        """Every item, in the order of the sites."""
-        if not self.pairs:
-            return tuple(site_item(site, spec) for site, specs in self.on_offer.items() for spec in specs)
+        """Every item, in the order of the sites; runs of layers last."""
         layers = sorted({site.layer for site in self.on_offer})
-        return tuple(
+        lengths = range(2 if self.pairs else 1, self.runs + 1)  # a pair of skips is a run of one
+        ends = ((layer, layer + length - 1) for layer in layers for length in lengths)
+        runs = [run_item(first, last) for first, last in ends if last < len(layers)]
+        if not self.pairs:
+            return (*(site_item(site, spec) for site, specs in self.on_offer.items() for spec in specs), *runs)
+        pairs = (
             layer_item(layer, attention, ffn)
             for layer in layers
             for attention in self.on_offer[Site(layer, "attention")]
             for ffn in self.on_offer[Site(layer, "ffn")]
             if isinstance(attention, AttentionSpec) and isinstance(ffn, FfnSpec)
         )
+        return (*pairs, *runs)
+
+    def items_of(self, architecture: Mapping[str, str]) -> tuple[Item, ...]:
+        """The items that an architecture (variant names by site) is made of, but for the teacher's own blocks.
+
+        ConfigError where it names a site or a variant that is not on offer.
+        """
+        for site in architecture:
+            if site not in map(str, self.on_offer):
+                raise ConfigError(f"{site}: the teacher has no such site")
+        wanted = {site: name for site, name in architecture.items() if name != "keep"}
+        chosen: list[Item] = []
+        for item in self.items():
+            names = {str(site): variant_name(spec) for site, spec in zip(item.sites, item.specs, strict=True)}
+            fits = all(architecture.get(site) == name for site, name in names.items())
+            if fits and not is_teacher(item) and wanted.keys() & names.keys():
+                chosen.append(item)
+                wanted = {site: name for site, name in wanted.items() if site not in names}
+        for site, name in wanted.items():
+            raise ConfigError(f"{site}: {name} is not on offer in the search space")
+        return tuple(chosen)
 
 
 def hardware_multiple(shape: ModelShape) -> int:

@@ -6,6 +6,7 @@ Reads ``scores/*.json`` (payload ``{"scores": [Score …], "failed": [{"item_id"
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,21 +42,31 @@ class Failure:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores by (item, metric), and why items have none. ``fingerprint`` is that of the units' content."""
+    """Scores by (item, metric), and why items have none. ``fingerprint`` is that of the units' content.
+
+    ``base``: by metric, what the model itself comes to that the changes are made to; empty where it is the teacher.
+    """
 
     scores: Mapping[tuple[str, str], Score] = field(repr=False)
     failed: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+    base: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, scores: Iterable[Score], failed: Iterable[Failure] = (), fingerprint: str = "") -> ScoreTable:
+    def of(
+        cls,
+        scores: Iterable[Score],
+        failed: Iterable[Failure] = (),
+        fingerprint: str = "",
+        base: Mapping[str, float] | None = None,
+    ) -> ScoreTable:
         """The table of these records. CorruptFileError where one item has two scores of the same metric."""
         by_key: dict[tuple[str, str], Score] = {}
         for score in scores:
             if (key := (score.item_id, score.metric)) in by_key:
                 raise CorruptFileError(f"{score.item_id} has two {score.metric} scores; delete one of them")
             by_key[key] = score
-        return cls(by_key, {failure.item_id: failure.reason for failure in failed}, fingerprint)
+        return cls(by_key, {failure.item_id: failure.reason for failure in failed}, fingerprint, base or {})
 
     def score(self, item_id: str, metric: str) -> Score:
         """MissingMeasurementError if the item was not scored by this metric."""
@@ -63,6 +74,18 @@ class ScoreTable:
         if found is None:
             raise MissingMeasurementError(f"no {metric} score for {item_id}; run `{COMMANDS['scores']}`")
         return found
+
+    def standard_error(self, item_ids: Iterable[str], metric: str) -> float | None:
+        """Of the sum of these items' scores, from the spread over the sequences that all of them met.
+
+        None where that is not known: fewer than two sequences, or none scored.
+        """
+        chosen = [self.scores[item_id, metric].per_sequence for item_id in item_ids if (item_id, metric) in self.scores]
+        sums = [math.fsum(values) for values in zip(*chosen, strict=False)]
+        if len(sums) < 2:
+            return None
+        mean = math.fsum(sums) / len(sums)
+        return math.sqrt(math.fsum((value - mean) ** 2 for value in sums) / (len(sums) - 1) / len(sums))
 
 
 def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTable:
@@ -72,6 +95,7 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
     """
     scores: list[Score] = []
     failed: list[Failure] = []
+    base: dict[str, float] = {}
     seen: dict[tuple[str, str], Path] = {}
     for unit in _units(folder, "scores"):
         if names is not None and unit.path.name not in names:
@@ -83,7 +107,8 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
                 )
             scores.append(score)
         failed.extend(_records(Failure, unit, "failed", optional=True))
-    return ScoreTable.of(scores, failed, content_fingerprint(folder))
+        base |= unit.payload.get("base", {})
+    return ScoreTable.of(scores, failed, content_fingerprint(folder), base)
 
 
 def read_costs(folder: Path, names: Collection[str] | None = None) -> tuple[Cost, ...]:

@@ -132,6 +132,7 @@ class Teacher:
             found = "missing" if embedding is None else f"of shape {tuple(embedding.shape)}"
             raise CorruptFileError(f"{folder}: {name} is {found}; the tensors do not fit the configuration")
         self._stem.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
+        self._top: PuzzleForCausalLM | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """What every computation with its layers must run under."""
@@ -158,9 +159,30 @@ class Teacher:
         return layer
 
     @torch.no_grad()
-    def embed(self, batch: Batch) -> tuple[Tensor, Context]:
-        """The residual stream at the first layer's input, and what the layers need beside it."""
+    def embed(self, batch: Batch) -> Tensor:
+        """The residual stream (B, T, D) at the first layer's input."""
         return embed(self._stem, batch.to(self.device), self.dtype)
+
+    def context(self, batch: Batch) -> Context:
+        """What the layers need beside the residual stream."""
+        return context_of(self._stem, batch.to(self.device), self.dtype)
+
+    @property
+    def top(self) -> PuzzleForCausalLM:
+        """The final norm and the head in fp32, in a model without layers: not to be run under autocast."""
+        if self._top is None:
+            config = _without_layers(self.config)
+            config.vocab_size = self.config.vocab_size
+            with torch.device("meta"):
+                top = PuzzleForCausalLM(config)
+            norm = self._shards.read("model.norm.", self.device, torch.float32)
+            head = self._shards.read("lm_head.", self.device, torch.float32)
+            if not head:
+                head = {"lm_head.weight": self._stem.embed_tokens.weight.float()}
+            load_state(top.model.norm, {n.removeprefix("model.norm."): t for n, t in norm.items()}, str(self._folder))
+            load_state(top.lm_head, {n.removeprefix("lm_head."): t for n, t in head.items()}, str(self._folder))
+            self._top = freeze(top)
+        return self._top
 
 
 def _without_layers(config: PuzzleConfig) -> PuzzleConfig:
@@ -241,14 +263,19 @@ class Context:
     weights: Tensor
 
 
-def embed(model: PuzzleModel, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Context]:
-    """The residual stream at the first layer's input, and the context; ``batch`` on the model's device."""
-    hidden = model.embed_tokens(batch.ids).to(dtype)
+def embed(model: PuzzleModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The residual stream (B, T, D) at the first layer's input; ``batch`` on the model's device."""
+    return model.embed_tokens(batch.ids).to(dtype)  # type: ignore[no-any-return]
+
+
+def context_of(model: PuzzleModel, batch: Batch, dtype: torch.dtype) -> Context:
+    """What the layers need beside it; rotary tables in ``dtype``."""
     positions = torch.arange(batch.ids.shape[1], device=batch.ids.device).unsqueeze(0)
     masks = None if batch.documents is None else _DocumentMasks(batch.documents)
     weights = torch.ones(batch.ids.shape, device=batch.ids.device)
     weights[:, 0] = 0  # its massive activations are an artefact that would drown the rest
-    return hidden, Context(model.rotary(hidden, positions), masks, weights)
+    like = torch.empty(0, dtype=dtype, device=batch.ids.device)
+    return Context(model.rotary(like, positions), masks, weights)
 
 
 def layers_of(model: PuzzleForCausalLM) -> list[PuzzleDecoderLayer]:
@@ -276,15 +303,6 @@ def run_layer(layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> La
     return LayerPass(hidden, middle, middle + layer.ffn_delta(middle), context)
 
 
-def run_layers(model: PuzzleForCausalLM, batch: Batch, num_layers: int) -> list[LayerPass]:
-    """The passes of the first ``num_layers`` layers over one batch."""
-    hidden, context = embed(model.model, batch, model.dtype)
-    passes: list[LayerPass] = []
-    for layer in layers_of(model)[:num_layers]:
-        passes.append(run_layer(layer, passes[-1].after if passes else hidden, context))
-    return passes
-
-
 def run_suffix(model: PuzzleForCausalLM, hidden: Tensor, context: Context, first_layer: int) -> Tensor:
     """(B, T, D) after the last norm, from the residual stream at the input of ``first_layer``."""
     for layer in layers_of(model)[first_layer:]:
@@ -294,5 +312,5 @@ def run_suffix(model: PuzzleForCausalLM, hidden: Tensor, context: Context, first
 
 def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
     """(B, T, D) after the last norm: what the head reads."""
-    hidden, context = embed(model.model, batch, model.dtype)
-    return run_suffix(model, hidden, context, 0)
+    context = context_of(model.model, batch, model.dtype)
+    return run_suffix(model, embed(model.model, batch, model.dtype), context, 0)

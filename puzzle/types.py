@@ -279,7 +279,10 @@ class Capability(_Strict):
 
 @dataclass(frozen=True)
 class Solution(_Strict):
-    """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` what it rests on."""
+    """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` what it rests on.
+
+    ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
+    """
 
     items: tuple[str, ...]
     objective_nats: float
@@ -287,6 +290,7 @@ class Solution(_Strict):
     status: Literal["optimal", "feasible"]
     totals: dict[str, float] = field(hash=False)
     inputs: dict[str, str] = field(hash=False)
+    objective_se: float | None = None
 
 
 @dataclass(frozen=True)

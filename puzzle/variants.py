@@ -150,9 +150,16 @@ def layer_item(layer: int, attention: AttentionSpec, ffn: FfnSpec) -> Item:
     return Item(f"L{layer:03d}.{variant_name(attention)}+{variant_name(ffn)}", sites, (attention, ffn))
 
 
+def run_item(first: int, last: int) -> Item:
+    """The item that leaves out layers ``first`` to ``last`` whole: ``L003-L005.skip``."""
+    sites = tuple(Site(layer, part) for layer in range(first, last + 1) for part in KINDS)
+    specs = tuple(AttentionSpec("skip") if site.part == "attention" else FfnSpec("skip") for site in sites)
+    return Item(f"L{first:03d}-L{last:03d}.skip", sites, specs)
+
+
 def is_teacher(item: Item) -> bool:
     """Whether the item leaves the teacher as it is."""
-    return all(spec.kind == "keep" for spec in item.specs)
+    return all(spec.kind == "keep" and spec.precision is None for spec in item.specs)
 
 
 def has_weights(item: Item) -> bool:

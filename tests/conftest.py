@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from puzzle.teacher import Teacher
+
 VOCAB_SIZE = 128
 
 
@@ -61,3 +63,16 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_llama.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder: Path) -> Teacher:
+    """Layers from disk, in fp32; nobody changes them."""
+    return Teacher(teacher_folder, torch.device("cpu"), torch.float32)

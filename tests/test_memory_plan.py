@@ -1,13 +1,24 @@
-"""Block-wise distillation within a memory budget: what fits is taken, what cannot fit is refused before it runs."""
+"""Distillation and scoring within a memory budget: what fits is taken, what cannot is refused before it runs."""
 
 from __future__ import annotations
 
 import pytest
 
-from puzzle.memory_plan import BYTES_PER_TRAINED_PARAM, Batches, BldPlan, Machine, Unit, activation_bytes, plan_bld
+from puzzle.memory_plan import (
+    BYTES_PER_TRAINED_PARAM,
+    Batches,
+    BldPlan,
+    Machine,
+    ScorePlan,
+    Unit,
+    activation_bytes,
+    plan_bld,
+    plan_scores,
+)
 from puzzle.types import GIB, ConfigError, ModelShape
 
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
+EIGHT_B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)
 BATCHES = Batches(count=6000, tokens=8 * 2048, dtype_bytes=2)  # 98M tokens
 
 
@@ -72,3 +83,16 @@ def test_what_cannot_fit_says_how_much_it_needs() -> None:
 
 def test_nothing_to_train_needs_no_group() -> None:
     assert plan_bld(LLAMA_70B, [], BATCHES, Machine(80 * GIB, 0, 0, shared=False)).groups == ()
+
+
+def test_scoring_shares_what_is_left_over_among_changes() -> None:
+    """8B on 80 GB holds the teacher and has room for several variants; 70B is read a layer at a time."""
+    sequences = Batches(64, 2048, 2)
+    machine = Machine(72 * GIB, 200 * GIB, 1e12, False)
+    small, large = (plan_scores(shape, sequences, machine) for shape in (EIGHT_B, LLAMA_70B))
+    assert small == ScorePlan(True, 16, 64)
+    assert not large.hold_teacher and 4 <= large.together < 16 and large.chunk == 64
+    tight = plan_scores(LLAMA_70B, sequences, Machine(17 * GIB, 200 * GIB, 1e12, False))
+    assert tight.together == 1 and 1 <= tight.chunk < 64
+    with pytest.raises(ConfigError, match="score: one change on one batch needs .* raise memory_budget_gib"):
+        plan_scores(LLAMA_70B, sequences, Machine(8 * GIB, 200 * GIB, 1e12, False))

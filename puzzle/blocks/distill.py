@@ -222,7 +222,7 @@ class _Group:
         last = max(learner.start.layer for learner in learners)
         found = []
         with torch.no_grad(), stream.teacher.autocast():
-            hidden, context = stream.hidden(index)
+            hidden, context = stream.hidden(index), stream.context(index)
             for layer in self.layers:
                 if layer.layer_idx > last:
                     break

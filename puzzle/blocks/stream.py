@@ -77,56 +77,58 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 @dataclass
 class Stream:
-    """``batch(i)`` gives batch ``i`` of ``num_batches``; ``depth`` is the layer whose input :meth:`hidden` gives."""
+    """``batch(i)`` gives batch ``i`` of ``num_batches``; ``depth`` is the layer whose input :meth:`hidden` gives.
+
+    ``dtype``: what the stream is rounded to between two layers, by default the teacher's.
+    """
 
     teacher: Teacher
     batch: Callable[[int], Batch]
     num_batches: int
     store: Store | None  # None: recompute
     chunk: int = 1  # batches recomputed together
+    dtype: torch.dtype | None = None
     depth: int = 0
     _recomputed: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.store is not None:
-            for index in range(self.num_batches):
-                self.store.write(index, self._embedded(index)[0])
-
     @classmethod
-    def of(cls, teacher: Teacher, batches: Sequence[Batch]) -> Stream:
+    def of(cls, teacher: Teacher, batches: Sequence[Batch], dtype: torch.dtype | None = None) -> Stream:
         """Over a few batches, in memory."""
-        return cls(teacher, batches.__getitem__, len(batches), InMemory())
+        return cls(teacher, batches.__getitem__, len(batches), InMemory(), dtype=dtype)
 
-    def _embedded(self, index: int) -> tuple[Tensor, Context]:
-        return self.teacher.embed(self.batch(index))
+    def context(self, index: int) -> Context:
+        """What the layers need beside the residual stream of batch ``index``."""
+        return self.teacher.context(self.batch(index))
 
-    def hidden(self, index: int) -> tuple[Tensor, Context]:
+    def hidden(self, index: int) -> Tensor:
         """The residual stream (B, T, D) of batch ``index`` at the input of layer ``depth``, on the teacher's device."""
-        embedded, context = self._embedded(index)
         if self.depth == 0:
-            return embedded, context
+            return self.teacher.embed(self.batch(index))
         if self.store is not None:
-            return self.store.read(index).to(self.teacher.device), context
+            return self.store.read(index).to(self.teacher.device)
         if index not in self._recomputed:
             self._recompute(index)
-        return self._recomputed[index].to(self.teacher.device), context
+        return self._recomputed[index].to(self.teacher.device)
 
     @torch.no_grad()
     def _recompute(self, first: int) -> None:
         indices = range(first, min(first + self.chunk, self.num_batches))
-        self._recomputed = {index: self._embedded(index)[0].cpu() for index in indices}
+        self._recomputed = {index: self.teacher.embed(self.batch(index)).cpu() for index in indices}
         for depth in range(self.depth):
             layer = self.teacher.layer(depth)
             for index in indices:
-                hidden, context = self._recomputed[index].to(self.teacher.device), self._embedded(index)[1]
-                self._recomputed[index] = self._next(layer, hidden, context).cpu()
+                hidden = self._recomputed[index].to(self.teacher.device)
+                self._recomputed[index] = self._next(layer, hidden, self.context(index)).cpu()
+
+    @torch.no_grad()
+    def at(self, layer: PuzzleDecoderLayer, index: int) -> LayerPass:
+        """What layer ``depth`` makes of batch ``index``."""
+        with self.teacher.autocast():
+            return run_layer(layer, self.hidden(index), self.context(index))
 
     def passes(self, layer: PuzzleDecoderLayer) -> Iterator[LayerPass]:
         """What layer ``depth`` makes of every batch, one at a time."""
-        for index in range(self.num_batches):
-            with torch.no_grad(), self.teacher.autocast():
-                one = run_layer(layer, *self.hidden(index))
-            yield one
+        return (self.at(layer, index) for index in range(self.num_batches))
 
     @torch.no_grad()
     def advance(self, layer: PuzzleDecoderLayer) -> None:
@@ -134,13 +136,13 @@ class Stream:
         assert layer.layer_idx == self.depth
         if self.store is not None:
             for index in range(self.num_batches):
-                self.store.write(index, self._next(layer, *self.hidden(index)))
+                self.store.write(index, self._next(layer, self.hidden(index), self.context(index)))
         self._recomputed = {}
         self.depth += 1
 
     def _next(self, layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> Tensor:
         with self.teacher.autocast():
-            return next_hidden(run_layer(layer, hidden, context), self.teacher.dtype)
+            return next_hidden(run_layer(layer, hidden, context), self.dtype or self.teacher.dtype)
 
 
 def next_hidden(one: LayerPass, dtype: torch.dtype) -> Tensor:

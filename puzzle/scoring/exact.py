@@ -1,66 +1,169 @@
-"""Exact replace-one scores: put one item into the otherwise untouched teacher and compare the outputs.
+"""Exact scores: put changes into a model, run what comes after them, and compare the outputs with the teacher's.
 
-Reads the teacher, items' weights and the ``score`` sequences; computes per sequence the KL(teacher ‖ student), the
-cross-entropy difference and the top-1 agreement, means over tokens. What lies before the replaced layer is computed
-once per layer and never again.
+A change is one item for a score, both parts of a layer, a run of layers, or a whole architecture for the truth about
+it. What lies before a change is never computed again; changes that begin at the same layer go on together, so that
+each later layer is loaded once for all of them, and so are the teacher's probabilities. Reads a base model layer by
+layer and batches of one split; holds the residual streams of the changes under way:
+
+    changes * sequences * T * D * 4 bytes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from puzzle.blocks.layer import item_layer, parts_of
+from puzzle.blocks.stream import Stream
 from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
-from puzzle.modeling import PuzzleForCausalLM
-from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle.teacher import LayerPass, embed, final_hidden, layers_of, run_layer, run_suffix
+from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.scoring.base import Base
+from puzzle.teacher import Context, LayerPass, run_layer
 from puzzle.types import Item
 
 METRICS: Mapping[str, Callable[[TokenMetrics], Tensor]] = {
     "kl": lambda tokens: tokens.kl_nats,
     "ce_delta": lambda tokens: tokens.ce_nats - tokens.teacher_ce_nats,
     "agreement": lambda tokens: tokens.agreement,
+    "hidden_distance": lambda tokens: tokens.hidden_distance,
 }
+Values = dict[str, Tensor]  # by metric, one value per sequence: (sequences,) fp64 on the CPU
+Task = Callable[[Tensor, nn.Module, Batch], Tensor]  # (B, T, D) after the final norm, the head, the batch -> (B,)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Items that are put in place together."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def first_layer(self) -> int:
+        return min(site.layer for item in self.items for site in item.sites)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Those that the change touches."""
+        return frozenset(site.layer for item in self.items for site in item.sites)
+
+    def changes_attention(self, layer: int) -> bool:
+        return any(site.layer == layer and site.part == "attention" for item in self.items for site in item.sites)
+
+
+def finals_of(base: Base, batches: Sequence[Batch]) -> list[Tensor]:
+    """Per batch (B, T, D) after the final norm, in fp32 on the CPU."""
+    stream = Stream.of(base.teacher, batches, torch.float32)
+    for index in range(base.teacher.num_layers):
+        stream.advance(base.layer(index))
+    return [_final(base, stream.hidden(index)).cpu() for index in range(len(batches))]
 
 
 @torch.no_grad()
-def exact_scores(
-    model: PuzzleForCausalLM,
-    items_of_layer: Mapping[int, list[Item]],
-    read_weights: Callable[[Item], Mapping[str, Tensor]],
-    batches: list[Batch],
-) -> Iterator[tuple[Item, dict[str, Tensor]]]:
-    """For every item of one layer, layer by layer, its values per sequence by metric: (sequences,) fp64."""
-    heads = (model.lm_head, model.lm_head)
-    references = [final_hidden(model, batch) for batch in batches]
-    stream = [embed(model.model, batch, model.dtype) for batch in batches]
-    for index, teacher_layer in enumerate(layers_of(model)):
-        passes = [run_layer(teacher_layer, hidden, context) for hidden, context in stream]
-        for item in items_of_layer.get(index, []):
-            layer = item_layer(teacher_layer, item, read_weights(item))
-            columns = [
-                token_metrics(_replaced(model, layer, item, one), reference, heads, batch)
-                for one, reference, batch in zip(passes, references, batches, strict=True)
-            ]
-            pairs = list(zip(columns, batches, strict=True))
-            yield (
-                item,
-                {
-                    metric: torch.cat([sequence_means(of_tokens(tokens), batch) for tokens, batch in pairs])
-                    for metric, of_tokens in METRICS.items()
-                },
-            )
-        stream = [(one.after, one.context) for one in passes]
+def _final(base: Base, hidden: Tensor) -> Tensor:
+    return base.teacher.top.model.norm(hidden.float())  # type: ignore[no-any-return]
 
 
-def _replaced(model: PuzzleForCausalLM, layer: PuzzleDecoderLayer, item: Item, one: LayerPass) -> Tensor:
-    """Final hidden states with ``layer`` in place; an FFN variant starts after the teacher's attention."""
-    if "attention" in parts_of(item):
-        hidden = run_layer(layer, one.before, one.context).after
-    else:
-        hidden = one.middle + layer.ffn_delta(one.middle)
-    return run_suffix(model, hidden, one.context, layer.layer_idx + 1)
+@dataclass
+class Scorer:
+    """Scores changes of ``base`` on ``batches``, in the order of the layers they begin at.
+
+    ``finals`` are the teacher's (:func:`finals_of`). At most ``together`` changes are under way at once, on ``chunk``
+    batches at a time (memory_plan.plan_scores); neither alters a result.
+    """
+
+    base: Base
+    batches: Sequence[Batch]
+    finals: Sequence[Tensor]
+    together: int = 8
+    chunk: int = 1_000_000
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stream = Stream.of(self.base.teacher, self.batches, torch.float32)
+
+    def base_values(self) -> Values:
+        """What the base itself comes to; nothing but zeros and full agreement where it is the teacher."""
+        finals = finals_of(self.base, self.batches)
+        each = [self._compare([final.to(self.base.teacher.device)], index)[0] for index, final in enumerate(finals)]
+        return {metric: torch.cat([values[metric] for values in each]) for metric in each[0]}
+
+    def scores(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Values]]:
+        """Every change with its values. All begin at one layer, no earlier than those of the last call."""
+        if not changes:
+            return
+        first = changes[0].first_layer
+        assert all(change.first_layer == first for change in changes) and first >= self._stream.depth
+        while self._stream.depth < first:
+            self._stream.advance(self.base.layer(self._stream.depth))
+        for start in range(0, len(changes), self.together):
+            wave = changes[start : start + self.together]
+            yield from zip(wave, self._wave(wave), strict=True)
+
+    @torch.no_grad()
+    def _wave(self, changes: Sequence[Change]) -> list[Values]:
+        """What changes that go on together come to."""
+        columns: list[dict[str, list[Tensor]]] = [{} for _ in changes]
+        first = changes[0].first_layer
+        layer, own = self.base.layer(first), self._own_layers(changes, first)
+        for start in range(0, len(self.batches), self.chunk):
+            chunk = range(start, min(start + self.chunk, len(self.batches)))
+            contexts = {index: self._stream.context(index) for index in chunk}
+            under_way: list[dict[int, Tensor]] = [{} for _ in changes]  # by batch
+            with self.base.teacher.autocast():
+                for index in chunk:
+                    one = self._stream.at(layer, index)
+                    for place, change in enumerate(changes):
+                        under_way[place][index] = _through(own[place], one, change.changes_attention(first))
+                for depth in range(first + 1, self.base.teacher.num_layers):
+                    self._advance(changes, under_way, contexts, depth)
+            for index in chunk:
+                finals = [_final(self.base, of.pop(index)) for of in under_way]
+                for found, values in zip(columns, self._compare(finals, index), strict=True):
+                    for metric, column in values.items():
+                        found.setdefault(metric, []).append(column)
+        return [{metric: torch.cat(parts) for metric, parts in found.items()} for found in columns]
+
+    def _own_layers(self, changes: Sequence[Change], depth: int) -> dict[int, PuzzleDecoderLayer]:
+        """The layers at ``depth`` of those changes that touch it, by their places."""
+        touching = [place for place, change in enumerate(changes) if depth in change.layers]
+        return {place: self.base.layer(depth, changes[place].items) for place in touching}
+
+    def _advance(
+        self,
+        changes: Sequence[Change],
+        under_way: Sequence[dict[int, Tensor]],
+        contexts: Mapping[int, Context],
+        depth: int,
+    ) -> None:
+        """One layer further, with all changes and batches."""
+        own = self._own_layers(changes, depth)
+        shared = self.base.layer(depth)
+        for place, hidden in enumerate(under_way):
+            layer = own.get(place, shared)
+            for index, context in contexts.items():
+                hidden[index] = layer(hidden[index], position_embeddings=context.position, attention_mask=context.masks)
+
+    def _compare(self, finals: Sequence[Tensor], index: int) -> list[Values]:
+        """For each of ``finals``, values per sequence of batch ``index`` by metric."""
+        batch, top = self.batches[index].to(self.base.teacher.device), self.base.teacher.top
+        reference = self.finals[index].to(self.base.teacher.device)
+        found = []
+        for final, tokens in zip(finals, token_metrics(finals, reference, (top.lm_head,) * 2, batch), strict=True):
+            values = {metric: sequence_means(of_tokens(tokens), batch) for metric, of_tokens in METRICS.items()}
+            values |= {name: task(final, top.lm_head, batch).cpu().double() for name, task in self.tasks.items()}
+            found.append(values)
+        return found
+
+
+def _through(layer: PuzzleDecoderLayer, one: LayerPass, changes_attention: bool) -> Tensor:
+    """After ``layer``; one that differs in its FFN alone starts after the base's attention."""
+    if changes_attention:
+        return run_layer(layer, one.before, one.context).after
+    return one.middle + layer.ffn_delta(one.middle)
+
+
+__all__ = ["METRICS", "Change", "Scorer", "Task", "Values", "finals_of"]

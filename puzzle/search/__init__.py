@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from puzzle.config import ConstraintFile
-from puzzle.search.constraints import problems
+from puzzle.search.constraints import OBJECTIVES, problems
 from puzzle.tables import ScoreTable
 from puzzle.types import Conflict, Cost, Item, ModelShape, Solution
 
@@ -46,7 +47,10 @@ def search(
     )
     if found.note:
         _log.warning(found.note)
-    return found.solutions
+    metric = OBJECTIVES[constraints.objective]
+    return tuple(
+        replace(solution, objective_se=scores.standard_error(solution.items, metric)) for solution in found.solutions
+    )
 
 
 def pareto_front(

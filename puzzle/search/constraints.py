@@ -82,15 +82,20 @@ def workloads(file: ConstraintFile, shape: ModelShape) -> tuple[Workload, ...]:
 def usable_items(items: Iterable[Item], scores: ScoreTable, metric: str) -> dict[Item, float]:
     """The items with their scores. One listed as failed falls away; one that nobody scored is missing.
 
-    An item that keeps the teacher's own blocks is the teacher, whose score is 0 by definition.
+    An item that keeps the teacher's own blocks costs nothing, unless it takes the place of something in a context. What
+    the context itself costs is paid once, at the first site.
     """
     found: dict[Item, float] = {}
     for item in items:
-        if all(spec.kind == "keep" and spec.precision is None for spec in item.specs):
-            found[item] = 0.0
-        elif item.id not in scores.failed or (item.id, metric) in scores.scores:
+        if (item.id, metric) in scores.scores:
             found[item] = scores.score(item.id, metric).mean
-    return found
+        elif variants.is_teacher(item):
+            found[item] = 0.0
+        elif item.id not in scores.failed:
+            scores.score(item.id, metric)  # says what is missing
+    first = min(site for item in items for site in item.sites)
+    paid = scores.base.get(metric, 0.0)
+    return {item: score + (paid if first in item.sites else 0.0) for item, score in found.items()}
 
 
 def problems(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from puzzle.search.problem import Problem
 from puzzle.types import ConfigError, InfeasibleError, Item, PuzzleError, Site, Solution
+from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
@@ -107,17 +108,15 @@ def front(problem: Problem, cost_name: str) -> Front:
     if not steps[-1]:
         raise InfeasibleError("no choice of items covers every site exactly once")
     (last,) = steps[-1]
-    by_keeping = [
-        item.id for item in problem.items if all(spec.kind == "keep" and not spec.precision for spec in item.specs)
-    ]
-    is_teacher = sum(len(problem.by_id[item_id].sites) for item_id in by_keeping) == len(problem.sites)
+    by_keeping = [item.id for item in problem.items if is_teacher(item)]
+    all_kept = sum(len(problem.by_id[item_id].sites) for item_id in by_keeping) == len(problem.sites)
     return Front(
         cost_name=cost_name,
         cost_unit=quantity.unit,
         objective_name=problem.objective_name,
         cost=last.cost * cost_step + quantity.constant,
         objective=last.objective * objective_step,
-        teacher_cost=float(quantity.value(by_keeping)) if is_teacher else None,
+        teacher_cost=float(quantity.value(by_keeping)) if all_kept else None,
         _item_ids=tuple(item.id for item in problem.items),
         _steps=steps,
     )

@@ -13,9 +13,10 @@ import transformers
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.stages.distill import make_distill
+from puzzle.stages.profile import make_profile
+from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
 from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
-from puzzle.stages.tables import make_profile, make_score
 
 transformers.logging.set_verbosity_error()  # its warnings are about uses that are not ours
 transformers.logging.disable_progress_bar()

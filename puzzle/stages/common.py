@@ -7,20 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from puzzle import artifacts
 from puzzle.blocks import library
 from puzzle.data.batches import Batch, TokenData, read_tokens
+from puzzle.memory_plan import Machine
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.ranks import Ranks
 from puzzle.run import Run
 from puzzle.teacher import Compute, Teacher, load_model
-from puzzle.types import Item
+from puzzle.types import GIB, Item
 from puzzle.variants import has_weights
 
 BATCH_SEQUENCES = 8
 HELD_OUT_SEQUENCES = 16
+BUDGET_SHARE = 0.6  # of what is free on the device, where the config names no budget
 
 
 def compute_of(run: Run) -> Compute:
@@ -53,13 +57,24 @@ def stored_dtype(run: Run) -> torch.dtype:
     return dtype
 
 
+def machine_of(run: Run) -> Machine:
+    """What this process may use of the machine, which it shares with other ranks, and of what the config allows."""
+    device, sharing = compute_of(run).device, Ranks.current().count_here
+    host = psutil.virtual_memory().available / sharing
+    disk = psutil.disk_usage(str(run.folder)).free / sharing
+    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+    given = run.config.memory_budget_gib
+    budget = given * GIB if given is not None else BUDGET_SHARE * free
+    return Machine(budget, BUDGET_SHARE * host, disk, device.type != "cuda")
+
+
 def tokens_of(run: Run) -> TokenData:
     return read_tokens(run.data, artifacts.read_unit(run.data).payload, run.config.data)
 
 
-def sequences_of(run: Run, split: str, count: int) -> list[Batch]:
-    """Batches on the device; the same for equal (split, count, seed)."""
-    drawn = tokens_of(run).sequences(split, count, run.config.seed)
+def sequences_of(run: Run, split: str, count: int, first: int = 0) -> list[Batch]:
+    """Batches on the device of sequences ``first`` to ``count``, in an order that the run's seed alone decides."""
+    drawn = tokens_of(run).sequences(split, count, run.config.seed).rows(slice(first, count))
     return [batch.to(compute_of(run).device) for batch in drawn.split(BATCH_SEQUENCES)]
 
 

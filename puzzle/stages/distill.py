@@ -7,9 +7,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
-import torch
-
 from puzzle import artifacts, memory_plan
 from puzzle.blocks import distill, library
 from puzzle.blocks.stream import InMemory, OnDisk, Store, Stream
@@ -19,11 +16,8 @@ from puzzle.progress import Progress
 from puzzle.ranks import Ranks, Share, rows_of, shares, team_sum
 from puzzle.run import Planned, Run
 from puzzle.schedule import num_steps
-from puzzle.stages.common import compute_of, held_out_of, streamed_teacher, tokens_of, write_unit
-from puzzle.types import GIB
+from puzzle.stages.common import compute_of, held_out_of, machine_of, streamed_teacher, tokens_of, write_unit
 from puzzle.variants import params
-
-BUDGET_SHARE = 0.6  # of what is free on the device, where the config names no budget
 
 
 def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -101,17 +95,6 @@ def plan_of(run: Run, units: Sequence[str], steps: int, machine: Machine) -> Bld
     named = [memory_plan.Unit(unit, run.units[unit][0].sites[0].layer, run.unit_params(unit)) for unit in units]
     wanted = None if settings.residual == "auto" else settings.residual
     return memory_plan.plan_bld(run.shape, named, batches, machine, wanted)
-
-
-def machine_of(run: Run) -> Machine:
-    """What this process may use of the machine, which it shares with other ranks, and of what the config allows."""
-    device, sharing = compute_of(run).device, Ranks.current().count_here
-    host = psutil.virtual_memory().available / sharing
-    disk = psutil.disk_usage(str(run.folder)).free / sharing
-    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
-    given = run.config.distill.memory_budget_gib
-    budget = given * GIB if given is not None else BUDGET_SHARE * free
-    return Machine(budget, BUDGET_SHARE * host, disk, device.type != "cuda")
 
 
 @contextlib.contextmanager

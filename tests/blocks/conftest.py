@@ -1,37 +1,21 @@
-"""A tiny teacher on disk, batches, and units to train."""
+"""Batches, and units to train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from puzzle.blocks.distill import Task
 from puzzle.blocks.layer import part_state
 from puzzle.data.batches import Batch
-from puzzle.modeling import PuzzleDecoderLayer
-from puzzle.teacher import Teacher
+from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.teacher import LayerPass, context_of, embed, layers_of, run_layer
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
 from puzzle.variants import site_item
 
 SPECS: list[Spec] = [AttentionSpec("gqa", num_kv_heads=2), FfnSpec("narrow", intermediate_size=48), FfnSpec("linear")]
-
-
-@pytest.fixture(scope="session")
-def teacher_folder(tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    tiny_llama.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def teacher(teacher_folder: Path) -> Teacher:
-    """Layers from disk, in fp32; nobody changes them."""
-    return Teacher(teacher_folder, torch.device("cpu"), torch.float32)
 
 
 def batch(step: int) -> Batch:
@@ -72,3 +56,12 @@ def items_at(layers: list[int]) -> list[Item]:
         for layer in layers
         for spec in SPECS
     ]
+
+
+def layer_passes(model: PuzzleForCausalLM, batch: Batch, num_layers: int) -> list[LayerPass]:
+    """The passes of a whole model's first ``num_layers`` layers over one batch."""
+    hidden, context = embed(model.model, batch, model.dtype), context_of(model.model, batch, model.dtype)
+    passes: list[LayerPass] = []
+    for layer in layers_of(model)[:num_layers]:
+        passes.append(run_layer(layer, passes[-1].after if passes else hidden, context))
+    return passes

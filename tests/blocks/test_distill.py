@@ -82,7 +82,7 @@ def test_the_reported_loss_is_that_of_the_returned_weights(teacher: Teacher) -> 
     for item, result in zip(items, train(teacher, items, 5).values(), strict=True):
         layer = item_layer(teacher.layer(2), item, result.weights)
         with torch.no_grad():
-            one = run_layer(teacher.layer(2), *held_out_at(teacher, 2).hidden(0))
+            one = held_out_at(teacher, 2).at(teacher.layer(2), 0)
             expected = local_loss(layer, tuple(parts_of(item)), one)
         assert result.after == {item.id: pytest.approx(expected.item(), rel=1e-5)}
 
@@ -179,7 +179,7 @@ def test_a_nested_ffn_holds_every_width(teacher: Teacher) -> None:
         width = item.specs[0].intermediate_size  # type: ignore[union-attr]
         layer = item_layer(teacher.layer(1), item, prefix(result.weights, width or 0))
         with torch.no_grad():
-            one = run_layer(teacher.layer(1), *held_out_at(teacher, 1).hidden(0))
+            one = held_out_at(teacher, 1).at(teacher.layer(1), 0)
             assert local_loss(layer, ("ffn",), one).item() == pytest.approx(result.after[item.id], rel=1e-5)
         assert result.after[item.id] < before.after[item.id]
 
@@ -211,7 +211,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(teacher: Teacher) -> None:
     whole, half = batch(0), [batch(0).rows(slice(0, 1)), batch(0).rows(slice(1, 4))]
     item = items_at([0])[1]
     layer = item_layer(teacher.layer(0), item, start_of(layers_of(teacher), item).weights)
-    passes = [run_layer(teacher.layer(0), *teacher.embed(part)) for part in half]
+    passes = [run_layer(teacher.layer(0), teacher.embed(part), teacher.context(part)) for part in half]
     totals = [Goal.of(one.after, one.context).total for one in passes]
 
     def add_up(tensors: list[Tensor]) -> None:
@@ -219,12 +219,12 @@ def test_parts_of_a_batch_add_up_to_the_whole(teacher: Teacher) -> None:
 
     goals = [Goal.of(one.after, one.context, "mse", add_up) for one in passes]
     parts = [goal.loss(one.middle + layer.ffn_delta(one.middle)) for goal, one in zip(goals, passes, strict=True)]
-    one = run_layer(teacher.layer(0), *teacher.embed(whole))
+    one = run_layer(teacher.layer(0), teacher.embed(whole), teacher.context(whole))
     assert sum(parts).item() == pytest.approx(local_loss(layer, ("ffn",), one).item(), rel=1e-5)  # type: ignore[union-attr]
 
 
 def test_the_layer_loss_of_an_attention_variant_sees_the_ffn(teacher: Teacher) -> None:
-    one = run_layer(teacher.layer(1), *held_out_at(teacher, 1).hidden(0))
+    one = held_out_at(teacher, 1).at(teacher.layer(1), 0)
     item = site_item(Site(1, "attention"), AttentionSpec("skip"))
     layer = item_layer(teacher.layer(1), item, {})
     expected = Goal.of(one.after, one.context).loss(one.before + layer.ffn_delta(one.before))

@@ -14,8 +14,9 @@ from puzzle.blocks.keys import Distances, ScoreMoments
 from puzzle.blocks.layer import part_state, variant_layer
 from puzzle.data.batches import Batch
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle.teacher import LayerPass, attention_delta, freeze, run_layers
+from puzzle.teacher import LayerPass, attention_delta, freeze
 from puzzle.types import AttentionSpec
+from tests.blocks.conftest import layer_passes
 from tests.tiny_families import make_kept, make_stock, make_tokens
 
 BIASED, QK_NORMED, PLAIN = "qwen2", "gemma3_text", "llama"
@@ -27,7 +28,7 @@ def teacher(family: str) -> tuple[PuzzleDecoderLayer, LayerPass]:
     stock = make_stock(family, num_attention_heads=QUERY_HEADS, num_key_value_heads=KV_HEADS)
     model = freeze(make_kept(stock))
     with torch.no_grad():
-        return model.model.layers[1], run_layers(model, Batch(make_tokens(8, 24)), 2)[1]
+        return model.model.layers[1], layer_passes(model, Batch(make_tokens(8, 24)), 2)[1]
 
 
 def heads_of(layer: PuzzleDecoderLayer) -> Heads:

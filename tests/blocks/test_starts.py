@@ -19,8 +19,9 @@ from puzzle.blocks.starts import Start, best_starts, part_of
 from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle.teacher import LayerPass, attention_delta, freeze, run_layers
+from puzzle.teacher import LayerPass, attention_delta, freeze
 from puzzle.types import AttentionSpec, FfnSpec, Spec
+from tests.blocks.conftest import layer_passes
 from tests.tiny_families import OWN, make_kept, make_stock, make_tokens
 
 LAYER = 2  # of four: sees a window in some families, has experts in one
@@ -41,7 +42,7 @@ class Passes:
         self.times += 1
         for ids in self.batches:
             with torch.no_grad():
-                yield run_layers(self.model, Batch(ids), LAYER + 1)[LAYER]
+                yield layer_passes(self.model, Batch(ids), LAYER + 1)[LAYER]
 
 
 @functools.lru_cache

@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from puzzle.blocks.stream import InMemory, OnDisk, Store, Stream
 from puzzle.data.batches import Batch
-from puzzle.teacher import Compute, Teacher, load_model, run_layers
-from tests.blocks.conftest import batch
+from puzzle.teacher import Compute, Teacher, load_model
+from tests.blocks.conftest import batch, layer_passes
 
 CPU = torch.device("cpu")
 
@@ -35,10 +35,10 @@ def test_every_store_gives_the_same_stream(teacher_folder: Path, tmp_path: Path,
     reference = found.pop("memory")
     for layer in range(4):
         for index in (4, 0, 2):  # in any order
-            expected, _ = reference.hidden(index)
+            expected = reference.hidden(index)
             assert expected.dtype == dtype
             for name, stream in found.items():
-                assert torch.equal(stream.hidden(index)[0], expected), name
+                assert torch.equal(stream.hidden(index), expected), name
         for stream in (reference, *found.values()):
             stream.advance(stream.teacher.layer(layer))
 
@@ -46,7 +46,7 @@ def test_every_store_gives_the_same_stream(teacher_folder: Path, tmp_path: Path,
 def test_the_stream_is_the_whole_models(teacher_folder: Path, teacher: Teacher) -> None:
     model = load_model(teacher_folder, Compute(CPU, bf16=False))
     stream = Stream.of(teacher, [batch(0), batch(1)])
-    for layer, expected in enumerate(run_layers(model, batch(1), 4)):
+    for layer, expected in enumerate(layer_passes(model, batch(1), 4)):
         one = list(stream.passes(teacher.layer(layer)))[1]
         torch.testing.assert_close(one.after, expected.after)
         torch.testing.assert_close(one.middle, expected.middle)
@@ -71,11 +71,11 @@ def test_documents_keep_to_themselves(teacher: Teacher) -> None:
     for layer in range(4):
         for stream in (together, alone):
             stream.advance(teacher.layer(layer))
-    torch.testing.assert_close(together.hidden(0)[0][:, 7:], alone.hidden(0)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.hidden(0)[:, 7:], alone.hidden(0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_token_does_not_count(teacher: Teacher) -> None:
-    _, context = teacher.embed(batch(0))
+    context = teacher.context(batch(0))
     assert context.weights[:, 0].sum() == 0
     assert context.weights[:, 1:].min() == 1
 

@@ -69,6 +69,16 @@ def test_two_ranks_share_the_units_and_then_the_batches(unfinished: Project, fin
         torch.testing.assert_close(weights(unfinished.run)["L001.ffn.linear"][name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_two_ranks_score_what_one_does(finished: Project, tmp_path: Path) -> None:
+    project = finished.copy_to(tmp_path / "project")
+    shutil.copytree(finished.run, project.run)
+    expected = {path.name: path.read_text() for path in (finished.run / "scores").glob("*.json")}
+    shutil.rmtree(project.run / "scores")
+    done = torchrun("-m", "puzzle", "--debug", "score", str(project.config))
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_text() for path in (project.run / "scores").glob("*.json")} == expected
+
+
 def test_a_dead_rank_is_named_and_its_units_are_taken_up(
     unfinished: Project, finished: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

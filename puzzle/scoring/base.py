@@ -1,0 +1,48 @@
+"""The model that changes are put into: the teacher or, for conditional scores, the teacher partly compressed already.
+
+Reads a :class:`~puzzle.teacher.Teacher` layer by layer and the library's weights; holds neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from puzzle.blocks.layer import layer_with
+from puzzle.modeling import PuzzleDecoderLayer, part_prefixes
+from puzzle.teacher import Teacher
+from puzzle.types import Item, Part, Spec
+
+ReadWeights = Callable[[Item], Mapping[str, Tensor]]
+
+
+class Base:
+    """``teacher`` with ``items``, those of the context, in place; ``read_weights`` gives an item's trained tensors."""
+
+    def __init__(self, teacher: Teacher, read_weights: ReadWeights, items: Sequence[Item] = ()) -> None:
+        self.teacher, self.items = teacher, tuple(items)
+        self.read_weights = read_weights
+
+    def layer(self, index: int, changed: Sequence[Item] = ()) -> PuzzleDecoderLayer:
+        """Layer ``index``, in which ``changed`` items take the place of what the base has there."""
+        specs: dict[Part, Spec] = {}
+        owner: dict[Part, Item] = {}
+        for item in (*self.items, *changed):
+            for site, spec in zip(item.sites, item.specs, strict=True):
+                if site.layer == index:
+                    specs[site.part], owner[site.part] = spec, item
+        layer = self.teacher.layer(index)
+        if not specs:
+            return layer
+        read = {item.id: self.read_weights(item) for item in owner.values()}
+        weights = {
+            name: tensor
+            for part, item in owner.items()
+            for name, tensor in read[item.id].items()
+            if name.startswith(part_prefixes(layer.config, part))
+        }
+        return layer_with(layer, specs, weights)
+
+
+__all__ = ["Base", "ReadWeights"]

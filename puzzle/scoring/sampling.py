@@ -1,0 +1,48 @@
+"""How many sequences scores need: until variants that compete are told apart, or cannot be. Pure arithmetic.
+
+Two variants met the same sequences, so what counts is the difference in each of them, whose spread is far below that of
+either score. Told apart: the mean difference is at least two of its standard errors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+SURE = 2.0  # standard errors
+
+
+def rounds(first: int, available: int) -> Iterator[range]:
+    """Which sequences each round adds: ``first``, then as many again as there were, up to ``available``."""
+    start, stop = 0, min(first, available)
+    while start < stop:
+        yield range(start, stop)
+        start, stop = stop, min(2 * stop, available)
+
+
+def undecided(scores: Mapping[str, Sequence[float]], until_se: float) -> list[tuple[str, str]]:
+    """Pairs of variants, or of a variant and the teacher (``""``, 0 throughout), that more sequences may tell apart.
+
+    ``scores`` are per sequence, the same ones for all. A pair is left alone once the standard error of its mean
+    difference is at most ``until_se``.
+    """
+    length = len(next(iter(scores.values()), ()))
+    values = {"": [0.0] * length, **scores}
+    return [
+        (a, b)
+        for a, b in itertools.combinations(values, 2)
+        if _open([one - other for one, other in zip(values[a], values[b], strict=True)], until_se)
+    ]
+
+
+def _open(differences: Sequence[float], until_se: float) -> bool:
+    count = len(differences)
+    if count < 2:
+        return True
+    mean = math.fsum(differences) / count
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
+    return error > until_se and abs(mean) < SURE * error
+
+
+__all__ = ["rounds", "undecided"]

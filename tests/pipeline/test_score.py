@@ -1,0 +1,126 @@
+"""The score stage: what it may hold changes no bit; sequences until told apart; on top of a model; runs; tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from puzzle.artifacts import read_unit
+from puzzle.cli import main
+from puzzle.run import Run
+from tests.pipeline.conftest import Project
+
+
+@pytest.fixture
+def copy(finished: Project, tmp_path: Path) -> Project:
+    project = finished.copy_to(tmp_path / "project")
+    shutil.copytree(finished.run, project.run)
+    return project
+
+
+def scores(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.glob("*.json"))}
+
+
+def lengths(project: Project) -> dict[str, set[int]]:
+    """How many sequences the scores of each unit rest on."""
+    units = {path.stem: read_unit(path) for path in (project.run / "scores").glob("*.json")}
+    return {name: {len(score["per_sequence"]) for score in unit.payload["scores"]} for name, unit in units.items()}
+
+
+@pytest.mark.parametrize("budget", [0.0005, 0.0006])
+def test_how_much_may_be_held_changes_no_bit(copy: Project, budget: float) -> None:
+    before = scores(copy.run / "scores")
+    shutil.rmtree(copy.run / "scores")
+    assert main(["--debug", "score", str(copy.config), "--memory-budget", str(budget)]) == 0
+    assert scores(copy.run / "scores") == before
+
+
+def test_a_budget_that_no_change_fits_in_is_refused(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy.run / "scores")
+    assert main(["score", str(copy.config), "--memory-budget", "0.0001"]) == 2
+    assert "score: one change on one batch needs 0.00 GiB" in capsys.readouterr().err
+
+
+def test_sequences_are_added_where_variants_are_not_told_apart(copy: Project) -> None:
+    settings = [str(copy.config), "--redo", "--set", "score.sequences=2"]
+    available = Run.open(copy.config)
+    assert main(["--debug", "score", *settings, "--until-se", "100"]) == 0
+    assert set.union(*lengths(copy).values()) == {2}
+    assert main(["--debug", "score", *settings, "--until-se", "1e-9"]) == 0
+    found = lengths(copy)
+    assert all(len(of) == 1 for of in found.values())  # all of a site met the same sequences
+    assert max(max(of) for of in found.values()) > 2
+    longest = max(found, key=lambda name: max(found[name]))
+    first = json.loads((copy.run / "scores" / f"{longest}.json").read_text())["payload"]["scores"]
+    assert main(["--debug", "score", str(copy.config), "--redo", "--set", "score.sequences=2"]) == 0
+    few = json.loads((copy.run / "scores" / f"{longest}.json").read_text())["payload"]["scores"]
+    for many, score in zip(first, few, strict=True):
+        assert many["per_sequence"][:2] == score["per_sequence"]
+    assert available.items == Run.open(copy.config).items
+
+
+def test_changes_to_a_model_that_is_partly_compressed(copy: Project) -> None:
+    run = Run.open(copy.config)
+    context = run.solution / "architecture.json"
+    assert main(["--debug", "score", str(copy.config), "--on", str(context)]) == 0
+    on = Run.open(copy.config, context_file=context)
+    assert on.scores != run.scores and on.context
+    table = on.read_scores()
+    in_place = {item.id for item in on.context}
+    for item in on.context:
+        assert table.score(item.id, "kl").mean == 0.0
+        assert table.score(item.id, "kl").context_id == on.context_id
+    back = [f"{item.sites[0]}.keep" for item in on.context]
+    assert min(table.score(item_id, "kl").mean for item_id in back) < 0 < table.base["kl"]
+    assert main(["--debug", "search", str(copy.config), "--on", str(context)]) == 0
+    (solution,) = on.solutions()
+    increments = sum(table.score(i, "kl").mean for i in solution.items if (i, "kl") in table.scores)
+    assert solution.objective_nats == pytest.approx(table.base["kl"] + increments)
+    assert solution.objective_nats <= table.base["kl"]  # the context itself keeps the bounds
+    assert in_place <= {item.id for item in on.items}
+    assert main(["--debug", "search", str(copy.config)]) == 0  # and the teacher's own are untouched
+    assert run.solutions()[0].items == Run.open(copy.config).solutions()[0].items
+
+
+def test_an_architecture_that_is_not_on_offer_is_no_context(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy.folder / "other.json").write_text('{"L000.attention": "gqa-1"}')
+    assert main(["score", str(copy.config), "--on", str(copy.folder / "other.json")]) == 2
+    assert "other.json: L000.attention: gqa-1 is not on offer in the search space" in capsys.readouterr().err
+    (copy.folder / "other.json").write_text('{"L009.ffn": "skip"}')
+    assert main(["score", str(copy.config), "--on", str(copy.folder / "other.json")]) == 2
+    assert "L009.ffn: the teacher has no such site" in capsys.readouterr().err
+
+
+def test_runs_of_layers_are_scored_and_chosen_as_one(copy: Project) -> None:
+    with open(copy.folder / "space.yaml", "a") as file:
+        file.write("runs: 2\n")
+    assert main(["--debug", "score", str(copy.config)]) == 0
+    table = Run.open(copy.config).read_scores()
+    one, both = table.score("L001-L001.skip", "kl"), table.score("L000-L001.skip", "kl")
+    apart = [table.score(f"L001.{part}.skip", "kl").mean for part in ("attention", "ffn")]
+    assert one.mean != pytest.approx(sum(apart), rel=1e-3)
+    (copy.folder / "limit.yaml").write_text(f"constraints: {{params: {128 * 32 + 32}}}\n")  # nothing but the embedding
+    assert main(["--debug", "search", str(copy.config)]) == 0
+    (solution,) = Run.open(copy.config).solutions()
+    ways = {("L000-L001.skip",): both.mean, ("L000-L000.skip", "L001-L001.skip"): 0.0}
+    assert solution.items in ways or len(solution.items) > 1
+    assert solution.objective_nats <= both.mean + 1e-12
+
+
+def test_a_task_of_the_users_own_is_scored(copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.folder)
+    Path("mine.py").write_text(
+        "def spread(final, head, batch):\n    return head(final).float().std(-1).mean(-1)\n", encoding="utf-8"
+    )
+    assert main(["--debug", "score", str(copy.config), "--redo", "--set", "score.tasks={spread: 'mine:spread'}"]) == 0
+    score = Run.open(copy.config).read_scores().score("L000.ffn.skip", "spread")
+    assert len(score.per_sequence) == 4 and score.mean > 0
+
+
+def test_a_task_that_is_not_there_is_named(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(copy.config), "--redo", "--set", "score.tasks={x: 'nowhere:f'}"]) == 2
+    assert "score.tasks.x: nowhere:f: No module named 'nowhere'" in capsys.readouterr().err
