@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         help="add sequences until a site's variants are told apart, or so close",
     )
 
+    additivity = _with_run(commands.add_parser("additivity", help="see how far sums of scores are from the truth"))
+    additivity.add_argument("--architectures", type=int, help="how many are evaluated truly (default 120)")
+    additivity.set_defaults(command=_additivity)
+
     pareto = _with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
     pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
     pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
@@ -159,6 +163,7 @@ def _open(options: argparse.Namespace) -> Run:
         "device": options.device,
         "memory_budget_gib": options.memory_budget,
         "score.until_se": vars(options).get("until_se"),
+        "additivity.architectures": vars(options).get("architectures"),
     }
     overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     return Run.open(options.run, overrides, options.constraints, options.on)
@@ -238,6 +243,15 @@ def _stage(options: argparse.Namespace) -> None:
         print(run.solution / "architecture.json")
     elif options.stage == "report":
         print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+
+
+def _additivity(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+    from puzzle.report import additivity
+
+    run = _open(options)
+    pipeline.run_stage(run, "additivity")
+    print(additivity.report(run))
 
 
 def _pareto(options: argparse.Namespace) -> None:

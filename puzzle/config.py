@@ -152,14 +152,23 @@ class DistillConfig(_Model):
 
 
 class ScoreConfig(_Model):
-    """``until_se`` (nats): where two variants of a site are not told apart, sequences are added, twice as many each
+    """``mode``: every variant on the whole model (exact), or one variant a site, from which those of the others are
+    estimated (anchored), while what decides a search is still measured exactly; auto: exact up to 30 layers.
+    ``until_se`` (nats): where two variants of a site are not told apart, sequences are added, twice as many each
     time, until the standard error of their difference is below it. ``tasks``: metrics of the user's own by name,
     ``module:function`` (scoring/exact.py, Task).
     """
 
+    mode: Literal["auto", "exact", "anchored"] = "auto"
     sequences: Positive = 32
     until_se: PositiveFloat | None = None
     tasks: dict[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = {}
+
+
+class AdditivityConfig(_Model):
+    """How many architectures are evaluated truly: near-optimal and random ones, mild and hard, in equal numbers."""
+
+    architectures: Positive = 120
 
 
 class ProfileConfig(_Model):
@@ -214,6 +223,7 @@ class RunConfig(_Model):
     init: InitConfig = InitConfig()
     distill: DistillConfig = DistillConfig()
     score: ScoreConfig = ScoreConfig()
+    additivity: AdditivityConfig = AdditivityConfig()
     profile: ProfileConfig = ProfileConfig()
     kd: KdConfig = KdConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -42,22 +42,20 @@ STAGES: tuple[Stage, ...] = (
     Stage("data", (), Run.plan_data, "tokenise the text into four disjoint splits"),
     Stage("init", ("data",), Run.plan_init, "make the variants' starting points from moments of calibration tokens"),
     Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation", True),
-    Stage(
-        "score",
-        ("distill",),
-        Run.plan_score,
-        "score every variant: how much worse the model gets with it",
-        True,
-    ),
+    Stage("score", ("distill",), Run.plan_score, "score the variants, each alone in the teacher", True),
     Stage("profile", (), Run.plan_profile, "measure what every block shape costs on this device"),
-    Stage("search", ("score", "profile"), Run.plan_search, "find the best architecture under the constraint file"),
+    Stage("rescore", ("score", "profile"), Run.plan_rescore, "measure exactly what decides the search"),
+    Stage("search", ("score", "profile", "rescore"), Run.plan_search, "find the best architecture that fits"),
     Stage("build", ("search", "distill"), Run.plan_build, "put the student together"),
     Stage("kd", ("build",), Run.plan_kd, "distil the student globally"),
     Stage("evaluate", ("kd",), Run.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), Run.plan_export, "write and verify a Hugging Face checkpoint"),
     Stage("report", ("export",), Run.plan_report, "draw the result"),
 )
-BY_NAME = {stage.name: stage for stage in STAGES}
+ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
+    Stage("additivity", ("score",), Run.plan_additivity, "see how far sums of scores are from the truth", True),
+)
+BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}
 State = Literal["done", "stale", "missing"]
 
 

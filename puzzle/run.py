@@ -18,6 +18,7 @@ from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.data.inputs import data_inputs
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
+from puzzle.scoring.draws import Draw, draw
 from puzzle.space import PARTS, SearchSpace
 from puzzle.tables import ScoreTable, read_costs, read_scores
 from puzzle.types import (
@@ -36,6 +37,7 @@ from puzzle.variants import has_weights, keep_spec, params, shape_id, variant_na
 
 ABSENT = "absent"
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
+MOST_EXACT_LAYERS = 30  # from here on scores are anchored: exact ones grow with the square of the layers
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
@@ -208,8 +210,22 @@ class Run:
         return read_costs(self.costs, [f"{point.id}.json" for point in self.grid_points])
 
     def read_scores(self) -> ScoreTable:
-        """The scores of the space's items; what an earlier space left in the folder is not among them."""
-        return read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
+        """The scores of the space's items, exact where they were measured again for this constraint file.
+
+        What an earlier space left in the folder is not among them.
+        """
+        table = read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
+        if not self.anchored or not self.rescored.exists():
+            return table
+        return table.replaced(read_scores(self.rescored.parent, [self.rescored.name]))
+
+    @property
+    def anchored(self) -> bool:
+        """Whether scores are estimated from anchors; those on top of a context are not, they may be below 0."""
+        if self.context:
+            return False
+        mode = self.config.score.mode
+        return mode == "anchored" or (mode == "auto" and self.shape.num_layers > MOST_EXACT_LAYERS)
 
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
@@ -243,6 +259,11 @@ class Run:
     def scores(self) -> Path:
         """Of changes to the teacher, or to the context."""
         return self.folder / "scores" / (self.context_id if self.context else "")
+
+    @property
+    def rescored(self) -> Path:
+        """Exact scores of what decides the search under the constraint file."""
+        return self.folder / "rescored" / f"{self.constraints.stem}-{artifacts.fingerprint(self._tables())[:8]}.json"
 
     @property
     def costs(self) -> Path:
@@ -332,6 +353,35 @@ class Run:
         ]
 
     @cached_property
+    def draws(self) -> Mapping[str, Draw]:
+        """The architectures that `puzzle additivity` evaluates, by names that say what they are made of."""
+        if self.context:
+            raise ConfigError("additivity looks at changes to the teacher; leave out --on")
+        sizes = {item.id: sum(params(spec, self.shape) for spec in item.specs) for item in self.items}
+        scores = self.read_scores().means(self.items, "kl")
+        found = draw(self.items, scores, sizes, self.config.additivity.architectures)
+        return {artifacts.fingerprint(one.items): one for one in found}
+
+    @property
+    def additivity(self) -> Path:
+        return self.folder / "additivity"
+
+    def plan_additivity(self) -> list[Planned]:
+        score = self._slice(self.config.score.model_dump(exclude={"until_se", "tasks"}))
+        by_id = {item.id: item for item in self.items}
+        return [
+            Planned(
+                self.additivity / f"{name}.json",
+                {
+                    **self._teacher_and_data(),
+                    "library": self._library_content([by_id[item_id] for item_id in one.items]),
+                    "score": score,
+                },
+            )
+            for name, one in self.draws.items()
+        ]
+
+    @cached_property
     def scored_together(self) -> Mapping[str, tuple[Item, ...]]:
         """The items of each unit of scores, by its name: those of a site, a layer's pairs, or runs from a layer on."""
         names: dict[str, tuple[Item, ...]] = {}
@@ -341,6 +391,9 @@ class Run:
             name = f"L{item.sites[0].layer:03d}.{what}"
             names[name] = (*names.get(name, ()), item)
         return names
+
+    def plan_rescore(self) -> list[Planned]:
+        return [Planned(self.rescored, self._tables())] if self.anchored else []
 
     def plan_profile(self) -> list[Planned]:
         shapes = sorted(shape_id(spec, self.shape) for spec in self.specs)
@@ -410,6 +463,10 @@ class Run:
         return artifacts.fingerprint({unit: _content(self.trained(unit)) for unit in sorted(units)})
 
     def _search_inputs(self) -> dict[str, str]:
+        return {**self._tables(), **({"rescored": _content(self.rescored)} if self.anchored else {})}
+
+    def _tables(self) -> dict[str, str]:
+        """What a search sees before anything is scored anew for it."""
         return {
             "scores": artifacts.fingerprint([_content(self.scores / f"{name}.json") for name in self.scored_together]),
             "costs": artifacts.fingerprint([_content(self.costs / f"{point.id}.json") for point in self.grid_points]),

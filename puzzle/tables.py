@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
-from puzzle.types import CorruptFileError, Cost, MissingMeasurementError, Score, from_json
+from puzzle.types import CorruptFileError, Cost, Item, MissingMeasurementError, Score, from_json
+from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
@@ -25,6 +26,7 @@ SCORE_COLUMNS = (
     "context_id",
     "metric",
     "split",
+    "method",
     "mean",
     "standard_error",
     "num_sequences",
@@ -42,14 +44,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores by (item, metric), and why items have none. ``fingerprint`` is that of the units' content.
+    """Scores by (item, metric), and why items have none.
 
-    ``base``: by metric, what the model itself comes to that the changes are made to; empty where it is the teacher.
+    ``base``: by metric, what the model itself comes to that changes are made to; empty where it is the teacher.
     """
 
     scores: Mapping[tuple[str, str], Score] = field(repr=False)
     failed: Mapping[str, str] = field(default_factory=dict)
-    fingerprint: str = ""
     base: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -57,7 +58,6 @@ class ScoreTable:
         cls,
         scores: Iterable[Score],
         failed: Iterable[Failure] = (),
-        fingerprint: str = "",
         base: Mapping[str, float] | None = None,
     ) -> ScoreTable:
         """The table of these records. CorruptFileError where one item has two scores of the same metric."""
@@ -66,13 +66,33 @@ class ScoreTable:
             if (key := (score.item_id, score.metric)) in by_key:
                 raise CorruptFileError(f"{score.item_id} has two {score.metric} scores; delete one of them")
             by_key[key] = score
-        return cls(by_key, {failure.item_id: failure.reason for failure in failed}, fingerprint, base or {})
+        return cls(by_key, {failure.item_id: failure.reason for failure in failed}, base or {})
 
     def score(self, item_id: str, metric: str) -> Score:
         """MissingMeasurementError if the item was not scored by this metric."""
         found = self.scores.get((item_id, metric))
         if found is None:
             raise MissingMeasurementError(f"no {metric} score for {item_id}; run `{COMMANDS['scores']}`")
+        return found
+
+    def replaced(self, other: ScoreTable) -> ScoreTable:
+        """This table with the scores that ``other`` has in place of its own."""
+        kept = {key: score for key, score in self.scores.items() if key[0] not in other.failed}
+        return replace(self, scores={**kept, **other.scores}, failed={**self.failed, **other.failed})
+
+    def means(self, items: Iterable[Item], metric: str) -> dict[str, float]:
+        """By item, its score. One listed as failed has none; one that nobody scored is missing.
+
+        The teacher's own blocks cost nothing, unless they take the place of something in a context.
+        """
+        found: dict[str, float] = {}
+        for item in items:
+            if (item.id, metric) in self.scores:
+                found[item.id] = self.scores[item.id, metric].mean
+            elif is_teacher(item):
+                found[item.id] = 0.0
+            elif item.id not in self.failed:
+                self.score(item.id, metric)  # says what is missing
         return found
 
     def standard_error(self, item_ids: Iterable[str], metric: str) -> float | None:
@@ -108,18 +128,13 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
             scores.append(score)
         failed.extend(_records(Failure, unit, "failed", optional=True))
         base |= unit.payload.get("base", {})
-    return ScoreTable.of(scores, failed, content_fingerprint(folder), base)
+    return ScoreTable.of(scores, failed, base)
 
 
 def read_costs(folder: Path, names: Collection[str] | None = None) -> tuple[Cost, ...]:
     """All costs in ``folder``, or those in the files of these ``names``; files in the order of their names."""
     units = [unit for unit in _units(folder, "costs") if names is None or unit.path.name in names]
     return tuple(cost for unit in units for cost in _records(Cost, unit, "costs"))
-
-
-def content_fingerprint(folder: Path) -> str:
-    """One fingerprint of what all units in ``folder`` hold; does not depend on when or in what order they were made."""
-    return artifacts.fingerprint({path.name: artifacts.read_unit(path).content for path in _files(folder)})
 
 
 def scores_frame(scores: ScoreTable | Iterable[Score]) -> pd.DataFrame:

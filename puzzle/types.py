@@ -191,7 +191,10 @@ class Entry(_Strict):
 
 @dataclass(frozen=True)
 class Score(_Strict):
-    """How much worse the model gets, one value per sequence (nats per token for KL and CE)."""
+    """How much worse the model gets, one value per sequence (nats per token for KL and CE).
+
+    ``method``: measured on the whole model, or estimated from an anchor (scoring/local.py).
+    """
 
     item_id: str
     base_id: str
@@ -200,6 +203,7 @@ class Score(_Strict):
     split: str
     per_sequence: tuple[float, ...]
     context_tokens: int
+    method: Literal["exact", "anchored"] = "exact"
 
     def __post_init__(self) -> None:
         _require(len(self.per_sequence) > 0, f"{self.item_id}: a score without values")

@@ -21,6 +21,7 @@ from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.scoring.base import Base
+from puzzle.scoring.local import local_errors
 from puzzle.teacher import Context, LayerPass, run_layer
 from puzzle.types import Item
 
@@ -92,16 +93,28 @@ class Scorer:
         return {metric: torch.cat([values[metric] for values in each]) for metric in each[0]}
 
     def scores(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Values]]:
-        """Every change with its values. All begin at one layer, no earlier than those of the last call."""
+        """Every change with its values. All begin at one layer; calls in the order of the layers cost least."""
         if not changes:
             return
         first = changes[0].first_layer
-        assert all(change.first_layer == first for change in changes) and first >= self._stream.depth
-        while self._stream.depth < first:
-            self._stream.advance(self.base.layer(self._stream.depth))
+        assert all(change.first_layer == first for change in changes)
+        self._go_to(first)
         for start in range(0, len(changes), self.together):
             wave = changes[start : start + self.together]
             yield from zip(wave, self._wave(wave), strict=True)
+
+    def local_errors(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """By item, see :func:`puzzle.scoring.local.local_errors`; order as for :meth:`scores`."""
+        first = items[0].sites[0].layer
+        self._go_to(first)
+        return local_errors(self.base, items, self._stream.passes(self.base.layer(first)))
+
+    def _go_to(self, depth: int) -> None:
+        """The base's residual stream at the input of layer ``depth``; going back means starting anew."""
+        if self._stream.depth > depth:
+            self.__post_init__()
+        while self._stream.depth < depth:
+            self._stream.advance(self.base.layer(self._stream.depth))
 
     @torch.no_grad()
     def _wave(self, changes: Sequence[Change]) -> list[Values]:

@@ -79,23 +79,15 @@ def workloads(file: ConstraintFile, shape: ModelShape) -> tuple[Workload, ...]:
     return tuple(found)
 
 
-def usable_items(items: Iterable[Item], scores: ScoreTable, metric: str) -> dict[Item, float]:
-    """The items with their scores. One listed as failed falls away; one that nobody scored is missing.
+def usable_items(items: Sequence[Item], scores: ScoreTable, metric: str) -> dict[Item, float]:
+    """The items with their scores, without those that failed.
 
-    An item that keeps the teacher's own blocks costs nothing, unless it takes the place of something in a context. What
-    the context itself costs is paid once, at the first site.
+    What the context itself costs, where scores are of changes to one, is paid once: at the first site.
     """
-    found: dict[Item, float] = {}
-    for item in items:
-        if (item.id, metric) in scores.scores:
-            found[item] = scores.score(item.id, metric).mean
-        elif variants.is_teacher(item):
-            found[item] = 0.0
-        elif item.id not in scores.failed:
-            scores.score(item.id, metric)  # says what is missing
+    found = scores.means(items, metric)
     first = min(site for item in items for site in item.sites)
     paid = scores.base.get(metric, 0.0)
-    return {item: score + (paid if first in item.sites else 0.0) for item, score in found.items()}
+    return {item: found[item.id] + (paid if first in item.sites else 0.0) for item in items if item.id in found}
 
 
 def problems(

@@ -12,8 +12,10 @@ import transformers
 
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
+from puzzle.stages.additivity import make_additivity
 from puzzle.stages.distill import make_distill
 from puzzle.stages.profile import make_profile
+from puzzle.stages.rescore import make_rescore
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
 from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
@@ -26,6 +28,8 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "init": make_init,
     "distill": make_distill,
     "score": make_score,
+    "rescore": make_rescore,
+    "additivity": make_additivity,
     "profile": make_profile,
     "build": make_build,
     "kd": make_kd,

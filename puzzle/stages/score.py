@@ -6,9 +6,9 @@ import functools
 import importlib
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from puzzle.ranks import Ranks, shares
 from puzzle.run import Planned, Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
+from puzzle.scoring.local import anchor_of
 from puzzle.scoring.sampling import rounds, undecided
 from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
+from puzzle.tables import Failure
 from puzzle.types import ConfigError, Item, Score, to_json
 from puzzle.variants import has_weights, is_teacher
 
@@ -32,13 +34,12 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     names = sorted(wanted, key=lambda name: (_first_layer(run, name), name))
     ranks = Ranks.current()
     pieces = shares({name: _cost(run, name) for name in names}, ranks.count, 1)[ranks.rank].pieces
-    job = _Job(run)
+    job = ScoreJob(run)
     for _, group in itertools.groupby(pieces, lambda name: _first_layer(run, name)):
-        units = {name: job.changes(run.scored_together[name]) for name in group}
-        share = len(units) / max(1, sum(map(len, units.values())))
-        found = job.scores([change for changes in units.values() for change in changes], units, share, progress)
-        for name, changes in units.items():
-            payload = job.payload(run.scored_together[name], {change.name: found[change.name] for change in changes})
+        units = {name: job.items_to_score(run.scored_together[name]) for name in group}
+        found = job.scores(units, run.anchored, progress.fraction)
+        for name, items in units.items():
+            payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
             artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
             progress.done(name)
 
@@ -52,7 +53,7 @@ def _cost(run: Run, name: str) -> float:
     return len(run.scored_together[name]) * (run.shape.num_layers - _first_layer(run, name))
 
 
-class _Job:
+class ScoreJob:
     """One base model, and the rounds of sequences that changes to it are scored on."""
 
     def __init__(self, run: Run) -> None:
@@ -69,7 +70,7 @@ class _Job:
         self._scorers: list[Scorer] = []
         self._base_values: list[Values] = []
 
-    def _scorer(self, index: int) -> Scorer:
+    def scorer(self, index: int) -> Scorer:
         """That of one round, made when first needed."""
         if index == len(self._scorers):
             sequences = self._rounds[index]
@@ -80,55 +81,83 @@ class _Job:
             self._base_values.append(scorer.base_values() if self._base.items else {})
         return self._scorers[index]
 
-    def changes(self, items: Sequence[Item]) -> list[Change]:
-        """What has to be measured: what is in place already changes nothing, nor does the teacher's own in itself."""
+    def items_to_score(self, items: Sequence[Item]) -> list[Item]:
+        """What is in place already changes nothing, nor do the teacher's own blocks in the teacher."""
         in_place = {item.id for item in self._base.items}
         touched = {site for item in self._base.items for site in item.sites}
         return [
-            Change(item.id, (item,))
+            item
             for item in items
             if item.id not in in_place and not (is_teacher(item) and touched.isdisjoint(item.sites))
         ]
 
     def scores(
-        self, changes: Sequence[Change], units: Mapping[str, Sequence[Change]], share: float, progress: Progress
+        self, units: Mapping[str, Sequence[Item]], anchored: bool, advance: Callable[[float], None]
     ) -> dict[str, Values]:
-        """The values of changes that begin at one layer; those of units that are undecided on more sequences."""
+        """The values of items that begin at one layer, by unit; those of units that are undecided on more sequences.
+
+        ``advance`` is called with the share of a unit's work that is done.
+        """
         found: dict[str, Values] = {}
-        still = list(changes)
+        still = list(units)
+        measured = self._anchored if anchored else self._exact
         for index in range(len(self._rounds)):
-            for change, values in self._scorer(index).scores(still) if still else ():
-                before = found.get(change.name)
-                found[change.name] = values if before is None else _joined(before, values)
-                progress.fraction(share if index == 0 else 0.0)
-            names = [name for name, of in units.items() if any(change in still for change in of)]
-            still = [change for name in names for change in self._undecided(units[name], found)]
+            items = [item for name in still for item in units[name]]
+            for item, values in measured(self.scorer(index), items) if items else ():
+                found[item.id] = _joined(found[item.id], values) if item.id in found else values
+                advance(0.0 if index else len(units) / len(items))
+            still = [name for name in still if self._undecided([found[item.id]["kl"] for item in units[name]])]
         return found
 
-    def _undecided(self, changes: Sequence[Change], found: Mapping[str, Values]) -> Sequence[Change]:
-        """All of a unit, so that its scores stay comparable; none where more sequences would tell nothing."""
+    @staticmethod
+    def _exact(scorer: Scorer, items: Sequence[Item]) -> Iterator[tuple[Item, Values]]:
+        return ((change.items[0], values) for change, values in scorer.scores([_change(item) for item in items]))
+
+    def _anchored(self, scorer: Scorer, items: Sequence[Item]) -> Iterator[tuple[Item, Values]]:
+        """Items over several layers, and what leaves its sites out, exactly; the others by their local errors."""
+        anchors = {item.id: anchor_of(item) for item in items if len({site.layer for site in item.sites}) == 1}
+        near = [item for item in items if item.id in anchors and not _leaves_out(item)]
+        wanted = {anchors[item.id].id: anchors[item.id] for item in near}
+        wanted |= {item.id: item for item in items if item not in near}
+        exact = {item.id: values for item, values in self._exact(scorer, list(wanted.values()))}
+        errors = scorer.local_errors(near) if near else {}
+        for item in items:
+            estimated = item.id in errors
+            yield item, {"kl": exact[anchors[item.id].id]["kl"] * errors[item.id]} if estimated else exact[item.id]
+
+    def _undecided(self, scores: Sequence[Tensor]) -> bool:
+        """Whether more sequences may tell a unit's variants apart; all of it gets them, to stay comparable."""
         until = self._run.config.score.until_se
-        kl = {change.name: found[change.name]["kl"] for change in changes}
-        finite = {name: values.tolist() for name, values in kl.items() if torch.isfinite(values).all()}
-        return changes if until is not None and undecided(finite, until) else []
+        finite = {str(place): kl.tolist() for place, kl in enumerate(scores) if torch.isfinite(kl).all()}
+        return until is not None and bool(undecided(finite, until))
+
+    def records(self, items: Sequence[Item], found: Mapping[str, Values]) -> tuple[list[Score], list[Failure]]:
+        """The scores of ``items``, as differences to the base where that is no teacher, and why some have none."""
+        reasons = {item.id: self._failure(item, found[item.id]) for item in items if item.id in found}
+        base = self._of_base(max((len(values["kl"]) for values in found.values()), default=0))
+        scores = [
+            self._score(name, metric, column - base[metric] if base else column, estimated=len(found[name]) == 1)
+            for name, reason in reasons.items()
+            for metric, column in found[name].items()
+            if reason is None
+        ]
+        return scores, [Failure(name, reason) for name, reason in reasons.items() if reason is not None]
 
     def payload(self, items: Sequence[Item], found: Mapping[str, Values]) -> dict[str, Any]:
-        """Of one unit: its scores, why items have none, and what the base itself comes to where it is no teacher."""
-        reasons = {item.id: self._failure(item, found[item.id]) for item in items if item.id in found}
-        failed = {name: reason for name, reason in reasons.items() if reason is not None}
-        length = max((len(values["kl"]) for values in found.values()), default=len(self._rounds[0]))
-        base = self._of_base(length)
-        good = {name: values for name, values in found.items() if name not in failed}
+        """Of one unit of scores; with what the base comes to, where that is no teacher."""
+        scores, failed = self.records(items, found)
+        base = self._of_base(max((len(values["kl"]) for values in found.values()), default=len(self._rounds[0])))
         in_place = {item.id for item in self._base.items}
-        good |= {item.id: {m: torch.zeros_like(v) for m, v in base.items()} for item in items if item.id in in_place}
-        scores = [
-            self._score(name, metric, column - base[metric] if base and name in found else column)
-            for name, values in good.items()
-            for metric, column in values.items()
+        zeros = {metric: torch.zeros_like(column) for metric, column in base.items()}
+        scores += [
+            self._score(item.id, metric, column, estimated=False)
+            for item in items
+            if item.id in in_place
+            for metric, column in zeros.items()
         ]
         return {
             "scores": [to_json(score) for score in scores],
-            "failed": [{"item_id": name, "reason": reason} for name, reason in failed.items()],
+            "failed": [to_json(failure) for failure in failed],
             **({"base": {metric: column.mean().item() for metric, column in base.items()}} if base else {}),
         }
 
@@ -138,9 +167,10 @@ class _Job:
             joined = _joined(joined, values) if joined else values
         return {metric: column[:length] for metric, column in joined.items()}
 
-    def _score(self, name: str, metric: str, column: Tensor) -> Score:
+    def _score(self, name: str, metric: str, column: Tensor, estimated: bool) -> Score:
         tokens, context = self._run.config.data.sequence_tokens, self._run.context_id
-        return Score(name, "teacher", context, metric, "score", tuple(column.tolist()), tokens)
+        method: Literal["exact", "anchored"] = "anchored" if estimated else "exact"
+        return Score(name, "teacher", context, metric, "score", tuple(column.tolist()), tokens, method)
 
     def _failure(self, item: Item, values: Values) -> str | None:
         """Why the item cannot be chosen, if so: its training failed, or its scores are no numbers."""
@@ -150,6 +180,14 @@ class _Job:
                 return str(reason)
         finite = all(torch.isfinite(column).all() for column in values.values())
         return None if finite else "its score is not finite"
+
+
+def _change(item: Item) -> Change:
+    return Change(item.id, (item,))
+
+
+def _leaves_out(item: Item) -> bool:
+    return all(spec.kind == "skip" for spec in item.specs)
 
 
 def _joined(first: Values, second: Values) -> Values:

@@ -124,3 +124,50 @@ def test_a_task_of_the_users_own_is_scored(copy: Project, monkeypatch: pytest.Mo
 def test_a_task_that_is_not_there_is_named(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(copy.config), "--redo", "--set", "score.tasks={x: 'nowhere:f'}"]) == 2
     assert "score.tasks.x: nowhere:f: No module named 'nowhere'" in capsys.readouterr().err
+
+
+def test_anchored_scores_and_what_decides_a_search_measured_again(copy: Project) -> None:
+    settings = [str(copy.config), "--set", "score.mode=anchored"]
+    exact = Run.open(copy.config).read_scores()
+    assert main(["--debug", "score", *settings, "--redo"]) == 0
+    run = Run.open(copy.config, ["score.mode=anchored"])
+    table = run.read_scores()
+    for score in table.scores.values():
+        assert score.metric == "kl" or score.item_id.endswith("skip")
+        if score.item_id.endswith("skip"):
+            assert score.method == "exact"
+            assert score.per_sequence == exact.score(score.item_id, score.metric).per_sequence
+        else:
+            assert score.method == "anchored"
+            assert 0.1 < score.mean / exact.score(score.item_id, "kl").mean < 10
+    assert main(["--debug", "rescore", *settings]) == 0
+    assert main(["--debug", "search", *settings]) == 0
+    (solution,) = run.solutions()
+    measured = run.read_scores()
+    for item_id in solution.items:
+        if not item_id.endswith("keep"):
+            assert measured.score(item_id, "kl") == exact.score(item_id, "kl")
+    assert any(score.method == "anchored" for score in measured.scores.values())
+
+
+def test_what_was_measured_again_for_one_limit_is_not_for_another(
+    copy: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puzzle.scoring.exact import Scorer
+
+    settings = [str(copy.config), "--set", "score.mode=anchored"]
+    assert main(["--debug", "score", *settings, "--redo"]) == 0
+    scored, scores_of = [], Scorer.scores
+    monkeypatch.setattr(Scorer, "scores", lambda self, changes: scores_of(self, scored.append(changes) or changes))
+    assert main(["--debug", "rescore", *settings]) == 0
+    assert scored
+    first = {change.name for changes in scored for change in changes}
+    scored.clear()
+    (copy.folder / "other.yaml").write_text((copy.folder / "limit.yaml").read_text().replace("80%", "81%"))
+    assert main(["--debug", "rescore", *settings, "--constraints", str(copy.folder / "other.yaml")]) == 0
+    assert not first & {change.name for changes in scored for change in changes}
+
+
+def test_exact_scores_leave_nothing_to_measure_again(copy: Project) -> None:
+    assert main(["--debug", "rescore", str(copy.config)]) == 0
+    assert not (copy.run / "rescored").exists()

@@ -11,7 +11,7 @@ import pytest
 from search_factories import make_costs, make_score, make_shape
 
 from puzzle.artifacts import publish_json
-from puzzle.tables import content_fingerprint, costs_frame, read_costs, read_scores, scores_frame
+from puzzle.tables import costs_frame, read_costs, read_scores, scores_frame
 from puzzle.types import CorruptFileError, MissingMeasurementError, to_json
 
 FIRST, SECOND = make_score("L000.ffn.skip", 1.5), make_score("L001.ffn.skip", 0.5)
@@ -50,19 +50,6 @@ def test_costs_are_read_back_equal_and_framed_with_their_fields(tmp_path: Path) 
     frame = costs_frame(costs)
     assert list(frame.columns) == list(asdict(costs[0]))
     assert frame["ms"].sum() == pytest.approx(sum(cost.ms for cost in costs))
-
-
-def test_fingerprint_follows_the_content_alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    first = content_fingerprint(folder)
-    assert read_scores(folder).fingerprint == first
-    again = tmp_path_factory.mktemp("again")
-    for name in ("b.json", "a.json"):
-        shutil.copy(folder / name, again / name)
-    assert content_fingerprint(again) == first
-    publish_json(folder / "a.json", {"config": "other"}, {"scores": [to_json(FIRST)]})
-    assert content_fingerprint(folder) == first
-    publish_json(folder / "a.json", {}, {"scores": [to_json(make_score("L000.ffn.skip", 1.75))]})
-    assert content_fingerprint(folder) != first
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,0 +1,205 @@
+"""How fast exact scores are.
+
+    python benchmarks/bench_scores.py exact [--incumbent PYTHON]
+    python benchmarks/bench_scores.py growth
+
+``exact``: the bundled teacher, every gqa, narrow and skip of its space. Time over its own floor: each variant's own
+layer, the layers after it and the metrics of its outputs, one variant at a time, measured in the same run. With
+``--incumbent``, the Python of an environment that holds ``nvidia-modelopt`` 0.47: its driver on the same weights and
+tokens (incumbent_scorer.py), how far its KL, CE and agreement are from ours, and how much longer it takes.
+
+``growth``: random weights; exact scores and local errors (what an anchored score needs) by layers and variants a site.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_bld import random_teacher, start_of
+from demo_runs import make_library
+from environment import environment
+from safetensors.torch import save_file
+from torch import Tensor
+
+from puzzle.checkpoint import DEMO_TEACHER
+from puzzle.data.batches import Batch
+from puzzle.metrics import token_metrics
+from puzzle.run import Run
+from puzzle.scoring.base import Base
+from puzzle.scoring.exact import Change, Scorer, Values, finals_of
+from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
+from puzzle.teacher import Teacher
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site
+from puzzle.variants import has_weights, site_item
+
+RESULTS = Path(__file__).parent / "results"
+SAME = {"kl": "kl_div", "agreement": "greedy_teacher_prediction_in_student_top_1"}  # ours: theirs
+LAYERS, VARIANTS = (8, 16, 32), (5, 10, 20)
+
+
+def scored(scorer: Scorer, items: Sequence[Item]) -> dict[str, Values]:
+    """Every item's values, in the order of the layers."""
+    groups = itertools.groupby(items, lambda item: item.sites[0].layer)
+    found = {}
+    for _, group in groups:
+        found |= {change.name: values for change, values in scorer.scores([Change(one.id, (one,)) for one in group])}
+    return found
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> float:
+    """The median."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def floor(base: Base, items: Sequence[Item], batches: Sequence[Batch], finals: Sequence[Tensor], repeats: int) -> float:
+    """Seconds of what no exact scorer can avoid, summed over the items; everything they start from is at hand."""
+    teacher = base.teacher
+    total = 0.0
+    streams = [teacher.embed(batch) for batch in batches]
+    contexts = [teacher.context(batch) for batch in batches]
+    heads = (teacher.top.lm_head,) * 2
+    metrics = seconds(
+        lambda: [token_metrics([f] * 8, f, heads, b) for f, b in zip(finals, batches, strict=True)], repeats
+    )
+    for index in range(teacher.num_layers):
+        for item in [item for item in items if item.sites[0].layer == index]:
+            own = base.layer(index, [item])
+
+            def site(own: Any = own, part: str = item.sites[0].part) -> None:
+                for hidden, context in zip(streams, contexts, strict=True):
+                    if part == "attention":
+                        own(hidden, position_embeddings=context.position, attention_mask=context.masks)
+                    else:
+                        own.ffn_delta(hidden)
+
+            total += seconds(site, repeats) + metrics / 8
+        after = [teacher.layer(later) for later in range(index + 1, teacher.num_layers)]
+
+        def suffix(after: Sequence[Any] = after) -> None:
+            for hidden, context in zip(streams, contexts, strict=True):
+                for layer in after:
+                    hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
+
+        total += seconds(suffix, repeats) * sum(item.sites[0].layer == index for item in items)
+    return total
+
+
+def exact(options: argparse.Namespace) -> dict[str, Any]:
+    run = make_library(options.work, "seed=0", "distill.tokens=0")
+    items = [item for item in run.items if item.specs[0].kind in ("gqa", "narrow", "skip")]
+    teacher = streamed_teacher(run, torch.float32, held=True)
+    base = Base(teacher, functools.lru_cache(None)(functools.partial(item_weights, run)))
+    batches = sequences_of(run, "score", options.sequences)
+
+    def ours() -> dict[str, Values]:
+        return scored(Scorer(base, batches, finals_of(base, batches), options.together), items)
+
+    values = ours()
+    took = seconds(ours, options.repeats)
+    least = floor(base, items, batches, finals_of(base, batches), options.repeats)
+    found = {
+        "items": len(items), "sequences": options.sequences, "sequence_tokens": run.config.data.sequence_tokens,
+        "seconds": took, "floor_s": least, "ratio": took / least,
+    }  # fmt: skip
+    if options.incumbent is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_for_incumbent(run, items, torch.cat([batch.ids for batch in batches]), Path(folder))
+            found["incumbent"] = {
+                f"batch size {size}": compared(options.incumbent, Path(folder), size, values, took) for size in (1, 8)
+            }
+    return found
+
+
+def write_for_incumbent(run: Run, items: Sequence[Item], ids: Tensor, folder: Path) -> None:
+    """What incumbent_scorer.py reads."""
+    (folder / "teacher").symlink_to(DEMO_TEACHER.resolve())
+    save_file({"ids": ids.contiguous()}, folder / "tokens.safetensors")
+    for item in items:
+        (site,), (spec,) = item.sites, item.specs
+        (variant := folder / "variants" / item.id).mkdir(parents=True)
+        change: dict[str, Any] = {"no_op": True}
+        if isinstance(spec, AttentionSpec) and spec.num_kv_heads:
+            change = {"num_key_value_heads": spec.num_kv_heads}
+        elif isinstance(spec, FfnSpec) and spec.intermediate_size:
+            change = {"intermediate_size": spec.intermediate_size}
+        (variant / "variant.json").write_text(json.dumps({"layer": site.layer, site.part: change}))
+        if has_weights(item):
+            prefix = f"model.layers.{site.layer}."
+            state = {prefix + name: tensor.contiguous() for name, tensor in item_weights(run, item).items()}
+            save_file(state, variant / "model.safetensors", {"format": "pt"})
+
+
+def compared(python: Path, folder: Path, size: int, ours: Mapping[str, Values], took: float) -> dict[str, float]:
+    """The incumbent's time over ours for the same items, and the largest relative difference of each metric."""
+    script, out = Path(__file__).parent / "incumbent_scorer.py", folder / "incumbent.json"
+    command = [str(python), str(script), str(folder), "--out", str(out), "--batch-size", str(size), "--shared-metrics"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    theirs = json.loads(out.read_text())
+    found: dict[str, float] = {}
+    for metric, name in SAME.items():
+        pairs = [
+            (ours[item][metric], torch.tensor(of["metrics"][name], dtype=torch.float64))
+            for item, of in theirs["variants"].items()
+        ]
+        found[f"{metric}_difference"] = max(float(((a - b).abs() / b.clamp_min(1e-4)).max()) for a, b in pairs)
+    spent = [of["seconds"] for of in theirs["variants"].values()]
+    working = sum(of["load"] + of["forward"] + of["metrics"] for of in spent)
+    whole = sum(of["total"] for of in spent)
+    return {**found, "seconds": whole, "ratio": whole / took, "ratio_without_garbage_collection": working / took}
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    found = []
+    for num_layers in LAYERS:
+        with tempfile.TemporaryDirectory() as folder:
+            random_teacher(Path(folder), num_layers, vocab_size=2048, **sizes)
+            teacher = Teacher(Path(folder), torch.device("cpu"), torch.float32, held=True)
+            base = Base(teacher, lambda item, teacher=teacher: start_of(teacher, item).weights)
+            ids = torch.randint(2000, (8, 128), generator=torch.Generator().manual_seed(0))
+            batches = [Batch(ids, None, None)]
+            for variants in VARIANTS:
+                widths = [FfnSpec("narrow", 1024 * (place + 1) // (variants + 1)) for place in range(variants)]
+                items = [site_item(Site(layer, "ffn"), width) for layer in range(num_layers) for width in widths]
+                finals = finals_of(base, batches)
+                took = seconds(lambda: scored(Scorer(base, batches, finals, 16), items), options.repeats)  # noqa: B023
+                found.append({"layers": num_layers, "variants": variants, "exact_s": took})
+                print(found[-1], flush=True)
+    return {"growth": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["exact", "growth"])
+    parser.add_argument("--incumbent", type=Path, metavar="PYTHON")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--together", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-scores")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    found = {**{"exact": exact, "growth": growth}[options.what](options), "environment": environment()}
+    output = options.output or RESULTS / f"scores_{options.what}.json"
+    output.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

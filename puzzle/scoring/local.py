@@ -1,0 +1,64 @@
+"""Anchored scores: the exact KL of leaving a site out, times the share of its output that a variant gets wrong.
+
+    score(variant) = KL(skip) * |delta_variant - delta|^2 / |delta|^2
+
+delta is what the site adds to the residual stream (both parts', where both change), squares summed over the tokens of
+each sequence. One exact evaluation a site, and of each variant its own forward: the cost does not grow with the layers
+that come after it. Near the teacher KL is quadratic in the error, which is why this works; the anchor sets the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.scoring.base import Base
+from puzzle.teacher import LayerPass, attention_delta
+from puzzle.types import AttentionSpec, FfnSpec, Item, Part
+from puzzle.variants import site_item
+
+
+def anchor_of(item: Item) -> Item:
+    """The item that leaves out what ``item`` changes."""
+    specs = tuple(AttentionSpec("skip") if site.part == "attention" else FfnSpec("skip") for site in item.sites)
+    if len(item.sites) == 1:
+        return site_item(item.sites[0], specs[0])
+    return Item(f"{item.id}|skip", item.sites, specs)
+
+
+@torch.no_grad()
+def local_errors(base: Base, items: Sequence[Item], passes: Iterable[LayerPass]) -> dict[str, Tensor]:
+    """Per sequence (sequences,) fp64, the normalised error of each item; all are in the layer that ``passes`` are of.
+
+    0 for what the base has there, 1 for skip. The first token does not count (teacher.Context.weights).
+    """
+    layers = {item.id: base.layer(item.sites[0].layer, [item]) for item in items}
+    parts = {item.id: {site.part for site in item.sites} for item in items}
+    found: dict[str, list[Tensor]] = {item.id: [] for item in items}
+    for one in passes:
+        with base.teacher.autocast():
+            for name, layer in layers.items():
+                found[name].append(_error(layer, one, parts[name]).cpu().double())
+    return {name: torch.cat(columns) for name, columns in found.items()}
+
+
+def _error(layer: PuzzleDecoderLayer, one: LayerPass, parts: set[Part]) -> Tensor:
+    """(B,): of what the layer's ``parts`` add, against what the base's do."""
+    if parts == {"ffn"}:
+        own, reference = layer.ffn_delta(one.middle), one.after - one.middle
+    elif parts == {"attention"}:
+        own, reference = attention_delta(layer, one.before, one.context), one.middle - one.before
+    else:
+        middle = one.before + attention_delta(layer, one.before, one.context)
+        own, reference = middle + layer.ffn_delta(middle) - one.before, one.after - one.before
+    weights = one.context.weights.unsqueeze(-1)
+    error, whole = (
+        (value.float().square() * weights).sum((1, 2)) for value in (own.float() - reference.float(), reference)
+    )
+    return error / whole
+
+
+__all__ = ["anchor_of", "local_errors"]
