@@ -13,6 +13,7 @@ from puzzle import checkpoint, pipeline, search
 from puzzle.data.source import check_sources
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.run import STORED_DTYPES, Run
+from puzzle.search.constraints import OBJECTIVES
 from puzzle.tables import ScoreTable
 from puzzle.types import ConfigError, Cost, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
@@ -63,9 +64,12 @@ def _check_constraints(run: Run) -> None:
     scores = [
         Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
         for item in run.items
-        for metric in ("kl", "ce_delta")
+        for metric in (*(("kl",) if run.anchored else OBJECTIVES.values()), *run.config.score.tasks)
         if not is_teacher(item)
     ]
+    objective = run.constraint_file.objective
+    if run.anchored and objective != "kl_nats":
+        raise ConfigError(f"{run.constraints}: objective {objective} needs exact scores; set score.mode: exact")
     search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
 
 
@@ -147,10 +151,12 @@ def _stage_flops(run: Run, stage: str) -> float:
     variant = sum(flops_per_token(spec, run.shape, tokens / 2) for item in trained for spec in item.specs)
     head = 2 * run.shape.vocab_size * run.shape.hidden_size
     forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
+    scored = sum(not is_teacher(item) for item in run.items)
+    whole = len(run.shape.sites) if run.anchored else scored  # items that are run through the whole model
     per_token = {
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
-        "score": (forward / 2 + head) * sum(not is_teacher(item) for item in run.items),
+        "score": (forward / 2 + head) * whole + (variant if run.anchored else 0.0),
         "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }

@@ -16,19 +16,20 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs data.chat
-    data.encode data.packing schedule ranks tables scoring.draws profiling profiling.memory profiling.table
-    profiling.grid profiling.device search.problem search.metrics search.constraints search.linear search.infeasible
-    search.mip search.pareto search.baselines search.shrink search run report.summary report.figures report.library
-    report export.card scoring.sampling progress data.tokenise pipeline validate cli
+    types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs
+    data.chat data.encode data.packing schedule ranks tables scoring.draws profiling profiling.memory
+    profiling.table profiling.grid profiling.device search.problem search.metrics search.constraints search.linear
+    search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
+    report.figures report.library scoring.interactions report.additivity report export.card scoring.sampling
+    progress data.tokenise pipeline validate cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
-    modeling.modeling_puzzle modeling data.batches teacher metrics blocks blocks.layer blocks.nested
-    blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.linear_channels
-    blocks.candidates blocks.starts blocks.stream blocks.distill scoring scoring.base scoring.local scoring.exact
-    build kd evaluate export export.hf export.verify profiling.timer profiling.kv_cache profiling.measure speed
-    stages.common stages.starts stages.distill stages.score stages.rescore stages.additivity stages.profile stages.student stages
+    modeling.modeling_puzzle modeling data.batches teacher metrics blocks blocks.layer blocks.nested blocks.library
+    blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.linear_channels blocks.candidates
+    blocks.starts blocks.stream blocks.distill scoring scoring.base scoring.local scoring.exact build kd evaluate
+    export export.hf export.verify profiling.timer profiling.kv_cache profiling.measure speed stages.common
+    stages.starts stages.distill stages.score stages.rescore stages.additivity stages.profile stages.student stages
 """.split()  # noqa: SIM905
 ALONE = {"export.verify_child", "demo", "demo.make_teacher", "__main__", ""}
 

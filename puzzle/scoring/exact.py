@@ -32,7 +32,9 @@ METRICS: Mapping[str, Callable[[TokenMetrics], Tensor]] = {
     "hidden_distance": lambda tokens: tokens.hidden_distance,
 }
 Values = dict[str, Tensor]  # by metric, one value per sequence: (sequences,) fp64 on the CPU
-Task = Callable[[Tensor, nn.Module, Batch], Tensor]  # (B, T, D) after the final norm, the head, the batch -> (B,)
+# a metric of the user's own, lower is better: (B, T, D) after the final norm, the head, the batch -> (B,); what is kept
+# is the difference to the teacher's
+Task = Callable[[Tensor, nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,12 @@ class Scorer:
         """For each of ``finals``, values per sequence of batch ``index`` by metric."""
         batch, top = self.batches[index].to(self.base.teacher.device), self.base.teacher.top
         reference = self.finals[index].to(self.base.teacher.device)
+        own = {name: task(reference, top.lm_head, batch) for name, task in self.tasks.items()}
         found = []
         for final, tokens in zip(finals, token_metrics(finals, reference, (top.lm_head,) * 2, batch), strict=True):
             values = {metric: sequence_means(of_tokens(tokens), batch) for metric, of_tokens in METRICS.items()}
-            values |= {name: task(final, top.lm_head, batch).cpu().double() for name, task in self.tasks.items()}
+            for name, task in self.tasks.items():
+                values[name] = (task(final, top.lm_head, batch) - own[name]).cpu().double()
             found.append(values)
         return found
 

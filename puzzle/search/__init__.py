@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from puzzle.config import ConstraintFile
-from puzzle.search.constraints import OBJECTIVES, problems
+from puzzle.search.constraints import metric_of, problems
 from puzzle.tables import ScoreTable
 from puzzle.types import Conflict, Cost, Item, ModelShape, Solution
 
@@ -47,7 +47,7 @@ def search(
     )
     if found.note:
         _log.warning(found.note)
-    metric = OBJECTIVES[constraints.objective]
+    metric = metric_of(constraints.objective, scores)
     return tuple(
         replace(solution, objective_se=scores.standard_error(solution.items, metric)) for solution in found.solutions
     )

@@ -30,9 +30,14 @@ from puzzle.types import (
     Workload,
 )
 
-__all__ = ["OBJECTIVES", "problems", "usable_items", "workloads"]
+__all__ = ["OBJECTIVES", "metric_of", "problems", "usable_items", "workloads"]
 
-OBJECTIVES = {"kl_nats": "kl", "ce_delta_nats": "ce_delta"}  # name in the file: name of the score
+OBJECTIVES = {  # name in the file: name of the score
+    "kl_nats": "kl",
+    "ce_delta_nats": "ce_delta",
+    "hidden_distance": "hidden_distance",
+}
+BUILT_IN = {"kl", "ce_delta", "agreement", "hidden_distance"}  # scores that are no tasks of the user's own
 SIGNS = {"min": "≥", "max": "≤", "eq": "="}
 Side = Literal["min", "max", "eq"]
 
@@ -79,6 +84,15 @@ def workloads(file: ConstraintFile, shape: ModelShape) -> tuple[Workload, ...]:
     return tuple(found)
 
 
+def metric_of(objective: str, scores: ScoreTable) -> str:
+    """The score that the objective in the file means: one of OBJECTIVES, or a task of the user's own."""
+    tasks = {metric for _, metric in scores.scores} - BUILT_IN
+    if objective not in OBJECTIVES and objective not in tasks:
+        allowed = ", ".join([*OBJECTIVES, *sorted(tasks)])
+        raise ConfigError(f"objective: {objective!r} is not on offer; allowed: {allowed}")
+    return OBJECTIVES.get(objective, objective)
+
+
 def usable_items(items: Sequence[Item], scores: ScoreTable, metric: str) -> dict[Item, float]:
     """The items with their scores, without those that failed.
 
@@ -99,9 +113,7 @@ def problems(
     conflicts: Sequence[Conflict] = (),
 ) -> tuple[Problem, ...]:
     """One problem per combination of batch sizes, in the file's order (the first workload's size moves slowest)."""
-    if file.objective not in OBJECTIVES:
-        raise ConfigError(f"objective: {file.objective!r} is not on offer; allowed: {', '.join(OBJECTIVES)}")
-    metric = OBJECTIVES[file.objective]
+    metric = metric_of(file.objective, scores)
     served = workloads(file, shape)
     limits = bounds(file)
     objective = usable_items(items, scores, metric)

@@ -10,7 +10,10 @@ import pytest
 
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
+from puzzle.report import additivity
 from puzzle.run import Run
+from puzzle.scoring.interactions import InteractionModel
+from puzzle.types import from_json
 from tests.pipeline.conftest import Project
 
 
@@ -118,7 +121,14 @@ def test_a_task_of_the_users_own_is_scored(copy: Project, monkeypatch: pytest.Mo
     )
     assert main(["--debug", "score", str(copy.config), "--redo", "--set", "score.tasks={spread: 'mine:spread'}"]) == 0
     score = Run.open(copy.config).read_scores().score("L000.ffn.skip", "spread")
-    assert len(score.per_sequence) == 4 and score.mean > 0
+    assert len(score.per_sequence) == 4 and score.mean != 0
+    with open(copy.folder / "limit.yaml", "a") as file:
+        file.write("objective: spread\n")
+    assert main(["--debug", "search", str(copy.config), "--set", "score.tasks={spread: 'mine:spread'}"]) == 0
+    table = Run.open(copy.config).read_scores()
+    (solution,) = Run.open(copy.config, ["score.tasks={spread: 'mine:spread'}"]).solutions()
+    chosen = [item_id for item_id in solution.items if not item_id.endswith("keep")]
+    assert solution.objective_nats == pytest.approx(sum(table.score(item_id, "spread").mean for item_id in chosen))
 
 
 def test_a_task_that_is_not_there_is_named(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,3 +181,40 @@ def test_what_was_measured_again_for_one_limit_is_not_for_another(
 def test_exact_scores_leave_nothing_to_measure_again(copy: Project) -> None:
     assert main(["--debug", "rescore", str(copy.config)]) == 0
     assert not (copy.run / "rescored").exists()
+
+
+def test_additivity_is_reported_resumed_and_kept(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--debug", "additivity", str(copy.config), "--architectures"]
+    assert main([*command, "8"]) == 0
+    assert "too few to fit a model; it takes 20" in capsys.readouterr().out
+    first = {path.name: path.read_text() for path in (copy.run / "additivity").glob("*.json")}
+    assert len(first) == 8
+    assert main([*command, "40"]) == 0
+    out = capsys.readouterr().out
+    assert "near-optimal mild" in out and "<- best" in out
+    assert (copy.run / "additivity" / "additivity.png").read_bytes().startswith(b"\x89PNG")
+    now = {path.name: path.read_text() for path in (copy.run / "additivity").glob("*.json")}
+    assert first.items() <= now.items()
+    run = Run.open(copy.config, ["additivity.architectures=40"])
+    model = from_json(InteractionModel, json.loads(now["model.json"]), "model.json")
+    one = next(iter(run.draws.values()))
+    changed = [item_id for item_id in one.items if not item_id.endswith("keep")]
+    assert model.predict(changed).mean > 0
+
+
+def test_an_architecture_of_one_change_is_its_score(copy: Project) -> None:
+    assert main(["--debug", "additivity", str(copy.config), "--architectures", "40"]) == 0
+    run = Run.open(copy.config, ["additivity.architectures=40"])
+    table, found = run.read_scores(), additivity.evaluations(run)
+    for one in found.values():
+        if len(one.items) == 1:
+            assert one.kl_nats == pytest.approx(table.score(one.items[0], "kl").mean, rel=1e-6)
+    frame = additivity.frame(run)
+    assert (frame.true_nats > 0).all() and len(frame) == 40
+
+
+def test_additivity_is_about_the_teacher(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    context = str(Run.open(copy.config).solution / "architecture.json")
+    assert main(["--debug", "score", str(copy.config), "--on", context]) == 0
+    assert main(["additivity", str(copy.config), "--on", context]) == 2
+    assert "leave out --on" in capsys.readouterr().err

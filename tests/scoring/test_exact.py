@@ -161,13 +161,10 @@ def test_a_task_of_the_users_own(base: Base, batches: list[Batch]) -> None:
 
     scorer = Scorer(base, batches, finals_of(base, batches), tasks={"last": surprise_at_last})
     (found,) = measured(scorer, [Change("none", (run_item(0, 3),))]).values()
+    norm, head, teacher = base.teacher.top.model.norm, base.teacher.top.lm_head, finals_of(base, batches)
     expected = [
-        F.cross_entropy(
-            base.teacher.top.lm_head(base.teacher.top.model.norm(base.teacher.embed(one)[:, -2])),
-            one.ids[:, -1],
-            reduction="none",
-        )
-        for one in batches
+        surprise_at_last(norm(base.teacher.embed(one)), head, one) - surprise_at_last(final, head, one)
+        for one, final in zip(batches, teacher, strict=True)
     ]
     torch.testing.assert_close(found["last"].float(), torch.cat(expected))
 
