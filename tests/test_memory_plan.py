@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from puzzle.config import SpaceFile, load, locate
 from puzzle.memory_plan import (
     BYTES_PER_TRAINED_PARAM,
     Batches,
@@ -15,7 +16,9 @@ from puzzle.memory_plan import (
     plan_bld,
     plan_scores,
 )
+from puzzle.space import SearchSpace
 from puzzle.types import GIB, ConfigError, ModelShape
+from puzzle.variants import has_weights, params
 
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
 EIGHT_B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)
@@ -42,6 +45,19 @@ def test_a_70b_teacher_fits_one_gpu_of_80_gb() -> None:
     assert found.chunk >= 64
     assert found.needed_bytes <= 0.9 * 80e9
     assert [name for group in found.groups for name in group] == [unit.name for unit in units_of(LLAMA_70B)]
+
+
+def test_the_readmes_figures_for_the_shipped_space() -> None:
+    file = load(SpaceFile, locate("space", "llama"))
+    space = SearchSpace.parse({"attention": file.attention, "ffn": file.ffn}, LLAMA_70B, file.ffn_multiple_of)
+    units = [
+        Unit(item.id, item.sites[0].layer, params(item.specs[0], LLAMA_70B))
+        for item in space.items()
+        if has_weights(item)
+    ]
+    found = plan_bld(LLAMA_70B, units, BATCHES, Machine(0.9 * 80e9, 200 * GIB, 0, shared=False))
+    assert (len(units), len(found.groups), found.chunk) == (880, 107, 200)
+    assert 2 * sum(unit.num_params for unit in units) == pytest.approx(388e9, rel=0.01)
 
 
 def test_the_need_does_not_grow_with_the_number_of_layers() -> None:
