@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,48 +135,63 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return sorted(times[1:])[repeats // 2]
 
 
+@dataclass(frozen=True)
+class Bench:
+    """One layer of a random teacher under training, on random batches of ``sequence_tokens``."""
+
+    teacher: Teacher
+    layer: int
+    config: DistillConfig
+    sequence_tokens: int
+
+    def batch(self, step: int) -> Batch:
+        size, generator = (self.config.batch_size, self.sequence_tokens), torch.Generator().manual_seed(step)
+        return Batch(torch.randint(4000, size, generator=generator), None, None).to(self.teacher.device)
+
+    def prepared(self, num_steps: int, store: bool) -> tuple[Stream, Stream]:
+        """The stream to train on, and one of no held-out batch, at the layer; nothing of it is timed or counted."""
+        stream = Stream(self.teacher, self.batch, num_steps, InMemory() if store else None)
+        held_out = Stream.of(self.teacher, [])
+        for index in range(self.layer):
+            stream.advance(self.teacher.layer(index))
+            held_out.advance(self.teacher.layer(index))
+        return stream, held_out
+
+    def trained(self, items: list[Item], streams: tuple[Stream, Stream]) -> list[float]:
+        """Seconds of each step of one training, without the first."""
+        ends: list[float] = []
+
+        def on_step(num_units: int) -> None:
+            if self.teacher.device.type == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+        distill([start_of(self.teacher, item) for item in items], *streams, self.config, on_step)
+        return [after - before for before, after in itertools.pairwise(ends)]
+
+    def step_seconds(self, items: list[Item], num_steps: int, store: bool) -> float:
+        return statistics.median(self.trained(items, self.prepared(1 + num_steps, store)))
+
+    def step_flops(self, items: list[Item]) -> int:
+        """Of one step's matrix products: the teacher's pass over the layer, every unit's forward and backward."""
+        streams = self.prepared(1, store=True)
+        with FlopCounterMode(display=False) as counter:
+            self.trained(items, streams)
+        return int(counter.get_total_flops())
+
+
 def efficiency(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     tokens = options.batch_size * options.sequence_tokens
     with tempfile.TemporaryDirectory() as folder:
         shape = random_teacher(Path(folder), options.layers, **SHAPES[options.shape])
-        teacher = Teacher(Path(folder), device, dtype, held=True)
-
-        def batch(step: int) -> Batch:
-            ids = torch.randint(
-                4000, (options.batch_size, options.sequence_tokens), generator=torch.Generator().manual_seed(step)
-            )
-            return Batch(ids, None, None).to(device)
-
-        layer = options.layers - 1
-        items = items_of(shape, [layer])
-        config = DistillConfig(batch_size=options.batch_size)
-
-        def times(chosen: list[Item], steps: int, store: bool = True) -> list[float]:
-            """Seconds of each step of one run, without the first."""
-            starts = [start_of(teacher, item) for item in chosen]
-            stream = Stream(teacher, batch, steps, InMemory() if store else None)
-            held_out = Stream.of(teacher, [])
-            for index in range(layer):
-                stream.advance(teacher.layer(index))
-                held_out.advance(teacher.layer(index))
-            ends: list[float] = []
-
-            def on_step(num_units: int) -> None:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                ends.append(time.perf_counter())
-
-            distill(starts, stream, held_out, config, on_step)
-            return [after - before for before, after in itertools.pairwise(ends)]
-
-        ours = statistics.median(times(items, 1 + options.steps))
-        alone = sum(statistics.median(times([item], 1 + options.steps, store=False)) for item in items)
-        with FlopCounterMode(display=False) as counter:
-            times(items, 1)
-        # the start's and the end's look at no held-out batch costs nothing; one step is what was counted
-        flops = counter.get_total_flops()
+        teacher, config = Teacher(Path(folder), device, dtype, held=True), DistillConfig(batch_size=options.batch_size)
+        bench = Bench(teacher, options.layers - 1, config, options.sequence_tokens)
+        items = items_of(shape, [bench.layer])
+        ours = bench.step_seconds(items, options.steps, store=True)
+        alone = sum(bench.step_seconds([item], options.steps, store=False) for item in items)
+        flops = bench.step_flops(items)
         rate = matmul_rate(shape, tokens, device, dtype)
         update = optimiser_seconds(teacher, items, config, device)
     floor = flops / rate + update
