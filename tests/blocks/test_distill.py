@@ -56,7 +56,10 @@ def held_out_at(teacher: Teacher, layer: int, seed: int = 1000) -> Stream:
 
 
 def train(teacher: Teacher, items: list[Item], steps: int, config: DistillConfig = CONFIG) -> dict[str, Distilled]:
-    starts = [start_of(layers_of(teacher), item) for item in items]
+    return trained_from(teacher, [start_of(layers_of(teacher), item) for item in items], steps, config)
+
+
+def trained_from(teacher: Teacher, starts: list[Task], steps: int, config: DistillConfig) -> dict[str, Distilled]:
     first = min(start.layer for start in starts)
     return distill(starts, stream_at(teacher, first, steps), held_out_at(teacher, first), config)
 
@@ -145,6 +148,19 @@ def test_who_stops_getting_better_stops(teacher: Teacher) -> None:
     assert result.tokens == 64 * 5 * 4  # a check every 5 steps: one to begin with, three without a gain
     keen = CONFIG.model_copy(update={"learning_rate": 3e-3, "patience": 3})
     assert train(teacher, [item], 100, keen)[item.id].tokens > result.tokens
+
+
+def test_who_stops_early_is_the_same_alone(teacher: Teacher) -> None:
+    """Units of a group stop at different steps; each when it would have stopped without the others."""
+    patient = CONFIG.model_copy(update={"learning_rate": 3e-3, "patience": 2})
+    starts = [start_of(layers_of(teacher), item) for item in items_at([0, 3])]
+    starts.append(nested_start(teacher, 0, [80, 16, 32]))
+    together = trained_from(teacher, starts, 60, patient)
+    assert len({result.tokens for result in together.values()}) > 2
+    for start in starts:
+        alone, beside = trained_from(teacher, [start], 60, patient)[start.unit], together[start.unit]
+        assert (alone.tokens, alone.before, alone.after) == (beside.tokens, beside.before, beside.after)
+        assert all(torch.equal(alone.weights[name], tensor) for name, tensor in beside.weights.items())
 
 
 def test_with_patience_the_best_weights_are_kept(teacher: Teacher) -> None:
