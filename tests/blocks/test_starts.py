@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -187,6 +188,23 @@ def test_channels_are_cut_by_contribution_and_by_obs() -> None:
     assert torch.equal(found["paper"]["mlp.down_proj.weight"], state["mlp.down_proj.weight"][:, kept])
     order = obs_order(activations.T @ activations, down.weight, ridge(40, len(activations)))
     assert torch.equal(found["obs"]["mlp.gate_proj.weight"], state["mlp.gate_proj.weight"][order[:20].sort().values])
+
+
+def test_the_experts_that_count_are_kept_with_their_router_rows() -> None:
+    """Every token goes to 1 or 3, and half of them to 4 as well; what else a token goes to hardly counts."""
+    model = copy.deepcopy(model_of("qwen3_moe"))
+    mlp, generator = model.model.layers[LAYER].mlp, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        way, other = torch.randn(2, mlp.gate.weight.shape[1], generator=generator)
+        mlp.gate.weight.zero_()
+        mlp.gate.weight[1], mlp.gate.weight[3], mlp.gate.weight[4] = 5 * way, -5 * way, 3 * other
+    ids, spec = make_tokens(48, 16), FfnSpec("experts", num_experts=3, num_active_experts=2)
+    calibration, held_out = Passes(model, list(ids[:40].split(10))), Passes(model, list(ids[40:].split(4)))
+    ((_, start),) = best_starts(model.model.layers[LAYER], [spec], calibration, held_out)
+    state = part_state(model.model.layers[LAYER], "ffn")
+    for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+        assert torch.equal(start.weights[name], state[name][[1, 3, 4]])
+    assert start.losses["reap"] < 0.001  # of other triples the best has 0.005
 
 
 def test_a_linear_attention_begins_as_attending_to_oneself() -> None:
