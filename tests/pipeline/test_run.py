@@ -14,6 +14,7 @@ from puzzle.cli import main
 from puzzle.report import Summary
 from puzzle.run import Run
 from puzzle.space import PARTS
+from puzzle.types import Site
 from tests.pipeline.conftest import Project
 
 
@@ -133,7 +134,7 @@ def test_rank_0_alone_prints(
     assert capsys.readouterr().out == ""
 
 
-def test_shrinking_leaves_pairs_of_what_the_front_uses(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shrinking_leaves_pairs_that_a_second_run_trains(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     space = copy.folder / "pairs.yaml"
     everything = ["--within", "10", "--least-share", "0"]
     assert main(["--debug", "shrink", str(copy.config), str(space), *everything]) == 0
@@ -148,6 +149,10 @@ def test_shrinking_leaves_pairs_of_what_the_front_uses(copy: Project, capsys: py
         )
         assert f"L{layer:03d}.{both}" in {item.id for item in pairs}
     assert main(["shrink", str(copy.config), str(copy.folder / "none.yaml"), "--within", "-0.5"]) == 3
+    second = ["--set", f"run={copy.folder / 'second'}", "--set", f"space={space}"]
+    assert main(["--debug", "run", str(copy.config), *second]) == 0
+    chosen = Run.open(copy.folder / "second").chosen_items()
+    assert [item.sites for item in chosen] == [tuple(Site(layer, part) for part in PARTS) for layer in (0, 1)]
 
 
 def test_a_window_needs_sequences_of_four_windows(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
