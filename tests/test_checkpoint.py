@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,27 @@ def test_a_hub_id_may_pin_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert locate_teacher("org/name@0a1b2c") == tmp_path
     assert locate_teacher("org/name") == tmp_path
     assert asked == [("org/name", "0a1b2c"), ("org/name", None)]
+
+
+def located_offline(teacher: str, home: Path) -> str:
+    """What a process of its own says, as the hub client reads its environment but once."""
+    code = f"from puzzle.checkpoint import locate_teacher; print(locate_teacher({teacher!r}))"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return (done.stdout or done.stderr).strip().splitlines()[-1]
+
+
+def test_offline_the_cache_alone_is_asked(tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "models--org--name"
+    for revision, commit in (("main", "0a1b2c" + 34 * "0"), ("v2", "3d4e5f" + 34 * "0")):
+        (cached / "refs").mkdir(parents=True, exist_ok=True)
+        (cached / "refs" / revision).write_text(commit)
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / "config.json").write_text("{}")
+        asked = "org/name" if revision == "main" else f"org/name@{revision}"
+        assert located_offline(asked, tmp_path) == str(cached / "snapshots" / commit)
+    assert "org/other is not in the local cache" in located_offline("org/other", tmp_path)
 
 
 @pytest.mark.parametrize(
