@@ -125,7 +125,8 @@ class DataConfig(_Model):
 
 
 class InitConfig(_Model):
-    """``start: best`` takes, variant by variant, the start with the lower loss on calibration tokens."""
+    """``sequences`` of train are what starts are made from; ``start: best`` takes, variant by variant, the one with the
+    lowest loss on windows of train that are held out."""
 
     start: Literal["best", "paper"] = "best"
     sequences: Positive = 128
