@@ -30,10 +30,24 @@ def dying(run, planned, result):
 stage._publish = dying
 sys.exit(main(sys.argv[1:]))
 """
+OF_TWO = """
+import sys
+from puzzle.cli import main
+from puzzle.ranks import Ranks
+assert Ranks.current().count == 2
+sys.exit(main(sys.argv[1:]))
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# without a GPU too; with --cpu it starts one process, however many are asked for; port 0: a free one
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return launched(TORCHRUN, *command)
+
+
+def launched(by: list[str], *command: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, *by]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(puzzle.__file__).parent.parent)}
     return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=240)
 
@@ -77,6 +91,17 @@ def test_two_ranks_score_what_one_does(finished: Project, tmp_path: Path) -> Non
     done = torchrun("-m", "puzzle", "--debug", "score", str(project.config))
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_text() for path in (project.run / "scores").glob("*.json")} == expected
+
+
+def test_accelerate_launches_ranks_as_torchrun_does(unfinished: Project, finished: Project, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    (tmp_path / "of_two.py").write_text(OF_TWO)
+    done = launched(ACCELERATE, str(tmp_path / "of_two.py"), "--debug", "distill", str(unfinished.config))
+    assert done.returncode == 0, done.stderr
+    found, expected = weights(unfinished.run), weights(finished.run)
+    assert found.keys() == expected.keys()
+    for unit, tensors in expected.items():
+        assert all(torch.equal(found[unit][name], tensor) for name, tensor in tensors.items()), unit
 
 
 def test_a_dead_rank_is_named_and_its_units_are_taken_up(
