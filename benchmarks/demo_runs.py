@@ -23,6 +23,7 @@ from puzzle.schedule import num_steps
 from puzzle.search import mip
 from puzzle.search.problem import Problem
 from puzzle.stages.common import compute_of, item_weights, sequences_of, teacher_of, tokens_of
+from puzzle.tables import ScoreTable
 from puzzle.variants import params, rest_params
 
 CONFIG = "run: {folder}\nconstraints: half-memory\n"
@@ -30,24 +31,24 @@ LIBRARY_STAGES = ("data", "init", "distill", "score")
 REPORT_SEQUENCES = 128
 
 
-def make_library(work: Path, *settings: str) -> Run:
+def make_library(work: Path, *settings: str, until: str = "score") -> Run:
     """A run of the bundled teacher up to its scores, with ``settings`` (``a.b=value``), in a folder named by them."""
     folder = work / artifacts.fingerprint(sorted(settings))
     config = work / f"{folder.name}.yaml"
     work.mkdir(parents=True, exist_ok=True)
     config.write_text(CONFIG.format(folder=folder))
     run = Run.open(config, settings)
-    for stage in LIBRARY_STAGES:
+    for stage in LIBRARY_STAGES[: LIBRARY_STAGES.index(until) + 1]:
         pipeline.run_stage(run, stage)
     return run
 
 
-def problem_of(run: Run, share: float) -> Problem:
+def problem_of(run: Run, share: float, scores: ScoreTable | None = None) -> Problem:
     """Minimise the sum of KL scores at ``share`` of the teacher's layer parameters (all of one dtype, so bytes too)."""
     layers = sum(params(spec, run.shape) for spec in run.keep_specs)
     limit = int(rest_params(run.shape) + share * layers)
     file = ConstraintFile.model_validate({"constraints": {"params": {"max": limit}}})
-    (problem,) = search.problems(run.shape, run.items, run.read_scores(), (), file)
+    (problem,) = search.problems(run.shape, run.items, scores or run.read_scores(), (), file)
     return problem
 
 

@@ -126,7 +126,7 @@ def cross_validated(
         few = f"{len(known)} evaluations of two or more items are too few for {folds} folds"
         raise ConfigError(f"{few}: evaluate at least {max(folds, 2)} architectures, or take fewer folds")
     model = InteractionModel(kind, 0.0, 0.0, singles, known)
-    means, errors, everything = np.zeros(len(known)), np.zeros(len(known)), np.arange(len(known))
+    everything, (means, errors) = np.arange(len(known)), np.zeros((2, len(known)))
     for train, test in _splits(everything, folds, seed):
         ridge, noise = model._tuned(train, seed)
         value, leverage = model._held_out(train, test, ridge)
@@ -265,15 +265,15 @@ class InteractionModel(_Strict):
 
     def _tuned(self, rows: Ints, seed: int) -> tuple[float, float]:
         """The ridge with the least cross-validated squared log error among ``rows``, and the noise at that ridge."""
-        found, value, leverage = [], np.zeros(len(self._targets)), np.zeros(len(self._targets))
+        found = []
+        value, leverage = np.zeros((2, len(self._targets)))
         for ridge in RIDGES:
             for train, test in _splits(rows, min(TUNING_FOLDS, len(rows)), seed):
                 value[test], leverage[test] = self._held_out(train, test, ridge)
             loss = np.square(self._log_ratio(value) - self._log_ratio(self._targets))[rows].mean()
             noise = (np.square(value - self._targets) / (1 + leverage))[rows].mean()
             found.append((float(loss), float(ridge), float(noise)))
-        _, best, its_noise = min(found, key=lambda one: one[0])
-        return best, its_noise
+        return min(found, key=lambda one: one[0])[1:]
 
 
 @dataclass(frozen=True)
