@@ -1,10 +1,11 @@
 """What scores are worth: the architectures they pick, and when sums lie. On BLD-trained libraries of the demo teacher.
 
-    python benchmarks/bench_score_quality.py cheap        exact, anchored and one-pass scores: rank, scale, and the true
-                                                          KL of what a search picks at three budgets, against their cost
-    python benchmarks/bench_score_quality.py objectives   KL, CE and the distance of hidden states as the score (claim 5)
-    python benchmarks/bench_score_quality.py additivity   sums, sums of pair scores, and models of interactions against
-                                                          the truth; trained and untrained variants
+    python benchmarks/bench_score_quality.py cheap | objectives | additivity
+
+``cheap``: exact, anchored and one-pass scores: rank, scale, and the true KL of what a search picks at three budgets,
+against what they cost. ``objectives``: KL, CE and the distance of hidden states as the score (REFERENCE.md, claim 5).
+``additivity``: sums of scores, of scores of both parts of a layer together, and models of the difference, against the
+truth; trained and untrained variants.
 
 Costs are in forwards of the whole teacher over one sequence; figures are on ``report``, which nothing was chosen on.
 """
@@ -134,13 +135,15 @@ def cheap(options: argparse.Namespace) -> None:
             one_library(results, Library.of(options, seed), seed)
     for method in results.figures["0/agreement"]:
         rows = [results.figures[f"{seed}/agreement"][method] for seed in range(options.seeds)]
-        print(f"{method:<20}", {key: round(statistics.fmean(row[key] for row in rows), 4) for key in rows[0]})
+        means = {key: round(statistics.fmean(row[key] for row in rows), 4) for key in rows[0]}
+        print(f"{method:<20}", means)
     for method, share in itertools.product(results.figures["0/agreement"], SHARES):
         rows = [results.figures[f"{seed}/picks"][f"{method}/{share}"] for seed in range(options.seeds)]
-        print(
-            f"{method:<20} {share}",
-            [f"{row['kl']:.4f} ({row['excess']:+.4f} ± {row['excess_se']:.4f})" for row in rows],
-        )
+        print(f"{method:<20} {share}", _cells(rows))
+
+
+def _cells(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    return [f"{row['kl']:.4f} ({row['excess']:+.4f} ± {row['excess_se']:.4f})" for row in rows]
 
 
 def one_library(results: Results, library: Library, seed: int) -> None:
@@ -159,25 +162,20 @@ def one_library(results: Results, library: Library, seed: int) -> None:
     }
     exact = library.mean("kl")
     found = {name: {**agreement(exact, scores, library), "forwards": cost} for name, (scores, cost) in methods.items()}
-    picks = {
-        f"{name}/{share}": library.pick(scores, share) for name, (scores, _) in methods.items() for share in SHARES
-    }
-    again = {share: rescored(library, methods["anchored"][0], share) for share in SHARES}
-    by_id = {item.id: item for item in library.items}
-    more = {
-        share: SEQUENCES * forwards(library, [by_id[name] for name in names]) for share, (_, names) in again.items()
-    }
-    found["anchored, rescored"] = {"forwards": methods["anchored"][1] + statistics.fmean(more.values())}
-    picks |= {f"anchored, rescored/{share}": library.pick(scores, share) for share, (scores, _) in again.items()}
+    arms = itertools.product(methods, SHARES)
+    picks = {f"{name}/{share}": library.pick(methods[name][0], share) for name, share in arms}
+    by_id, more = {item.id: item for item in library.items}, []
+    for share in SHARES:
+        scores, measured = rescored(library, methods["anchored"][0], share)
+        picks[f"anchored, rescored/{share}"] = library.pick(scores, share)
+        more.append(SEQUENCES * forwards(library, [by_id[name] for name in measured]))
+    found["anchored, rescored"] = {"forwards": methods["anchored"][1] + statistics.fmean(more)}
     different = list(dict.fromkeys(picks.values()))
     truth = dict(zip(different, library.truth(different, "report", 128), strict=True))
+    of_exact = {share: picks[f"exact/{share}"] for share in SHARES}
     results.once(f"{seed}/agreement", lambda: found)
-    results.once(
-        f"{seed}/picks",
-        lambda: {
-            name: against(truth, chosen, picks[f"exact/{name.rpartition('/')[2]}"]) for name, chosen in picks.items()
-        },
-    )
+    figures = {name: against(truth, chosen, of_exact[float(name.rpartition("/")[2])]) for name, chosen in picks.items()}
+    results.once(f"{seed}/picks", lambda: figures)
 
 
 def against(
@@ -229,13 +227,8 @@ def objectives(options: argparse.Namespace) -> None:
         results.once(str(seed), lambda found=found: found)
     for metric, count, share in itertools.product(OBJECTIVES, counts, SHARES):
         rows = [results.figures[str(seed)][f"{metric}/{count}/{share}"] for seed in range(options.seeds)]
-        cells = [f"{row['kl']:.4f} ({row['excess']:+.4f} ± {row['excess_se']:.4f})" for row in rows]
-        print(
-            f"{metric:<16} {count:>3} sequences {share:.0%}",
-            cells,
-            "CE",
-            round(statistics.fmean(r["ce_gap"] for r in rows), 4),
-        )
+        ce_gap = statistics.fmean(row["ce_gap"] for row in rows)
+        print(f"{metric:<16} {count:>3} sequences {share:.0%}", _cells(rows), f"CE gap {ce_gap:.4f}")
 
 
 def additivity(options: argparse.Namespace) -> None:
@@ -262,14 +255,11 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     groups = itertools.groupby(changes, lambda change: change.first_layer)
     pairs = {change.name: float(v["kl"].mean()) for _, group in groups for change, v in scorer.scores(list(group))}
     as_items = [
-        Item(name_of(p), *zip(*((s, t) for i in p for s, t in zip(i.sites, i.specs, strict=True)), strict=True))
-        for p in wanted
+        Item(name_of(pair), tuple(one.sites[0] for one in pair), tuple(one.specs[0] for one in pair)) for pair in wanted
     ]
+    changed = [tuple(name for name in one.items if name in library.exact) for one in draws]
     ways = {
-        "singles": (
-            singles(library.items, library.mean("kl")),
-            [tuple(n for n in d.items if n in library.exact) for d in draws],
-        ),
+        "singles": (singles(library.items, library.mean("kl")), changed),
         "pairs": (singles(as_items, pairs), [tuple(map(name_of, of)) for of in layers]),
     }
     found: dict[str, dict[str, float]] = {}
