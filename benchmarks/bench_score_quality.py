@@ -30,9 +30,10 @@ from one_pass import one_pass_scores
 
 from puzzle.run import Run
 from puzzle.scoring.base import Base
+from puzzle.scoring.design import singles
 from puzzle.scoring.draws import draw
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
-from puzzle.scoring.interactions import KINDS, Evaluation, best_of, cross_validated, singles, spearman
+from puzzle.scoring.interactions import KINDS, Evaluation, best_of, cross_validated, spearman
 from puzzle.search import mip
 from puzzle.search.problem import Problem
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher

@@ -71,7 +71,7 @@ class StaleUnitError(PuzzleError):
     exit_code = 6
 
 
-class _Strict:
+class Strict:
     """Makes pydantic refuse unknown keys when a record is read back."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -83,7 +83,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, order=True)
-class Site(_Strict):
+class Site(Strict):
     """One replaceable part of one layer."""
 
     layer: int
@@ -97,7 +97,7 @@ class Site(_Strict):
 
 
 @dataclass(frozen=True)
-class AttentionSpec(_Strict):
+class AttentionSpec(Strict):
     """``precision`` None: the teacher's. Kinds: keep, gqa (``num_kv_heads``), window (``window_tokens``), linear, skip.
 
     ``window_tokens`` of keep and gqa is the span that the teacher's own layer is limited to, None where it sees all. A
@@ -121,7 +121,7 @@ class AttentionSpec(_Strict):
 
 
 @dataclass(frozen=True)
-class FfnSpec(_Strict):
+class FfnSpec(Strict):
     """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts``), active (``num_active_experts``), linear,
     skip. At a layer with experts, keep, experts and active name both numbers once they are resolved (variants.resolve).
     """
@@ -148,7 +148,7 @@ Spec = AttentionSpec | FfnSpec
 
 
 @dataclass(frozen=True)
-class Item(_Strict):
+class Item(Strict):
     """What the search chooses: ``specs[i]`` at ``sites[i]``; usually one site, but a pair or a run of layers too."""
 
     id: str
@@ -163,7 +163,7 @@ class Item(_Strict):
 
 
 @dataclass(frozen=True)
-class Base(_Strict):
+class Base(Strict):
     """The teacher that items sit on: a width, or a step of a chain of students."""
 
     id: str
@@ -173,7 +173,7 @@ class Base(_Strict):
 
 
 @dataclass(frozen=True)
-class Entry(_Strict):
+class Entry(Strict):
     """One library entry. ``view`` is the slice of a nested unit (channels), None for a unit of its own."""
 
     item_id: str
@@ -190,7 +190,7 @@ class Entry(_Strict):
 
 
 @dataclass(frozen=True)
-class Score(_Strict):
+class Score(Strict):
     """How much worse the model gets, one value per sequence (nats per token for KL and CE).
 
     ``method``: measured on the whole model, or estimated from an anchor (scoring/local.py).
@@ -223,7 +223,7 @@ class Score(_Strict):
 
 
 @dataclass(frozen=True)
-class Cost(_Strict):
+class Cost(Strict):
     """Milliseconds that one shape takes for one forward of the whole batch, at one point of the grid.
 
     ``context_tokens``: prefill, the prompt length; decode, the tokens already in the KV cache when one more is made.
@@ -250,7 +250,7 @@ class Cost(_Strict):
 
 
 @dataclass(frozen=True)
-class Interaction(_Strict):
+class Interaction(Strict):
     """What two items cost together beyond the sum of their scores."""
 
     item_a: str
@@ -264,7 +264,7 @@ class Interaction(_Strict):
 
 
 @dataclass(frozen=True)
-class Conflict(_Strict):
+class Conflict(Strict):
     """Items that must not all be chosen together."""
 
     item_ids: tuple[str, ...]
@@ -272,7 +272,7 @@ class Conflict(_Strict):
 
 
 @dataclass(frozen=True)
-class Capability(_Strict):
+class Capability(Strict):
     """What one target runtime makes of one variant."""
 
     target: str
@@ -282,7 +282,7 @@ class Capability(_Strict):
 
 
 @dataclass(frozen=True)
-class Solution(_Strict):
+class Solution(Strict):
     """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` what it rests on.
 
     ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
@@ -298,7 +298,7 @@ class Solution(_Strict):
 
 
 @dataclass(frozen=True)
-class ModelShape(_Strict):
+class ModelShape(Strict):
     """The sizes of a decoder-only model that its costs depend on.
 
     ``windows``: per layer, the tokens that its attention is limited to, None where it sees all; empty: no layer has
@@ -343,7 +343,7 @@ class ModelShape(_Strict):
 
 
 @dataclass(frozen=True)
-class Workload(_Strict):
+class Workload(Strict):
     """What is served: ``isl`` prompt and ``osl`` generated tokens per request, ``batch_sizes`` to choose from."""
 
     name: str

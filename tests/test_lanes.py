@@ -20,8 +20,8 @@ PURE = """
     data.chat data.encode data.packing schedule ranks tables scoring.draws profiling profiling.memory
     profiling.table profiling.grid profiling.device search.problem search.metrics search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
-    report.figures report.library scoring.interactions report.additivity report export.card scoring.sampling
-    progress data.tokenise pipeline validate cli
+    report.figures report.library scoring.design scoring.interactions report.additivity report export.card
+    scoring.sampling progress data.tokenise pipeline validate cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
 from puzzle.run import Run
-from puzzle.scoring.interactions import KINDS, Evaluation, Fit, best_of, cross_validated, singles, spearman
+from puzzle.scoring.design import singles
+from puzzle.scoring.interactions import KINDS, Evaluation, Fit, best_of, cross_validated, spearman
 from puzzle.types import to_json
 
 if TYPE_CHECKING:

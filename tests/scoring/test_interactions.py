@@ -9,18 +9,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from puzzle.scoring.design import Floats, Single, singles
 from puzzle.scoring.interactions import (
     ADDITIVE,
     KINDS,
     LEAST_RATIO,
     Evaluation,
     Fit,
-    Floats,
     InteractionModel,
-    Single,
     best_of,
     cross_validated,
-    singles,
     spearman,
 )
 from puzzle.types import (
