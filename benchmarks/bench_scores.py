@@ -1,14 +1,16 @@
-"""How fast exact scores are.
+"""How fast scores are.
 
     python benchmarks/bench_scores.py exact [--incumbent PYTHON]
     python benchmarks/bench_scores.py growth
+    python benchmarks/bench_scores.py shape [--device cuda] [--shape 8b]
 
 ``exact``: the bundled teacher, every gqa, narrow and skip of its space. Time over its own floor: each variant's own
 layer, the layers after it and the metrics of its outputs, one variant at a time, measured in the same run. With
 ``--incumbent``, the Python of an environment that holds ``nvidia-modelopt`` 0.47: its driver on the same weights and
 tokens (incumbent_scorer.py), how far its KL, CE and agreement are from ours, and how much longer it takes.
 
-``growth``: random weights; exact scores and local errors (what an anchored score needs) by layers and variants a site.
+``growth``: random weights; seconds of exact and of anchored scores by layers and by variants a site. ``shape``: all
+variants of a model of one shape, random weights; seconds, and peak memory on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_bld import random_teacher, start_of
+from bench_bld import ATTENTION, FFN, SHAPES, random_teacher, start_of
 from demo_runs import make_library
 from environment import environment
 from safetensors.torch import save_file
@@ -38,10 +40,12 @@ from puzzle.metrics import token_metrics
 from puzzle.run import Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
+from puzzle.scoring.local import anchor_of
+from puzzle.space import SearchSpace
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
 from puzzle.teacher import Teacher
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site
-from puzzle.variants import has_weights, site_item
+from puzzle.variants import has_weights, is_teacher, site_item
 
 RESULTS = Path(__file__).parent / "results"
 SAME = {"kl": "kl_div", "agreement": "greedy_teacher_prediction_in_student_top_1"}  # ours: theirs
@@ -165,6 +169,31 @@ def compared(python: Path, folder: Path, size: int, ours: Mapping[str, Values], 
     return {**found, "seconds": whole, "ratio": whole / took, "ratio_without_garbage_collection": working / took}
 
 
+def anchored(scorer: Scorer, items: Sequence[Item]) -> None:
+    """What anchored scores of ``items`` take: leaving out each site exactly, and each item's local error."""
+    for _, group in itertools.groupby(items, lambda item: item.sites[0].layer):
+        here = list(group)
+        anchors = {(anchor := anchor_of(item)).id: Change(anchor.id, (anchor,)) for item in here}
+        list(scorer.scores(list(anchors.values())))
+        scorer.local_errors([item for item in here if item.specs[0].kind != "skip"])
+
+
+def times_of(base: Base, items: Sequence[Item], batches: Sequence[Batch], repeats: int) -> dict[str, float]:
+    finals = finals_of(base, batches)
+
+    def synchronised(score: Callable[[], Any]) -> None:
+        score()
+        if base.teacher.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return {
+        "exact_s": seconds(lambda: synchronised(lambda: scored(Scorer(base, batches, finals, 16), items)), repeats),
+        "anchored_s": seconds(
+            lambda: synchronised(lambda: anchored(Scorer(base, batches, finals, 16), items)), repeats
+        ),
+    }
+
+
 def growth(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
     found = []
@@ -174,28 +203,48 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             teacher = Teacher(Path(folder), torch.device("cpu"), torch.float32, held=True)
             base = Base(teacher, lambda item, teacher=teacher: start_of(teacher, item).weights)
             ids = torch.randint(2000, (8, 128), generator=torch.Generator().manual_seed(0))
-            batches = [Batch(ids, None, None)]
             for variants in VARIANTS:
                 widths = [FfnSpec("narrow", 1024 * (place + 1) // (variants + 1)) for place in range(variants)]
                 items = [site_item(Site(layer, "ffn"), width) for layer in range(num_layers) for width in widths]
-                finals = finals_of(base, batches)
-                took = seconds(lambda: scored(Scorer(base, batches, finals, 16), items), options.repeats)  # noqa: B023
-                found.append({"layers": num_layers, "variants": variants, "exact_s": took})
+                times = times_of(base, items, [Batch(ids, None, None)], options.repeats)
+                found.append({"layers": num_layers, "variants": variants, **times})
                 print(found[-1], flush=True)
     return {"growth": found}
 
 
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = torch.device(options.device), torch.bfloat16 if options.device == "cuda" else torch.float32
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = random_teacher(Path(folder), options.layers, **SHAPES[options.shape])
+        teacher = Teacher(Path(folder), device, dtype, held=True)
+        base = Base(teacher, lambda item: start_of(teacher, item).weights if has_weights(item) else {})
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(4000, (options.sequences, options.sequence_tokens), generator=generator)
+        batches = [Batch(part, None, None).to(device) for part in ids.split(8)]
+        space = SearchSpace.parse({"attention": [*ATTENTION, "skip"], "ffn": [*FFN, "skip"]}, sizes)
+        items = [item for item in space.items() if not is_teacher(item)]
+        found = {"shape": options.shape, "layers": options.layers, "items": len(items), "sequences": options.sequences}
+        found |= {"sequence_tokens": options.sequence_tokens, **times_of(base, items, batches, 1)}
+        if device.type == "cuda":
+            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["exact", "growth"])
+    parser.add_argument("what", choices=["exact", "growth", "shape"])
     parser.add_argument("--incumbent", type=Path, metavar="PYTHON")
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequence-tokens", type=int, default=2048, help="of random weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--together", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-scores")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    found = {**{"exact": exact, "growth": growth}[options.what](options), "environment": environment()}
+    found = {**{"exact": exact, "growth": growth, "shape": shape}[options.what](options), "environment": environment()}
     output = options.output or RESULTS / f"scores_{options.what}.json"
     output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

@@ -15,3 +15,5 @@ for dtype in bf16 fp32; do
     python3 benchmarks/bench_bld.py efficiency --device cuda --shape 8b --dtype $dtype --layers 2 --batch-size 8 \
         --sequence-tokens 2048 --output "$OUT/bld_efficiency_gpu_$dtype.json"
 done
+python3 benchmarks/bench_scores.py shape --device cuda --shape 8b --layers 32 --sequences 32 --sequence-tokens 2048 \
+    --output "$OUT/scores_shape_gpu.json"
