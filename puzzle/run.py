@@ -126,9 +126,14 @@ class Run:
         return items
 
     def _check_window(self, spec: Spec) -> None:
-        """On short sequences a window looks free: nothing is out of its sight."""
+        """On short sequences or documents a window looks free: nothing is out of its sight."""
         if not isinstance(spec, AttentionSpec) or spec.kind != "window":
             return
+        if self.config.data.within_documents:
+            raise ConfigError(
+                f"{variant_name(spec)} looks free within documents shorter than it; set data.within_documents: false, "
+                "or take the variant out of the space"
+            )
         needed, there = LEAST_WINDOWS * (spec.window_tokens or 0), self.config.data.sequence_tokens
         if there < needed:
             raise MissingMeasurementError(

@@ -164,6 +164,15 @@ def test_a_window_needs_sequences_of_four_windows(project: Project, capsys: pyte
     assert main(["--debug", "validate", str(project.config)]) == 0
 
 
+def test_a_window_within_documents_is_refused(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    space = (project.folder / "space.yaml").read_text()
+    (project.folder / "space.yaml").write_text(space.replace("gqa-2", "window-4"))
+    assert main(["validate", str(project.config), "--set", "data.within_documents=true"]) == 2
+    assert "window-4 looks free within documents shorter than it" in capsys.readouterr().err
+    (project.folder / "space.yaml").write_text(space)
+    assert main(["--debug", "validate", str(project.config), "--set", "data.within_documents=true"]) == 0
+
+
 def test_a_stage_says_what_it_needs_first(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(project.config)]) == 4
     assert "run `puzzle distill RUN` first" in capsys.readouterr().err
