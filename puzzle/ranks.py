@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from puzzle import artifacts
 from puzzle.types import PuzzleError
 
@@ -70,7 +72,8 @@ class Ranks:
         try:
             dist.barrier()
         except RuntimeError:
-            dead = ", ".join(map(str, notes(folder))) or "another rank"
+            artifacts.remove(note_path(folder, self.rank))  # this rank lives: the next start must not name it
+            dead = ", ".join(str(note) for note in notes(folder) if note.died) or "another rank"
             raise PuzzleError(f"rank {self.rank}: {dead} died; {what} goes on where it was at the next start") from None
 
 
@@ -87,15 +90,29 @@ class Note:
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host}, {self.stage}, {self.units} units)"
 
+    @property
+    def died(self) -> bool:
+        """Whether its process is gone; of another machine's that is not known here."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)  # the launcher has yet to notice
+        except psutil.NoSuchProcess:
+            return True
+
 
 @contextlib.contextmanager
 def noted(folder: Path, ranks: Ranks, stage: str, units: int) -> Iterator[None]:
     """Leaves a note while the block runs; it stays behind where the process dies or the block raises."""
-    path = folder / "ranks" / f"{ranks.rank}.json"
+    path = note_path(folder, ranks.rank)
     note = Note(ranks.rank, socket.gethostname(), os.getpid(), stage, units)
     artifacts.write_text(path, json.dumps(vars(note)) + "\n")
     yield
     artifacts.remove(path)
+
+
+def note_path(folder: Path, rank: int) -> Path:
+    return folder / "ranks" / f"{rank}.json"
 
 
 def notes(folder: Path) -> list[Note]:

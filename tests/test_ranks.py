@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from puzzle.ranks import Ranks, noted, notes, rows_of, shares
+from puzzle.ranks import Note, Ranks, noted, notes, rows_of, shares
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -60,6 +64,19 @@ def test_a_note_stays_behind_where_the_work_did_not_end(tmp_path: Path) -> None:
     (note,) = notes(tmp_path)
     assert "rank 1 (process" in str(note)
     assert "distill, 12 units" in str(note)
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="waits for the end of a process without reaping it")
+def test_a_rank_is_dead_once_its_process_is() -> None:
+    here = socket.gethostname()
+    assert not Note(0, here, os.getpid(), "distill", 12).died
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    note = Note(1, here, process.pid, "distill", 12)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert note.died  # before its launcher has noticed
+    process.wait()
+    assert note.died
+    assert not Note(1, f"not-{here}", process.pid, "distill", 12).died
 
 
 def test_the_launcher_says_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
