@@ -55,9 +55,13 @@ class OnDisk:
         self._like = torch.empty_like(hidden, device="meta") if self._like is None else self._like
         assert hidden.shape == self._like.shape
         data = _bytes_of(hidden.cpu().contiguous())
-        with open(self._path, "r+b") as file:
-            file.seek(index * len(data))
-            file.write(data)
+        try:
+            with open(self._path, "r+b") as file:
+                file.seek(index * len(data))
+                file.write(data)
+        except OSError as error:
+            error.filename = str(self._path)  # a write that fails names no file
+            raise
 
     def read(self, index: int) -> Tensor:
         assert self._like is not None, "nothing was written"

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from puzzle import artifacts
+from puzzle.blocks import stream
 from puzzle.cli import main
 from puzzle.export import verify
 from puzzle.run import Run
@@ -116,6 +118,38 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(
     assert len(list((project.run / "library" / "initial").iterdir())) == 8
     assert main(["--debug", "run", str(project.config)]) == 0
     assert results(project) == results(finished)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a device that is always full")
+def test_a_disk_that_the_residual_stream_fills_is_one_clear_line(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = finished.copy_to(tmp_path / "project")
+    shutil.copytree(finished.run, project.run)
+    expected = library_of(project)
+    for trained in project.run.glob("library/trained/L001*"):
+        shutil.rmtree(trained)
+    command = ["distill", str(project.config), "--set", "distill.residual=disk"]
+    writes = 0
+
+    def full_at_the_second(path: Path, mode: str) -> BinaryIO:
+        nonlocal writes
+        writes += mode == "r+b"
+        return open("/dev/full" if mode == "r+b" and writes == 2 else path, mode)  # type: ignore[return-value]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "open", full_at_the_second, raising=False)
+        assert main(command) == 5
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"puzzle: {project.run / '.aside-residual-0'}: No space left on device; free some space")
+    assert not list(project.run.rglob(".aside-*"))
+    assert main(["--debug", *command]) == 0
+    assert library_of(project) == expected
+
+
+def library_of(project: Project) -> dict[str, bytes]:
+    """Every unit's weights, as bytes."""
+    return {path.parent.name: path.read_bytes() for path in project.run.glob("library/trained/*/weights.safetensors")}
 
 
 def test_a_read_only_disk_is_one_clear_line(
