@@ -27,11 +27,11 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtyp
     save_file(rounded, folder / WEIGHTS)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one unit; CorruptFileError where they are unreadable or not finite."""
+def read_weights(folder: Path, finite: bool = True) -> dict[str, Tensor]:
+    """The tensors of one unit; CorruptFileError where they are unreadable or, if they should be ``finite``, are not."""
     weights = read_tensors(folder / WEIGHTS)
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if finite and not torch.isfinite(tensor).all():
             raise CorruptFileError(f"{folder / WEIGHTS}: {name} holds values that are not finite; delete {folder}")
     return weights
 

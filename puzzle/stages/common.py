@@ -92,7 +92,12 @@ def write_unit(run: Run, weights: Mapping[str, Tensor], payload: Mapping[str, An
 
 
 def item_weights(run: Run, item: Item) -> Mapping[str, Tensor]:
-    """The trained weights of an item, by names within the layer; none for what is the teacher's, or nothing."""
+    """The trained weights of an item, by names within the layer; none for what is the teacher's, or nothing.
+
+    They are finite, but for an item marked failed, which is never chosen.
+    """
     if not has_weights(item):
         return {}
-    return library.item_view(library.read_weights(run.trained(run.unit_of(item))), item, run.units[run.unit_of(item)])
+    unit = run.unit_of(item)
+    failed = "failed" in artifacts.read_unit(run.trained(unit)).payload
+    return library.item_view(library.read_weights(run.trained(unit), finite=not failed), item, run.units[unit])

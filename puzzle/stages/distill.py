@@ -79,7 +79,9 @@ class _Job:
 
     def train(self, group: Sequence[str], on_step: Callable[[int], None]) -> dict[str, distill.Distilled]:
         run = self._run
-        starts = [distill.Task(unit, run.units[unit], library.read_weights(run.initial(unit))) for unit in group]
+        # a start that is not finite fails alone, in training
+        weights = {unit: library.read_weights(run.initial(unit), finite=False) for unit in group}
+        starts = [distill.Task(unit, run.units[unit], weights[unit]) for unit in group]
         for stream in (self._stream, self._held_out):
             while stream.depth < min(start.layer for start in starts):
                 stream.advance(self._teacher.layer(stream.depth))

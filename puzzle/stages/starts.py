@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
         layer = teacher.layer(index)
         if units:
             for unit, start in _Layer(run, layer, calibration, held_out).starts(units).items():
-                payload = {"start": start.name, "losses": start.losses}
+                losses = {name: loss if math.isfinite(loss) else None for name, loss in start.losses.items()}
+                payload = {"start": start.name, "losses": losses}
                 write = functools.partial(write_unit, run, start.weights, payload)
                 artifacts.publish_folder(wanted[unit].path, wanted[unit].inputs, write)
                 progress.done(unit)

@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puzzle import config
+from puzzle.blocks import candidates
+from puzzle.blocks.candidates import Draft, Seen
 from puzzle.cli import main
 from puzzle.config import ConstraintFile, RunConfig
 from puzzle.run import Run
+from puzzle.types import Spec
 from tests.pipeline.conftest import Project
 
 
@@ -298,6 +301,32 @@ def test_a_diverging_variant_is_failed_and_the_search_does_without_it(project: P
     assert failed
     assert all("not finite" in reason for reason in failed.values())
     assert not set(failed) & set(run.solutions()[0].items)
+
+
+def test_one_nan_variant_fails_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = candidates.CANDIDATES["linear"]
+
+    def with_one_nan(seen: Seen, spec: Spec) -> dict[str, Draft]:
+        found = linear(seen, spec)
+        if (seen.layer.layer_idx, seen.part) == (1, "ffn"):
+            for draft in found.values():
+                draft.weights["mlp.linear_mlp.weight"][2, 3] = torch.nan
+        return found
+
+    monkeypatch.setitem(candidates.CANDIDATES, "linear", with_one_nan)  # type: ignore[arg-type]
+    for stage in ("data", "init", "distill", "score", "profile", "search"):
+        assert main(["--debug", stage, str(project.config)]) == 0
+    run = Run.open(project.config)
+    failed = run.read_scores().failed
+    assert set(failed) == {"L001.ffn.linear"}
+    assert "L001.ffn.linear" not in run.solutions()[0].items
+    capsys.readouterr()
+    assert main(["--debug", "show", "library", str(project.config)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert row.split()[:2] == ["L001.ffn", "linear"]
+    assert row.endswith(failed["L001.ffn.linear"])
 
 
 def test_a_site_with_nothing_but_keep_is_done(project: Project) -> None:
