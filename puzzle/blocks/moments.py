@@ -23,10 +23,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from puzzle.types import PuzzleError
+
 RIDGE_TO_ZERO = 0.1  # times the λ towards the teacher's columns, which are nearer to the solution than zero is
 MASSIVE = 20.0  # times the median norm of the residual stream
 ENERGY_FLOOR = 1e-6  # of the mean energy: dead features get a small penalty instead of none
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
+
+
+class NotFiniteError(PuzzleError):
+    """Activations that are no numbers, or whose squares are none: nothing can be solved from their moments."""
+
+    def __init__(self) -> None:
+        super().__init__("the teacher's activations are not finite")
 
 
 @dataclass
@@ -55,6 +64,11 @@ class Moments:
             if targets is not None:
                 self.cross += (weighted.T @ targets.flatten(0, -2)[used].float()).to(self.cross.device)
         self.num_tokens += len(flat)
+
+    def check_finite(self) -> None:
+        """NotFiniteError where some feature or target was not, or no token had a weight: :func:`token_weights`."""
+        if not self.num_tokens or not torch.isfinite(self.gram.trace() + self.cross.sum()):
+            raise NotFiniteError
 
     def fit(self, prior: Tensor | None = None) -> Tensor:
         """(D, F) fp64: the W of the module's equation, shrunk towards ``prior`` P (D, F), by default zero."""
@@ -90,13 +104,16 @@ def damped(gram: Tensor, ridge: float) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """The lower factor of a symmetric positive matrix; where rounding is in the way, of one a little more positive."""
+    """The lower factor of a symmetric positive matrix; where rounding is in the way, of one a little more positive.
+
+    NotFiniteError where that does not help.
+    """
     for jitter in JITTERS:
         factor, failed = torch.linalg.cholesky_ex(damped(matrix, jitter))
         if not failed.any():
             found: Tensor = factor
             return found
-    raise ValueError("the moments are of activations that are not finite: their matrix is not positive definite")
+    raise NotFiniteError
 
 
 def _energy(gram: Tensor) -> Tensor:

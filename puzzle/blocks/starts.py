@@ -110,7 +110,7 @@ def _best(
 
 
 def look(layer: PuzzleDecoderLayer, parts: Iterable[Part], calibration: Iterable[LayerPass]) -> dict[Part, Seen]:
-    """The teacher's moments, from one pass."""
+    """The teacher's moments, from one pass. NotFiniteError where they are of no use."""
     seen: dict[Part, Seen] = {}
     parts = sorted(parts)
     for one in calibration:
@@ -119,6 +119,10 @@ def look(layer: PuzzleDecoderLayer, parts: Iterable[Part], calibration: Iterable
             if part not in seen:
                 seen[part] = _nothing_seen(layer, part, one)
             _see(seen[part], one, weights)
+    for of_part in seen.values():
+        of_part.inputs.check_finite()
+        if of_part.gated is not None:
+            of_part.gated.joint.check_finite()
     return seen
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from puzzle import artifacts
+from puzzle.blocks.moments import NotFiniteError
 from puzzle.blocks.starts import Start, best_starts, nested_start, paper_starts
 from puzzle.blocks.stream import Stream
 from puzzle.data import tokenise
@@ -20,7 +21,7 @@ from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.stages.common import held_out_of, sequences_of, streamed_teacher, write_unit
 from puzzle.teacher import LayerPass, load_config, load_tokenizer
-from puzzle.types import Item, Spec
+from puzzle.types import CorruptFileError, Item, Spec
 from puzzle.variants import WEIGHTLESS
 
 
@@ -66,7 +67,17 @@ class _Layer:
     held_out: Stream
 
     def starts(self, units: Mapping[str, Sequence[Item]]) -> dict[str, Start]:
-        """The starting point of each unit; a pair's is that of both its parts."""
+        """The starting point of each unit; CorruptFileError where the teacher does not compute numbers."""
+        try:
+            return self._starts(units)
+        except NotFiniteError as error:
+            raise CorruptFileError(
+                f"{self.run.teacher}, layer {self.layer.layer_idx}: {error}, so no starting point follows from them; "
+                "its weights are damaged or far too large: make or fetch it again"
+            ) from None
+
+    def _starts(self, units: Mapping[str, Sequence[Item]]) -> dict[str, Start]:
+        """A pair's is that of both its parts."""
         nested = {unit: items for unit, items in units.items() if len(items) > 1}
         single = {unit: items[0] for unit, items in units.items() if len(items) == 1}
         specs = (spec for item in single.values() for spec in item.specs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.blocks.moments import Moments, cholesky, ridge, solve_shrunk, token_weights
+from puzzle.blocks.moments import Moments, NotFiniteError, cholesky, ridge, solve_shrunk, token_weights
 
 CPU = torch.device("cpu")
 
@@ -105,8 +105,20 @@ def test_equal_features_are_no_obstacle() -> None:
 
 
 def test_moments_of_what_is_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         cholesky(torch.full((3, 3), torch.nan, dtype=torch.float64))
+    moments_of(*tokens()).check_finite()
+    for bad in (torch.nan, torch.inf):
+        features, targets, weights = tokens()
+        features[2, 4] = bad
+        with pytest.raises(NotFiniteError):
+            moments_of(features, targets, weights).check_finite()
+        features, targets, weights = tokens()
+        targets[2, 1] = bad
+        with pytest.raises(NotFiniteError):
+            moments_of(features, targets, weights).check_finite()
+    with pytest.raises(NotFiniteError):
+        moments_of(features, targets, token_weights(torch.full((4, 15, 2), torch.nan)).flatten()).check_finite()
 
 
 def test_the_first_position_and_massive_tokens_do_not_count() -> None:

@@ -79,6 +79,21 @@ def missing_tensor(project: Project) -> None:
     save_file(tensors, path)
 
 
+def set_one_weight(project: Project, name: str, value: float) -> None:
+    path = project.folder / "teacher" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][0, 5] = value
+    save_file(tensors, path, {"format": "pt"})
+
+
+def values_that_are_not_finite(project: Project) -> None:
+    set_one_weight(project, "model.layers.1.self_attn.v_proj.weight", torch.nan)
+
+
+def channels_that_are_not_finite(project: Project) -> None:
+    set_one_weight(project, "model.layers.1.mlp.up_proj.weight", torch.inf)
+
+
 def other_shape(project: Project) -> None:
     edit_json(project.folder / "teacher" / "config.json", intermediate_size=64)
 
@@ -171,6 +186,8 @@ CASES: list[tuple[Callable[[Project], None], int, tuple[str, ...]]] = [
     (missing_weights, 5, ("model.safetensors", "missing")),
     (missing_tensor, 5, ("layer 0: the tensors do not fit", "mlp.up_proj.weight")),
     (other_shape, 5, ("teacher", "size mismatch")),
+    (values_that_are_not_finite, 5, ("teacher, layer 1", "activations are not finite")),
+    (channels_that_are_not_finite, 5, ("teacher, layer 1", "activations are not finite")),
     (no_tokenizer, 2, ("no tokenizer here",)),
     (no_text, 2, ("data.text", "no such file")),
     (text_too_short, 2, ("too little text", "'score'")),
