@@ -133,7 +133,8 @@ class InitConfig(_Model):
 
 
 class DistillConfig(_Model):
-    """BLD. ``tokens`` per variant; 0 leaves the starting points as they are.
+    """BLD. ``tokens`` per variant; 0 leaves the starting points as they are. Of a ``nested`` FFN only the widths in the
+    space are drawn: one more means training it anew.
 
     ``patience``: a variant stops after so many checks (20 in a whole training) without getting better by 0.1 %; null
     trains all to the end. ``nested``: one FFN per site holds all its ``narrow`` variants. ``residual``: where the

@@ -204,6 +204,12 @@ def _active(seen: Seen, spec: Spec) -> dict[str, Draft]:
     return {"teacher": Draft(part_state(seen.layer, "ffn"))}
 
 
+def paper_nested(layer: PuzzleDecoderLayer, width: int, activity: Tensor) -> Weights:
+    """The teacher's ``width`` channels that contribute most, the first the most: each prefix is the paper's start."""
+    state = part_state(layer, "ffn")
+    return _cut(state, channels.contribution_order(activity, state["mlp.down_proj.weight"])[:width])
+
+
 def nested_weights(seen: Seen, width: int) -> Weights:
     """A gated FFN of the ``width`` most important channels, the most important first, so that each prefix is an FFN.
 

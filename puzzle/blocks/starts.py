@@ -22,7 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puzzle.blocks.candidates import Draft, GatedSeen, Seen, Weights, drafts, nested_weights, paper, part_of
+from puzzle.blocks.candidates import (
+    Draft,
+    GatedSeen,
+    Seen,
+    Weights,
+    drafts,
+    nested_weights,
+    paper,
+    paper_nested,
+    part_of,
+)
 from puzzle.blocks.layer import captured_inputs, output_projection, variant_layer
 from puzzle.blocks.loss import LossAt, LossKind, local_loss
 from puzzle.blocks.moments import Moments, exact_device, token_weights
@@ -44,6 +54,12 @@ class Start:
 def nested_start(layer: PuzzleDecoderLayer, width: int, calibration: Iterable[LayerPass]) -> Weights:
     """An FFN of ``width`` channels, sorted, that holds every narrower one; from one pass."""
     return nested_weights(look(layer, {"ffn"}, calibration)["ffn"], width)
+
+
+@torch.no_grad()
+def paper_nested_start(layer: PuzzleDecoderLayer, width: int, calibration: Iterable[LayerPass]) -> Weights:
+    """Likewise, each narrower one being the paper's start."""
+    return paper_nested(layer, width, _activity(layer, calibration))
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
-from puzzle.run import STORED_DTYPES, Run
+from puzzle.checkpoint import check_safetensors
+from puzzle.run import Run
 from puzzle.types import MissingMeasurementError
 from puzzle.variants import params, variant_name
 
@@ -22,8 +23,8 @@ COLUMNS = ("site", "variant", "start", "loss_start", "loss_end", "tokens", "byte
 def library_frame(run: Run) -> pd.DataFrame:
     """One row per variant that has weights of its own. MissingMeasurementError where nothing was trained yet.
 
-    ``start``: which starting point was taken; ``tokens`` it was trained on; ``bytes`` in the library (widths that share
-    a nested FFN share most of theirs); ``failed``: why, or empty.
+    ``start``: which starting point was taken; ``tokens`` it was trained on; ``bytes`` of its tensors in the library (a
+    nested FFN's count at its widest variant, and 0 at the others); ``failed``: why, or empty.
     """
     import pandas as pd
 
@@ -33,6 +34,7 @@ def library_frame(run: Run) -> pd.DataFrame:
             continue
         payload = artifacts.read_unit(run.trained(unit)).payload
         start = artifacts.read_unit(run.initial(unit)).payload.get("start", "") if run.initial(unit).exists() else ""
+        widest = max(items, key=lambda item: sum(params(spec, run.shape) for spec in item.specs))
         for item in items:
             rows.append(
                 {
@@ -42,13 +44,19 @@ def library_frame(run: Run) -> pd.DataFrame:
                     "loss_start": payload.get("before", {}).get(item.id),
                     "loss_end": payload.get("after", {}).get(item.id),
                     "tokens": payload["tokens"],
-                    "bytes": STORED_DTYPES[run.stored_dtype] * sum(params(spec, run.shape) for spec in item.specs),
+                    "bytes": _stored_bytes(run.trained(unit)) if item is widest else 0,
                     "failed": payload.get("failed", ""),
                 }
             )
     if not rows:
         raise MissingMeasurementError(f"{run.folder}: no library there; run `puzzle distill RUN`")
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Of the tensors of one unit, without their names."""
+    header = check_safetensors(folder / "weights.safetensors")
+    return max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from puzzle import artifacts
 from puzzle.blocks.moments import NotFiniteError
-from puzzle.blocks.starts import Start, best_starts, nested_start, paper_starts
+from puzzle.blocks.starts import Start, best_starts, nested_start, paper_nested_start, paper_starts
 from puzzle.blocks.stream import Stream
 from puzzle.data import tokenise
 from puzzle.data.encode import Encoder
@@ -96,7 +96,10 @@ class _Layer:
 
     def _nested(self, items: Sequence[Item]) -> Start:
         width = max(getattr(item.specs[0], "intermediate_size", 0) for item in items)
-        return Start(nested_start(self.layer, width, _Passes(self.calibration, self.layer)), "sorted", {})
+        calibration = _Passes(self.calibration, self.layer)
+        if self.run.config.init.start == "paper":
+            return Start(paper_nested_start(self.layer, width, calibration), "paper", {})
+        return Start(nested_start(self.layer, width, calibration), "sorted", {})
 
 
 def _joined(starts: Sequence[Start]) -> Start:

@@ -16,7 +16,8 @@ from puzzle.blocks.channels import contribution_order, obs_order
 from puzzle.blocks.layer import captured_inputs, part_state, variant_layer
 from puzzle.blocks.loss import local_loss
 from puzzle.blocks.moments import ridge
-from puzzle.blocks.starts import Start, best_starts, part_of
+from puzzle.blocks.nested import prefix
+from puzzle.blocks.starts import Start, best_starts, paper_nested_start, paper_starts, part_of
 from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
@@ -205,6 +206,20 @@ def test_the_experts_that_count_are_kept_with_their_router_rows() -> None:
     for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
         assert torch.equal(start.weights[name], state[name][[1, 3, 4]])
     assert start.losses["reap"] < 0.001  # of other triples the best has 0.005
+
+
+def test_every_prefix_of_a_nested_ffn_in_the_papers_order_is_the_papers_start() -> None:
+    layer, calibration, _ = passes_of("llama")
+    nested = paper_nested_start(layer, 32, calibration)
+    one = next(iter(calibration))
+    for width in (8, 20, 32):
+        spec = FfnSpec("narrow", intermediate_size=width)
+        ((_, start),) = paper_starts(layer, [spec], calibration)
+        found, expected = (
+            variant_layer(layer, "ffn", spec, weights).ffn_delta(one.middle)
+            for weights in (prefix(nested, width), start.weights)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_linear_attention_begins_as_attending_to_oneself() -> None:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from puzzle.artifacts import read_unit
 from puzzle.cli import main
 from puzzle.report import Summary
+from puzzle.report.library import library_frame
 from puzzle.run import Run
 from puzzle.space import PARTS
 from puzzle.types import Site
@@ -121,9 +124,28 @@ def test_pairs_and_nested_widths_go_all_the_way(
         assert len(units) == 2 * (3 * 4 - 4)  # all but keep+keep, keep+skip, skip+keep, skip+skip have weights
     run = Run.open(project.config, [setting for setting in settings if setting != "--set"])
     assert set(run.solutions()[0].items) <= {item.id for item in run.items}
+    frame = library_frame(run)
+    stored = {
+        path.parent.name: sum(tensor.nbytes for tensor in load_file(path).values())
+        for path in project.run.glob("library/trained/*/weights.safetensors")
+    }
+    assert frame.bytes.sum() == sum(stored.values())
+    if space == "nested":
+        whole = [stored[f"L{layer:03d}.ffn.nested"] for layer in (0, 1)]
+        assert frame[frame.variant == "narrow-24"].bytes.tolist() == whole
+        assert frame[frame.variant == "narrow-16"].bytes.tolist() == [0, 0]
     assert main(["--debug", "show", "library", str(project.config), *settings]) == 0
     assert "narrow-24" in capsys.readouterr().out
     assert (project.run / "library" / "library.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_papers_start_of_nested_widths_is_taken_where_it_is_asked_for(project: Project) -> None:
+    (project.folder / "space.yaml").write_text("attention: [keep]\nffn: [keep, narrow-32, narrow-16]\n")
+    settings = ["--set", "distill.nested=true", "--set", "init.start=paper"]
+    for stage in ("data", "init"):
+        assert main(["--debug", stage, str(project.config), *settings]) == 0
+    marker = read_unit(project.run / "library" / "initial" / "L001.ffn.nested")
+    assert marker.payload["start"] == "paper"
 
 
 def test_rank_0_alone_prints(
