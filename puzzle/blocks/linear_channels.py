@@ -91,7 +91,7 @@ def best_mixture(moments: GatedMoments, order: Tensor, width: int) -> MixedChann
     """The mixture of ``width`` channels with the least error, of the teacher's first in ``order`` (I,); None where it
     is one without linear channels."""
     ranks = {min(max(1, round(share * width)), len(moments.down)) for share in SHARES}
-    found = [mixed_channels(moments, order[: width - rank].sort().values, rank) for rank in sorted({0, *ranks})]
+    found = (mixed_channels(moments, order[: width - rank].sort().values, rank) for rank in sorted({0, *ranks}))
     best = min(found, key=lambda one: one.error)
     return best if len(best.gate) else None
 

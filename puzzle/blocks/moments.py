@@ -100,7 +100,9 @@ def solve_shrunk(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Te
 
 def damped(gram: Tensor, ridge: float) -> Tensor:
     """``G + λ diag G``."""
-    return gram + ridge * _energy(gram).diag_embed()
+    found = gram.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(ridge * _energy(gram))
+    return found
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     NotFiniteError where that does not help.
     """
     for jitter in JITTERS:
-        factor, failed = torch.linalg.cholesky_ex(damped(matrix, jitter))
+        factor, failed = torch.linalg.cholesky_ex(damped(matrix, jitter) if jitter else matrix)
         if not failed.any():
             found: Tensor = factor
             return found
