@@ -210,7 +210,8 @@ class EvaluateConfig(_Model):
 class RunConfig(_Model):
     """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage.
 
-    ``memory_budget_gib``: what ``distill`` and ``score`` may take on the device; default: most of what is free.
+    ``memory_budget_gib``: what ``init``, ``distill`` and ``score`` may take on the device; by default most of what is
+    free.
     """
 
     run: str

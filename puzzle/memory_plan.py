@@ -11,21 +11,25 @@ Scoring holds the teacher, or one layer of it, the head with one chunk of logits
 own layer and its residual streams in fp32; in the host's memory two streams more, the base's and the teacher's last:
 
     bytes = (teacher | layer) + 4 · V · D + 16 · min(4096, B · T) · V + changes · 4 · (params + batches · B · T · D)
+
+Starting points (``init``) cannot be laid out in another way, only refused: see :func:`init_bytes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from puzzle.types import GIB, ConfigError, ModelShape
+from puzzle.types import GIB, AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec
 from puzzle.variants import keep_spec, params, rest_params
 
 BYTES_PER_TRAINED_PARAM = 26  # weight, gradient, two moments: 16; start and best: 8; copy in bf16: 2
 RESIDUAL_SHARE = 0.5  # of the budget that a residual stream in memory may take
 MOST_TOGETHER = 16  # changes; more would share little more
 LOGIT_TOKENS = 4096  # whose logits are held at once
+NUM_FITS = {"gqa": 2, "window": 1}  # an attention's candidates whose last matrix is fitted, all in one pass
+NUM_COPIES = {"narrow": 8, "experts": 2, "active": 1, "linear": 4}  # of an FFN's weights while candidates are compared
 Residual = Literal["memory", "disk", "recompute"]
 
 
@@ -130,6 +134,53 @@ def plan_scores(shape: ModelShape, batches: Batches, machine: Machine) -> ScoreP
             "or lower score.sequences or data.sequence_tokens"
         )
     return ScorePlan(hold, 1, chunk)
+
+
+def check_init(shape: ModelShape, specs: Mapping[int, Collection[Spec]], batches: Batches, machine: Machine) -> None:
+    """ConfigError where the starting points of some layer, whose variants are ``specs``, do not fit in the budget."""
+    stream = batches.count * batches.tokens * shape.hidden_size * batches.dtype_bytes if machine.shared else 0
+    needed = stream + max(init_bytes(shape, layer, of_layer, batches.tokens) for layer, of_layer in specs.items())
+    if needed > machine.budget_bytes:
+        raise ConfigError(
+            f"init: the starting points of one layer need {needed / GIB:.2f} GiB where "
+            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, lower data.sequence_tokens, "
+            "or set init.start: paper"
+        )
+
+
+def init_bytes(shape: ModelShape, layer: int, specs: Collection[Spec], tokens: int) -> float:
+    """The most that ``init`` holds for the variants ``specs`` of a layer, on batches of ``tokens``. An upper bound.
+
+    All along the layer and its starts in fp32, and the moments in fp64; beside them the largest of: a product that is
+    added to the moments; the attention's fits; the solutions for an FFN; the candidates of one variant, as weights and
+    as modules.
+    """
+    size, heads = shape.hidden_size + 1, shape.num_attention_heads * shape.head_dim
+    ffns = [spec for spec in specs if isinstance(spec, FfnSpec)]
+    num_fits = sum(NUM_FITS.get(spec.kind, 0) for spec in specs if isinstance(spec, AttentionSpec))
+    width = shape.intermediate_size if ffns and layer not in shape.moe_layers else 0
+    joint = (width + size) ** 2 if width else 0
+    attention, activations = params(AttentionSpec("keep"), shape), activation_bytes(shape, tokens)
+    held = 4 * (_layer_params(shape, layer) + sum(params(spec, shape) for spec in specs)) + 8 * (joint + 4 * size**2)
+    looking = 12 * joint + activations
+    fit = 4 * (attention + heads * size) + 8 * heads * (heads + size)
+    fitting = num_fits * 4 * attention + max(32 * attention, num_fits * fit + activations)
+    fitted = num_fits * 4 * (attention + heads * size)
+    solving = _solving_bytes(size, width, max((spec.intermediate_size or 0 for spec in ffns), default=0))
+    choosing = 4 * max((NUM_COPIES[spec.kind] * params(spec, shape) for spec in ffns), default=0) + activations
+    return held + max(looking, fitting, fitted + max(solving, choosing))
+
+
+def _solving_bytes(size: int, width: int, narrow: int) -> float:
+    """In fp64 for ``narrow`` of ``width`` channels (blocks/channels.py, linear_channels.py), the last two beside
+    candidates in fp32."""
+    if not narrow:
+        return 0
+    ordering = 3 * width**2 + 2 * width * size
+    refitting = 3 * narrow**2 + narrow * width + 6 * narrow * size
+    factoring, mixing = 3 * narrow**2 + 2 * narrow * size, narrow**2 + 4 * narrow * size + 10 * size**2
+    mixing = (2 * width + 3 * size + narrow) * size + max(factoring, mixing)
+    return max(8 * ordering, 28 * narrow * size + 8 * max(refitting, mixing))
 
 
 def activation_bytes(shape: ModelShape, tokens: int) -> float:

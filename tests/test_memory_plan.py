@@ -13,12 +13,14 @@ from puzzle.memory_plan import (
     ScorePlan,
     Unit,
     activation_bytes,
+    check_init,
+    init_bytes,
     plan_bld,
     plan_scores,
 )
 from puzzle.space import SearchSpace
-from puzzle.types import GIB, ConfigError, ModelShape
-from puzzle.variants import has_weights, params
+from puzzle.types import GIB, AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec
+from puzzle.variants import WEIGHTLESS, has_weights, params
 
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
 EIGHT_B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)
@@ -31,6 +33,11 @@ def units_of(shape: ModelShape, widths: tuple[float, ...] = (0.87, 0.5, 0.25)) -
         for layer in range(shape.num_layers)
         for width in widths
     ]
+
+
+def shipped_space(shape: ModelShape) -> SearchSpace:
+    file = load(SpaceFile, locate("space", "llama"))
+    return SearchSpace.parse({"attention": file.attention, "ffn": file.ffn}, shape, file.ffn_multiple_of)
 
 
 def plan(gib: float, host_gib: float = 500, disk_gib: float = 0, batches: Batches = BATCHES) -> BldPlan:
@@ -48,11 +55,9 @@ def test_a_70b_teacher_fits_one_gpu_of_80_gb() -> None:
 
 
 def test_the_readmes_figures_for_the_shipped_space() -> None:
-    file = load(SpaceFile, locate("space", "llama"))
-    space = SearchSpace.parse({"attention": file.attention, "ffn": file.ffn}, LLAMA_70B, file.ffn_multiple_of)
     units = [
         Unit(item.id, item.sites[0].layer, params(item.specs[0], LLAMA_70B))
-        for item in space.items()
+        for item in shipped_space(LLAMA_70B).items()
         if has_weights(item)
     ]
     found = plan_bld(LLAMA_70B, units, BATCHES, Machine(0.9 * 80e9, 200 * GIB, 0, shared=False))
@@ -112,3 +117,32 @@ def test_scoring_shares_what_is_left_over_among_changes() -> None:
     assert tight.together == 1 and 1 <= tight.chunk < 64
     with pytest.raises(ConfigError, match="score: one change on one batch needs .* raise memory_budget_gib"):
         plan_scores(LLAMA_70B, sequences, Machine(8 * GIB, 200 * GIB, 1e12, False))
+
+
+def variants_of_a_layer(shape: ModelShape) -> set[Spec]:
+    """What the shipped space offers in place of one layer's blocks."""
+    here = (specs for site, specs in shipped_space(shape).on_offer.items() if site.layer == 0)
+    return {spec for specs in here for spec in specs if spec.kind not in WEIGHTLESS}
+
+
+@pytest.mark.parametrize(("shape", "gigabytes"), [(LLAMA_70B, 68), (EIGHT_B, 21)])
+def test_starting_points_take_what_the_readme_says(shape: ModelShape, gigabytes: float) -> None:
+    assert round(init_bytes(shape, 0, variants_of_a_layer(shape), 8 * 2048) / 1e9) == gigabytes
+
+
+def test_starting_points_hold_the_moments_of_what_is_asked_for() -> None:
+    narrow, wide = FfnSpec("narrow", intermediate_size=7168), FfnSpec("narrow", intermediate_size=24832)
+    attention, joint = AttentionSpec("linear"), 8 * (28672 + 8192 + 1) ** 2
+    sizes = [init_bytes(LLAMA_70B, 0, specs, 2048) for specs in ([attention], [narrow], [wide], [wide, narrow])]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < joint
+    assert sizes[1] > joint + 3 * 8 * 28672**2  # and what elimination takes
+
+
+def test_starting_points_that_do_not_fit_are_refused() -> None:
+    specs = {layer: variants_of_a_layer(EIGHT_B) for layer in range(32)}
+    batches = Batches(18, 8 * 2048, 4)
+    check_init(EIGHT_B, specs, batches, Machine(22e9, 0, 0, shared=False))
+    for gib, shared in ((10, False), (22e9 / GIB, True)):  # on a CPU the stream has to fit, too
+        with pytest.raises(ConfigError, match=r"init: the starting points of one layer need \d+\.\d+ GiB where"):
+            check_init(EIGHT_B, specs, batches, Machine(gib * GIB, 0, 0, shared))

@@ -16,10 +16,19 @@ from puzzle.blocks.stream import Stream
 from puzzle.data import tokenise
 from puzzle.data.encode import Encoder
 from puzzle.data.inputs import pinned_sources
+from puzzle.memory_plan import Batches, check_init
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
-from puzzle.stages.common import held_out_of, sequences_of, streamed_teacher, write_unit
+from puzzle.stages.common import (
+    BATCH_SEQUENCES,
+    HELD_OUT_SEQUENCES,
+    held_out_of,
+    machine_of,
+    sequences_of,
+    streamed_teacher,
+    write_unit,
+)
 from puzzle.teacher import LayerPass, load_config, load_tokenizer
 from puzzle.types import CorruptFileError, Item, Spec
 from puzzle.variants import WEIGHTLESS
@@ -39,6 +48,8 @@ def make_data(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
 
 def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     wanted = {unit.path.name: unit for unit in missing}
+    if run.config.init.start == "best":
+        _check_memory(run, list(wanted))
     teacher = streamed_teacher(run, torch.float32)
     calibration = Stream.of(teacher, sequences_of(run, "train", run.config.init.sequences))
     held_out = Stream.of(teacher, held_out_of(run))
@@ -55,6 +66,16 @@ def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
                 progress.done(unit)
         for stream in (calibration, held_out):
             stream.advance(layer)
+
+
+def _check_memory(run: Run, units: Sequence[str]) -> None:
+    """ConfigError where the starting points of a layer do not fit in the budget."""
+    specs: dict[int, set[Spec]] = {}
+    for item in (item for unit in units for item in run.units[unit]):
+        specs.setdefault(item.sites[0].layer, set()).update(spec for spec in item.specs if spec.kind not in WEIGHTLESS)
+    num_batches = math.ceil((run.config.init.sequences + HELD_OUT_SEQUENCES) / BATCH_SEQUENCES)
+    batches = Batches(num_batches, BATCH_SEQUENCES * run.config.data.sequence_tokens, torch.float32.itemsize)
+    check_init(run.shape, specs, batches, machine_of(run))
 
 
 @dataclass(frozen=True)

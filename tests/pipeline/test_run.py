@@ -109,6 +109,17 @@ def test_a_budget_that_nothing_fits_in_is_refused(copy: Project, capsys: pytest.
     assert "raise memory_budget_gib" in capsys.readouterr().err
 
 
+def test_starting_points_that_do_not_fit_in_the_budget_are_refused(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--debug", "data", str(project.config)]) == 0
+    small = [str(project.config), "--set", "memory_budget_gib=1e-5"]
+    assert main(["init", *small]) == 2
+    assert "raise memory_budget_gib, lower data.sequence_tokens, or set init.start: paper" in capsys.readouterr().err
+    assert not (project.run / "library").exists()
+    assert main(["--debug", "init", *small, "--set", "init.start=paper"]) == 0
+
+
 @pytest.mark.parametrize("space", ["pairs: true", "nested"])
 def test_pairs_and_nested_widths_go_all_the_way(
     project: Project, space: str, capsys: pytest.CaptureFixture[str]
