@@ -112,7 +112,7 @@ def anchored_scores(library: Library, sequences: int) -> dict[str, float]:
 
 
 def rescored(library: Library, cheap: Mapping[str, float], share: float) -> tuple[dict[str, float], set[str]]:
-    """Anchored scores, and exact ones of what the three best architectures are made of, until that changes nothing."""
+    """Cheap scores, and exact ones of what the three best architectures are made of, until that changes nothing."""
     scores, exact, measured = dict(cheap), library.mean("kl"), set[str]()
     while True:
         solutions = mip.solve([library.problem(scores, share)], {}, 3).solutions
@@ -151,26 +151,30 @@ def one_library(results: Results, library: Library, seed: int) -> None:
     everything = forwards(library, library.items)
     anchors = forwards(library, [item for item in library.items if item.specs[0].kind == "skip"])
     own = len(library.items) / 2 / library.run.shape.num_layers
+    few, many = (sequences_of(library.run, "score", count) for count in (FEW, SEQUENCES))
+    of_one_pass = functools.partial(one_pass_scores, library.base, library.items)
     methods = {
         "exact": (library.mean("kl"), SEQUENCES * everything),
         f"exact, {FEW} sequences": (library.mean("kl", FEW), FEW * everything),
+        "exact, 2 sequences": (library.mean("kl", 2), 2 * everything),
         "anchored": (anchored_scores(library, SEQUENCES), SEQUENCES * (anchors + own)),
         f"anchored, {FEW} sequences": (anchored_scores(library, FEW), FEW * (anchors + own)),
-        "one-pass": (
-            one_pass_scores(library.base, library.items, sequences_of(library.run, "score", SEQUENCES), DRAWS),
-            SEQUENCES * (1 + 2 * DRAWS + own),
-        ),
+        "one-pass": (of_one_pass(many, DRAWS), SEQUENCES * (1 + 2 * DRAWS + own)),
+        "one-pass, 1 draw": (of_one_pass(many, 1), SEQUENCES * (1 + 2 + own)),
+        f"one-pass, {FEW} sequences": (of_one_pass(few, DRAWS), FEW * (1 + 2 * DRAWS + own)),
     }
     exact = library.mean("kl")
     found = {name: {**agreement(exact, scores, library), "forwards": cost} for name, (scores, cost) in methods.items()}
     arms = itertools.product(methods, SHARES)
     picks = {f"{name}/{share}": library.pick(methods[name][0], share) for name, share in arms}
-    by_id, more = {item.id: item for item in library.items}, []
-    for share in SHARES:
-        scores, measured = rescored(library, methods["anchored"][0], share)
-        picks[f"anchored, rescored/{share}"] = library.pick(scores, share)
-        more.append(SEQUENCES * forwards(library, [by_id[name] for name in measured]))
-    found["anchored, rescored"] = {"forwards": methods["anchored"][1] + statistics.fmean(more)}
+    by_id = {item.id: item for item in library.items}
+    for name in ("anchored", "one-pass", f"one-pass, {FEW} sequences"):
+        more = []
+        for share in SHARES:
+            scores, measured = rescored(library, methods[name][0], share)
+            picks[f"{name}, rescored/{share}"] = library.pick(scores, share)
+            more.append(SEQUENCES * forwards(library, [by_id[item_id] for item_id in measured]))
+        found[f"{name}, rescored"] = {"forwards": methods[name][1] + statistics.fmean(more)}
     different = list(dict.fromkeys(picks.values()))
     truth = dict(zip(different, library.truth(different, "report", 128), strict=True))
     of_exact = {share: picks[f"exact/{share}"] for share in SHARES}

@@ -225,7 +225,8 @@ def _status(options: argparse.Namespace) -> None:
         states = pipeline.unit_states(run, stage)
         counts = {state: states.count(state) for state in ("done", "stale", "missing")}
         took = f"  (last time {seconds[stage.name]:.1f} s)" if stage.name in seconds else ""
-        print(f"{stage.name:<11}" + ", ".join(f"{count} {state}" for state, count in counts.items() if count) + took)
+        found = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        print(f"{stage.name:<11}{found or '0 needed'}{took}")
 
 
 def _stage(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from puzzle.variants import has_weights
 
 BATCH_SEQUENCES = 8
 HELD_OUT_SEQUENCES = 16
-BUDGET_SHARE = 0.6  # of what is free on the device, where the config names no budget
+HOST_SHARE, GPU_SHARE = 0.6, 0.9  # of what is free, where the config names no budget: a host has others to serve
 
 
 def compute_of(run: Run) -> Compute:
@@ -64,8 +64,8 @@ def machine_of(run: Run) -> Machine:
     disk = psutil.disk_usage(str(run.folder)).free / sharing
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
     given = run.config.memory_budget_gib
-    budget = given * GIB if given is not None else BUDGET_SHARE * free
-    return Machine(budget, BUDGET_SHARE * host, disk, device.type != "cuda")
+    share = GPU_SHARE if device.type == "cuda" else HOST_SHARE
+    return Machine(given * GIB if given is not None else share * free, HOST_SHARE * host, disk, device.type != "cuda")
 
 
 def tokens_of(run: Run) -> TokenData:
