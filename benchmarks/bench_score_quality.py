@@ -24,16 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anchored import local_errors
 from bench_scores import scored
 from demo_runs import Results, make_library, problem_of
-from one_pass import one_pass_scores
 
+from puzzle.blocks.stream import Stream
 from puzzle.run import Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.design import singles
 from puzzle.scoring.draws import draw
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
 from puzzle.scoring.interactions import KINDS, Evaluation, best_of, cross_validated, spearman
+from puzzle.scoring.one_pass import one_pass_scores
 from puzzle.search import mip
 from puzzle.search.problem import Problem
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
@@ -102,13 +104,21 @@ def scorer_of(run: Run, base: Base, split: str, sequences: int) -> Scorer:
 
 
 def anchored_scores(library: Library, sequences: int) -> dict[str, float]:
-    """KL(skip) times the local error, as `puzzle score` with mode: anchored has it."""
-    scorer = scorer_of(library.run, library.base, "score", sequences)
-    errors = {}
-    for _, group in itertools.groupby(library.items, lambda item: item.sites[0].layer):
-        errors |= scorer.local_errors(list(group))
+    """KL(skip) times the local error."""
+    base, batches = library.base, sequences_of(library.run, "score", sequences)
+    stream, errors = Stream.of(base.teacher, batches, torch.float32), {}
+    for index in range(base.teacher.num_layers):
+        here = [item for item in library.items if item.sites[0].layer == index]
+        errors |= local_errors(base, here, stream.passes(base.layer(index)))
+        stream.advance(base.layer(index))
     anchor = {item.id: library.exact[f"{item.sites[0]}.skip"]["kl"][:sequences] for item in library.items}
     return {item.id: float((anchor[item.id] * errors[item.id]).mean()) for item in library.items}
+
+
+def one_pass(library: Library, sequences: int, draws: int) -> dict[str, float]:
+    by_layer = {layer: [one for one in library.items if one.sites[0].layer == layer] for layer in range(8)}
+    found = one_pass_scores(library.base, by_layer, sequences_of(library.run, "score", sequences), draws, 0)
+    return {name: float(values.mean()) for name, values in found.items()}
 
 
 def rescored(library: Library, cheap: Mapping[str, float], share: float) -> tuple[dict[str, float], set[str]]:
@@ -151,17 +161,15 @@ def one_library(results: Results, library: Library, seed: int) -> None:
     everything = forwards(library, library.items)
     anchors = forwards(library, [item for item in library.items if item.specs[0].kind == "skip"])
     own = len(library.items) / 2 / library.run.shape.num_layers
-    few, many = (sequences_of(library.run, "score", count) for count in (FEW, SEQUENCES))
-    of_one_pass = functools.partial(one_pass_scores, library.base, library.items)
     methods = {
         "exact": (library.mean("kl"), SEQUENCES * everything),
         f"exact, {FEW} sequences": (library.mean("kl", FEW), FEW * everything),
         "exact, 2 sequences": (library.mean("kl", 2), 2 * everything),
         "anchored": (anchored_scores(library, SEQUENCES), SEQUENCES * (anchors + own)),
         f"anchored, {FEW} sequences": (anchored_scores(library, FEW), FEW * (anchors + own)),
-        "one-pass": (of_one_pass(many, DRAWS), SEQUENCES * (1 + 2 * DRAWS + own)),
-        "one-pass, 1 draw": (of_one_pass(many, 1), SEQUENCES * (1 + 2 + own)),
-        f"one-pass, {FEW} sequences": (of_one_pass(few, DRAWS), FEW * (1 + 2 * DRAWS + own)),
+        "one-pass": (one_pass(library, SEQUENCES, DRAWS), SEQUENCES * (2 + DRAWS + own)),
+        "one-pass, 1 draw": (one_pass(library, SEQUENCES, 1), SEQUENCES * (2 + 1 + own)),
+        f"one-pass, {FEW} sequences": (one_pass(library, FEW, DRAWS), FEW * (2 + DRAWS + own)),
     }
     exact = library.mean("kl")
     found = {name: {**agreement(exact, scores, library), "forwards": cost} for name, (scores, cost) in methods.items()}

@@ -9,7 +9,7 @@ layer, the layers after it and the metrics of its outputs, one variant at a time
 ``--incumbent``, the Python of an environment that holds ``nvidia-modelopt`` 0.47: its driver on the same weights and
 tokens (incumbent_scorer.py), how far its KL, CE and agreement are from ours, and how much longer it takes.
 
-``growth``: random weights; seconds of exact and of anchored scores by layers and by variants a site. ``shape``: all
+``growth``: random weights; seconds of exact and of one-pass scores by layers and by variants a site. ``shape``: all
 variants of a model of one shape, random weights; seconds, and peak memory on a GPU.
 """
 
@@ -40,7 +40,7 @@ from puzzle.metrics import token_metrics
 from puzzle.run import Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
-from puzzle.scoring.local import anchor_of
+from puzzle.scoring.one_pass import num_draws, one_pass_scores
 from puzzle.space import SearchSpace
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
 from puzzle.teacher import Teacher
@@ -169,28 +169,22 @@ def compared(python: Path, folder: Path, size: int, ours: Mapping[str, Values], 
     return {**found, "seconds": whole, "ratio": whole / took, "ratio_without_garbage_collection": working / took}
 
 
-def anchored(scorer: Scorer, items: Sequence[Item]) -> None:
-    """What anchored scores of ``items`` take: leaving out each site exactly, and each item's local error."""
-    for _, group in itertools.groupby(items, lambda item: item.sites[0].layer):
-        here = list(group)
-        anchors = {(anchor := anchor_of(item)).id: Change(anchor.id, (anchor,)) for item in here}
-        list(scorer.scores(list(anchors.values())))
-        scorer.local_errors([item for item in here if item.specs[0].kind != "skip"])
-
-
 def times_of(base: Base, items: Sequence[Item], batches: Sequence[Batch], repeats: int) -> dict[str, float]:
-    finals = finals_of(base, batches)
+    finals, draws = finals_of(base, batches), num_draws(sum(len(batch.ids) for batch in batches))
+    groups = itertools.groupby(items, lambda item: item.sites[0].layer)
+    by_layer = {layer: list(group) for layer, group in groups}
 
-    def synchronised(score: Callable[[], Any]) -> None:
-        score()
-        if base.teacher.device.type == "cuda":
-            torch.cuda.synchronize()
+    def timed(score: Callable[[], Any]) -> float:
+        def whole() -> None:
+            score()
+            if base.teacher.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return seconds(whole, repeats)
 
     return {
-        "exact_s": seconds(lambda: synchronised(lambda: scored(Scorer(base, batches, finals, 16), items)), repeats),
-        "anchored_s": seconds(
-            lambda: synchronised(lambda: anchored(Scorer(base, batches, finals, 16), items)), repeats
-        ),
+        "exact_s": timed(lambda: scored(Scorer(base, batches, finals, 16), items)),
+        "one_pass_s": timed(lambda: one_pass_scores(base, by_layer, batches, draws, 0)),
     }
 
 

@@ -154,14 +154,14 @@ class DistillConfig(_Model):
 
 
 class ScoreConfig(_Model):
-    """``mode``: every variant on the whole model (exact), or one variant a site, from which those of the others are
-    estimated (anchored), while what decides a search is still measured exactly; auto: exact up to 30 layers.
+    """``mode``: every variant on the whole model (exact), or estimated from the teacher's gradients (one-pass), while
+    what decides a search is still measured exactly; auto: exact up to 30 layers.
     ``until_se`` (nats): where two variants of a site are not told apart, sequences are added, twice as many each
     time, until the standard error of their difference is below it. ``tasks``: metrics of the user's own by name,
     ``module:function`` (scoring/exact.py, Task).
     """
 
-    mode: Literal["auto", "exact", "anchored"] = "auto"
+    mode: Literal["auto", "exact", "one-pass"] = "auto"
     sequences: Positive = 32
     until_se: PositiveFloat | None = None
     tasks: dict[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = {}

@@ -183,6 +183,21 @@ def _solving_bytes(size: int, width: int, narrow: int) -> float:
     return max(8 * ordering, 28 * narrow * size + 8 * max(refitting, mixing))
 
 
+def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Machine) -> int:
+    """How many batches a pass of the teacher and back takes: what enters each layer is kept in the host's memory.
+
+    ConfigError where not even one does.
+    """
+    held = 4.0 * batches.tokens * shape.hidden_size * (shape.num_layers + draws)
+    room = RESIDUAL_SHARE * (machine.budget_bytes if machine.shared else machine.host_bytes)
+    if room < held:
+        raise ConfigError(
+            f"score: one batch needs {held / GIB:.2f} GiB of the host's memory where {room / GIB:.2f} GiB may be used; "
+            "raise memory_budget_gib, or lower data.sequence_tokens"
+        )
+    return int(min(batches.count, room // held))
+
+
 def activation_bytes(shape: ModelShape, tokens: int) -> float:
     """fp32 activations of one unit's forward and backward, and of the teacher's pass over its layer. An upper bound."""
     widest = max(shape.intermediate_size, shape.num_active_experts * shape.moe_intermediate_size)

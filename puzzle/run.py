@@ -37,7 +37,7 @@ from puzzle.variants import has_weights, keep_spec, params, shape_id, variant_na
 
 ABSENT = "absent"
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
-MOST_EXACT_LAYERS = 30  # from here on scores are anchored: exact ones grow with the square of the layers
+MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
@@ -220,17 +220,17 @@ class Run:
         What an earlier space left in the folder is not among them.
         """
         table = read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
-        if not self.anchored or not self.rescored.exists():
+        if not self.estimated or not self.rescored.exists():
             return table
         return table.replaced(read_scores(self.rescored.parent, [self.rescored.name]))
 
     @property
-    def anchored(self) -> bool:
-        """Whether scores are estimated from anchors; those on top of a context are not, they may be below 0."""
+    def estimated(self) -> bool:
+        """Whether scores are estimated in one pass; those on top of a context are not, they may be below 0."""
         if self.context:
             return False
         mode = self.config.score.mode
-        return mode == "anchored" or (mode == "auto" and self.shape.num_layers > MOST_EXACT_LAYERS)
+        return mode == "one-pass" or (mode == "auto" and self.shape.num_layers > MOST_EXACT_LAYERS)
 
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
@@ -398,7 +398,7 @@ class Run:
         return names
 
     def plan_rescore(self) -> list[Planned]:
-        return [Planned(self.rescored, self._tables())] if self.anchored else []
+        return [Planned(self.rescored, self._tables())] if self.estimated else []
 
     def plan_profile(self) -> list[Planned]:
         shapes = sorted(shape_id(spec, self.shape) for spec in self.specs)
@@ -468,7 +468,7 @@ class Run:
         return artifacts.fingerprint({unit: _content(self.trained(unit)) for unit in sorted(units)})
 
     def _search_inputs(self) -> dict[str, str]:
-        return {**self._tables(), **({"rescored": _content(self.rescored)} if self.anchored else {})}
+        return {**self._tables(), **({"rescored": _content(self.rescored)} if self.estimated else {})}
 
     def _tables(self) -> dict[str, str]:
         """What a search sees before anything is scored anew for it."""

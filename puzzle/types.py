@@ -193,7 +193,7 @@ class Entry(Strict):
 class Score(Strict):
     """How much worse the model gets, one value per sequence (nats per token for KL and CE).
 
-    ``method``: measured on the whole model, or estimated from an anchor (scoring/local.py).
+    ``method``: measured on the whole model, or estimated from the teacher's gradients (scoring/one_pass.py).
     """
 
     item_id: str
@@ -203,7 +203,7 @@ class Score(Strict):
     split: str
     per_sequence: tuple[float, ...]
     context_tokens: int
-    method: Literal["exact", "anchored"] = "exact"
+    method: Literal["exact", "one-pass"] = "exact"
 
     def __post_init__(self) -> None:
         _require(len(self.per_sequence) > 0, f"{self.item_id}: a score without values")

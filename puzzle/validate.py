@@ -64,11 +64,11 @@ def _check_constraints(run: Run) -> None:
     scores = [
         Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
         for item in run.items
-        for metric in (*(("kl",) if run.anchored else OBJECTIVES.values()), *run.config.score.tasks)
+        for metric in (*(("kl",) if run.estimated else OBJECTIVES.values()), *run.config.score.tasks)
         if not is_teacher(item)
     ]
     objective = run.constraint_file.objective
-    if run.anchored and objective != "kl_nats":
+    if run.estimated and objective != "kl_nats":
         raise ConfigError(f"{run.constraints}: objective {objective} needs exact scores; set score.mode: exact")
     search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
 
@@ -152,11 +152,11 @@ def _stage_flops(run: Run, stage: str) -> float:
     head = 2 * run.shape.vocab_size * run.shape.hidden_size
     forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
     scored = sum(not is_teacher(item) for item in run.items)
-    whole = len(run.shape.sites) if run.anchored else scored  # items that are run through the whole model
+    whole = len(run.shape.sites) if run.estimated else scored  # items that are run through the whole model
     per_token = {
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
-        "score": (forward / 2 + head) * whole + (variant if run.anchored else 0.0),
+        "score": (forward / 2 + head) * whole + (variant if run.estimated else 0.0),
         "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }

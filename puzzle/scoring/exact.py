@@ -21,7 +21,6 @@ from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.scoring.base import Base
-from puzzle.scoring.local import local_errors
 from puzzle.teacher import Context, LayerPass, run_layer
 from puzzle.types import Item
 
@@ -104,12 +103,6 @@ class Scorer:
         for start in range(0, len(changes), self.together):
             wave = changes[start : start + self.together]
             yield from zip(wave, self._wave(wave), strict=True)
-
-    def local_errors(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """By item, see :func:`puzzle.scoring.local.local_errors`; order as for :meth:`scores`."""
-        first = items[0].sites[0].layer
-        self._go_to(first)
-        return local_errors(self.base, items, self._stream.passes(self.base.layer(first)))
 
     def _go_to(self, depth: int) -> None:
         """The base's residual stream at the input of layer ``depth``; going back means starting anew."""

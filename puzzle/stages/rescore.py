@@ -18,7 +18,7 @@ LEAST_CONTENDERS = 3  # architectures whose items are measured
 
 
 def make_rescore(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    """Exact scores, in place of anchored ones, of what the best architectures are made of; again until none is left.
+    """Exact scores, in place of estimates, of what the best architectures are made of; again until none is left.
 
     What was measured so for another constraint file is not measured again.
     """
@@ -30,7 +30,7 @@ def make_rescore(run: Run, missing: Sequence[Planned], progress: Progress) -> No
         layers = itertools.groupby(wanted, lambda item_id: by_id[item_id].sites[0].layer)
         groups = {str(layer): [by_id[item_id] for item_id in of] for layer, of in layers}
         for name, items in groups.items():
-            found = job.records(items, job.scores({name: items}, False, lambda _: None))
+            found = job.records(items, job.scores({name: items}, lambda _: None))
             table = table.replaced(ScoreTable.of(*found))
             progress.fraction(0.0, f"{len(wanted)} items")
         wanted = _deciding(run, table)
@@ -47,7 +47,7 @@ def _deciding(run: Run, table: ScoreTable) -> list[str]:
     wanted = run.constraint_file.solutions
     solutions = mip.solve(problems, {}, max(wanted.count, LEAST_CONTENDERS), wanted.min_difference).solutions
     chosen = {item_id for solution in solutions for item_id in solution.items if (item_id, "kl") in table.scores}
-    return [item.id for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "anchored"]
+    return [item.id for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]
 
 
 def _measured_before(run: Run, unit: Planned) -> ScoreTable:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from puzzle import artifacts
-from puzzle.memory_plan import Batches, plan_scores
+from puzzle.memory_plan import Batches, plan_one_pass, plan_scores
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
 from puzzle.run import Planned, Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
-from puzzle.scoring.local import anchor_of
+from puzzle.scoring.one_pass import SATURATED_NATS, num_draws, one_pass_scores
 from puzzle.scoring.sampling import rounds, undecided
 from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
 from puzzle.tables import Failure
@@ -34,11 +34,15 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     names = sorted(wanted, key=lambda name: (_first_layer(run, name), name))
     ranks = Ranks.current()
     pieces = shares({name: _cost(run, name) for name in names}, ranks.count, 1)[ranks.rank].pieces
+    if not pieces:
+        return
     job = ScoreJob(run)
-    for _, group in itertools.groupby(pieces, lambda name: _first_layer(run, name)):
-        units = {name: job.items_to_score(run.scored_together[name]) for name in group}
-        found = job.scores(units, run.anchored, progress.fraction)
-        for name, items in units.items():
+    units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
+    layers = itertools.groupby(units, lambda name: _first_layer(run, name))
+    groups = [units] if run.estimated else [{name: units[name] for name in group} for _, group in layers]
+    for group in groups:
+        found = job.estimates(group, progress.fraction) if run.estimated else job.scores(group, progress.fraction)
+        for name, items in group.items():
             payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
             artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
             progress.done(name)
@@ -91,39 +95,60 @@ class ScoreJob:
             if item.id not in in_place and not (is_teacher(item) and touched.isdisjoint(item.sites))
         ]
 
-    def scores(
-        self, units: Mapping[str, Sequence[Item]], anchored: bool, advance: Callable[[float], None]
-    ) -> dict[str, Values]:
-        """The values of items that begin at one layer, by unit; those of units that are undecided on more sequences.
+    def scores(self, units: Mapping[str, Sequence[Item]], advance: Callable[[float], None]) -> dict[str, Values]:
+        """Exact values of items that begin at one layer, by unit; of units that are undecided on more sequences.
 
-        ``advance`` is called with the share of a unit's work that is done.
+        ``advance`` is called with the share of the units' work that is done.
         """
         found: dict[str, Values] = {}
         still = list(units)
-        measured = self._anchored if anchored else self._exact
         for index in range(len(self._rounds)):
             items = [item for name in still for item in units[name]]
-            for item, values in measured(self.scorer(index), items) if items else ():
-                found[item.id] = _joined(found[item.id], values) if item.id in found else values
+            for name, values in self._exact(index, items):
+                found[name] = _joined(found[name], values) if name in found else values
                 advance(0.0 if index else len(units) / len(items))
             still = [name for name in still if self._undecided([found[item.id]["kl"] for item in units[name]])]
         return found
 
-    @staticmethod
-    def _exact(scorer: Scorer, items: Sequence[Item]) -> Iterator[tuple[Item, Values]]:
-        return ((change.items[0], values) for change, values in scorer.scores([_change(item) for item in items]))
+    def _exact(self, index: int, items: Sequence[Item]) -> Iterator[tuple[str, Values]]:
+        """Of items that begin at one layer, on the sequences of one round."""
+        if items:
+            for change, values in self.scorer(index).scores([Change(item.id, (item,)) for item in items]):
+                yield change.name, values
 
-    def _anchored(self, scorer: Scorer, items: Sequence[Item]) -> Iterator[tuple[Item, Values]]:
-        """Items over several layers, and what leaves its sites out, exactly; the others by their local errors."""
-        anchors = {item.id: anchor_of(item) for item in items if len({site.layer for site in item.sites}) == 1}
-        near = [item for item in items if item.id in anchors and not _leaves_out(item)]
-        wanted = {anchors[item.id].id: anchors[item.id] for item in near}
-        wanted |= {item.id: item for item in items if item not in near}
-        exact = {item.id: values for item, values in self._exact(scorer, list(wanted.values()))}
-        errors = scorer.local_errors(near) if near else {}
+    def estimates(self, units: Mapping[str, Sequence[Item]], advance: Callable[[float], None]) -> dict[str, Values]:
+        """Values in one pass, of all units; exact ones of what is over several layers, and where no pass can tell."""
+        found: dict[str, Values] = {}
+        still = {name: [item for item in items if len(_layers(item)) == 1] for name, items in units.items()}
+        for index, sequences in enumerate(self._rounds):
+            for name, kl in self._one_pass(sequences, [item for of in still.values() for item in of]).items():
+                found[name] = _joined(found[name], {"kl": kl}) if name in found else {"kl": kl}
+            still = {name: of for name, of in still.items() if self._undecided([found[item.id]["kl"] for item in of])}
+            advance(0.0 if index else len(units) / 2)
+        everything = sorted((item for of in units.values() for item in of), key=lambda item: min(_layers(item)))
+        # not below the bound: above it, or no number
+        doubtful = [one for one in everything if one.id not in found or not found[one.id]["kl"].mean() < SATURATED_NATS]
+        for _, group in itertools.groupby(doubtful, lambda item: min(_layers(item))):
+            found |= dict(self._exact(0, list(group)))
+        return found
+
+    def _one_pass(self, sequences: range, items: Sequence[Item]) -> dict[str, Tensor]:
+        """KL per sequence, (sequences,), by item; as many batches at a time as fit."""
+        if not items:
+            return {}
+        run = self._run
+        batches = sequences_of(run, "score", sequences.stop, sequences.start)
+        draws = num_draws(run.config.score.sequences)
+        chunk = plan_one_pass(run.shape, Batches(len(batches), batches[0].ids.numel(), 4), draws, machine_of(run))
+        by_layer: dict[int, list[Item]] = {}
         for item in items:
-            estimated = item.id in errors
-            yield item, {"kl": exact[anchors[item.id].id]["kl"] * errors[item.id]} if estimated else exact[item.id]
+            by_layer.setdefault(item.sites[0].layer, []).append(item)
+        parts: dict[str, list[Tensor]] = {item.id: [] for item in items}
+        for start in range(0, len(batches), chunk):
+            part, first = batches[start : start + chunk], sequences.start + start
+            for name, kl in one_pass_scores(self._base, by_layer, part, draws, run.config.seed, first).items():
+                parts[name].append(kl)
+        return {name: torch.cat(of) for name, of in parts.items()}
 
     def _undecided(self, scores: Sequence[Tensor]) -> bool:
         """Whether more sequences may tell a unit's variants apart; all of it gets them, to stay comparable."""
@@ -169,7 +194,7 @@ class ScoreJob:
 
     def _score(self, name: str, metric: str, column: Tensor, estimated: bool) -> Score:
         tokens, context = self._run.config.data.sequence_tokens, self._run.context_id
-        method: Literal["exact", "anchored"] = "anchored" if estimated else "exact"
+        method: Literal["exact", "one-pass"] = "one-pass" if estimated else "exact"
         return Score(name, "teacher", context, metric, "score", tuple(column.tolist()), tokens, method)
 
     def _failure(self, item: Item, values: Values) -> str | None:
@@ -182,12 +207,8 @@ class ScoreJob:
         return None if finite else "its score is not finite"
 
 
-def _change(item: Item) -> Change:
-    return Change(item.id, (item,))
-
-
-def _leaves_out(item: Item) -> bool:
-    return all(spec.kind == "skip" for spec in item.specs)
+def _layers(item: Item) -> set[int]:
+    return {site.layer for site in item.sites}
 
 
 def _joined(first: Values, second: Values) -> Values:

@@ -1,5 +1,7 @@
 """Anchored scores: the exact KL of leaving a site out, times the share of its output that a variant gets wrong.
 
+Kept for comparison only (bench_score_quality.py).
+
     score(variant) = KL(skip) * |delta_variant - delta|^2 / |delta|^2
 
 delta is what the site adds to the residual stream (both parts', where both change), squares summed over the tokens of
@@ -17,16 +19,7 @@ from torch import Tensor
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.scoring.base import Base
 from puzzle.teacher import LayerPass, attention_delta
-from puzzle.types import AttentionSpec, FfnSpec, Item, Part
-from puzzle.variants import site_item
-
-
-def anchor_of(item: Item) -> Item:
-    """The item that leaves out what ``item`` changes."""
-    specs = tuple(AttentionSpec("skip") if site.part == "attention" else FfnSpec("skip") for site in item.sites)
-    if len(item.sites) == 1:
-        return site_item(item.sites[0], specs[0])
-    return Item(f"{item.id}|skip", item.sites, specs)
+from puzzle.types import Item, Part
 
 
 @torch.no_grad()
@@ -59,6 +52,3 @@ def _error(layer: PuzzleDecoderLayer, one: LayerPass, parts: set[Part]) -> Tenso
         (value.float().square() * weights).sum((1, 2)) for value in (own.float() - reference.float(), reference)
     )
     return error / whole
-
-
-__all__ = ["anchor_of", "local_errors"]

@@ -1,0 +1,104 @@
+"""One-pass scores against exact ones of small changes, and their gradients against autograd's through whole layers."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from puzzle.data.batches import Batch
+from puzzle.scoring.base import Base
+from puzzle.scoring.exact import Change, Scorer, finals_of
+from puzzle.scoring.one_pass import _Backward, num_draws, one_pass_scores
+from puzzle.teacher import Teacher
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site
+from puzzle.variants import layer_item, site_item
+from tests.scoring.test_exact import read_weights
+
+WIDE, WHOLE = FfnSpec("narrow", intermediate_size=96), AttentionSpec("gqa", num_kv_heads=4)
+SMALL = [site_item(Site(1, "attention"), WHOLE), site_item(Site(2, "ffn"), WIDE), layer_item(1, WHOLE, WIDE)]
+
+
+def nearly(teacher: Teacher, item: Item, off: float = 0.01) -> dict[str, torch.Tensor]:
+    """The teacher's own weights, a little off."""
+    generator = torch.Generator().manual_seed(len(item.id))
+    weights = read_weights(teacher, item)
+    return {name: t + off * t.std() * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def base(teacher: Teacher) -> Base:
+    return Base(teacher, functools.partial(nearly, teacher))
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    """Of the second one only some tokens count."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 128, (rows, 24), generator=generator) for rows in (4, 4)]
+    return [Batch(ids[0]), Batch(ids[1], torch.rand(4, 24, generator=generator) < 0.5)]
+
+
+def estimates(base: Base, batches: list[Batch], draws: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    by_layer = {index: [item for item in SMALL if item.sites[0].layer == index] for index in range(4)}
+    return one_pass_scores(base, by_layer, batches, draws, seed)
+
+
+def test_small_changes_cost_what_they_cost(base: Base, batches: list[Batch]) -> None:
+    found = estimates(base, batches, 100)
+    scorer = Scorer(base, batches, finals_of(base, batches))
+    for item in sorted(SMALL, key=lambda item: item.sites[0].layer):
+        ((_, exact),) = scorer.scores([Change(item.id, (item,))])
+        assert found[item.id].shape == (8,)
+        # 800 draws: 5 % off, three times that
+        assert found[item.id].mean().item() == pytest.approx(exact["kl"].mean().item(), rel=0.15), item.id
+        halves = [(found[item.id][part].mean() / exact["kl"][part].mean()).item() for part in (slice(4), slice(4, 8))]
+        assert halves == pytest.approx([1.0, 1.0], rel=0.25)  # whichever tokens count
+
+
+def test_what_is_there_costs_nothing(teacher: Teacher, batches: list[Batch]) -> None:
+    base = Base(teacher, lambda item: {})
+    keep = site_item(Site(2, "ffn"), FfnSpec("keep"))
+    assert one_pass_scores(base, {2: [keep]}, batches, 2, 0)[keep.id].abs().max() < 1e-12
+
+
+def test_gradients_are_those_of_the_whole_layer(teacher: Teacher, batches: list[Batch]) -> None:
+    layer, context = teacher.layer(2), teacher.context(batches[0])
+    hidden = teacher.embed(batches[0]).detach().requires_grad_()
+    goal = torch.randn(3, *hidden.shape, generator=torch.Generator().manual_seed(2))
+    one = _Backward(teacher, layer, hidden.detach(), context, goal)
+    for draw in range(3):
+        out = layer(hidden, position_embeddings=context.position)
+        (expected,) = torch.autograd.grad((out * goal[draw]).sum(), hidden)
+        torch.testing.assert_close(one.at_input[draw], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_change_is_multiplied_with(teacher: Teacher, batches: list[Batch]) -> None:
+    """To first order, the inner product is the change of what the gradient is of."""
+    layer, context = teacher.layer(2), teacher.context(batches[0])
+    hidden = teacher.embed(batches[0]).detach()
+    goal = torch.randn(1, *hidden.shape, generator=torch.Generator().manual_seed(2))
+    one = _Backward(teacher, layer, hidden, context, goal)
+    base = Base(teacher, functools.partial(nearly, teacher, off=1e-4))
+    for item in (site_item(Site(2, "attention"), WHOLE), site_item(Site(2, "ffn"), WIDE), layer_item(2, WHOLE, WIDE)):
+        own = base.layer(2, [item])
+        with torch.no_grad():
+            after = [each(hidden, position_embeddings=context.position) for each in (own, layer)]
+        change = ((after[0] - after[1]) * goal[0]).sum((1, 2))
+        found = one.inner_products(own, {site.part for site in item.sites})[0]
+        torch.testing.assert_close(found, change, rtol=0.02, atol=1e-3)
+
+
+def test_labels_depend_on_the_batch_alone(base: Base, batches: list[Batch]) -> None:
+    together = estimates(base, batches, 2)
+    by_layer = {index: [item for item in SMALL if item.sites[0].layer == index] for index in range(4)}
+    apart = [one_pass_scores(base, by_layer, [batch], 2, 0, first) for first, batch in enumerate(batches)]
+    for item in SMALL:
+        assert torch.equal(torch.cat([part[item.id] for part in apart]), together[item.id])
+    other = estimates(base, batches, 2, seed=1)
+    assert not torch.equal(other[SMALL[0].id], together[SMALL[0].id])
+
+
+def test_more_sequences_need_fewer_draws() -> None:
+    assert [num_draws(count) for count in (1, 32, 64, 128, 1000)] == [16, 7, 4, 2, 1]
