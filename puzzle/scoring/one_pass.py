@@ -46,7 +46,7 @@ def one_pass_scores(
     draws: int,
     seed: int,
     first: int = 0,
-    on_layer: Callable[[int], None] = lambda index: None,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """By item, KL per token and sequence: (sequences,) fp64 on the CPU. Every item lies within one layer.
 
@@ -76,7 +76,7 @@ def one_pass_scores(
                 tokens = _predictions(batch).sum(1).clamp_min(1).to(squares)
                 found[item.id].append((squares / 2 / tokens).cpu().double())
             gradients[place] = one.at_input
-        on_layer(index)
+        on_layer()
     return {name: torch.cat(columns) for name, columns in found.items()}
 
 

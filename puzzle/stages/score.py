@@ -121,10 +121,11 @@ class ScoreJob:
         found: dict[str, Values] = {}
         still = {name: [item for item in items if len(_layers(item)) == 1] for name, items in units.items()}
         for index, sequences in enumerate(self._rounds):
-            for name, kl in self._one_pass(sequences, [item for of in still.values() for item in of]).items():
+            items = [item for of in still.values() for item in of]
+            share = 0.0 if index else len(units) / 2
+            for name, kl in self._one_pass(sequences, items, share, advance).items():
                 found[name] = _joined(found[name], {"kl": kl}) if name in found else {"kl": kl}
             still = {name: of for name, of in still.items() if self._undecided([found[item.id]["kl"] for item in of])}
-            advance(0.0 if index else len(units) / 2)
         everything = sorted((item for of in units.values() for item in of), key=lambda item: min(_layers(item)))
         # not below the bound: above it, or no number
         doubtful = [one for one in everything if one.id not in found or not found[one.id]["kl"].mean() < SATURATED_NATS]
@@ -132,7 +133,9 @@ class ScoreJob:
             found |= dict(self._exact(0, list(group)))
         return found
 
-    def _one_pass(self, sequences: range, items: Sequence[Item]) -> dict[str, Tensor]:
+    def _one_pass(
+        self, sequences: range, items: Sequence[Item], share: float, advance: Callable[[float], None]
+    ) -> dict[str, Tensor]:
         """KL per sequence, (sequences,), by item; as many batches at a time as fit."""
         if not items:
             return {}
@@ -144,17 +147,22 @@ class ScoreJob:
         for item in items:
             by_layer.setdefault(item.sites[0].layer, []).append(item)
         parts: dict[str, list[Tensor]] = {item.id: [] for item in items}
-        for start in range(0, len(batches), chunk):
+        starts = range(0, len(batches), chunk)
+        done = functools.partial(advance, share / len(starts) / run.shape.num_layers)
+        for start in starts:
             part, first = batches[start : start + chunk], sequences.start + start
-            for name, kl in one_pass_scores(self._base, by_layer, part, draws, run.config.seed, first).items():
+            for name, kl in one_pass_scores(self._base, by_layer, part, draws, run.config.seed, first, done).items():
                 parts[name].append(kl)
         return {name: torch.cat(of) for name, of in parts.items()}
 
     def _undecided(self, scores: Sequence[Tensor]) -> bool:
         """Whether more sequences may tell a unit's variants apart; all of it gets them, to stay comparable."""
         until = self._run.config.score.until_se
-        finite = {str(place): kl.tolist() for place, kl in enumerate(scores) if torch.isfinite(kl).all()}
-        return until is not None and bool(undecided(finite, until))
+        if until is None or not scores:
+            return False
+        base = self._of_base(len(scores[0])).get("kl", torch.zeros(()))
+        finite = {str(place): (kl - base).tolist() for place, kl in enumerate(scores) if torch.isfinite(kl).all()}
+        return bool(undecided(finite, until))
 
     def records(self, items: Sequence[Item], found: Mapping[str, Values]) -> tuple[list[Score], list[Failure]]:
         """The scores of ``items``, as differences to the base where that is no teacher, and why some have none."""
