@@ -1,11 +1,11 @@
 """What scores are worth: the architectures they pick, and when sums lie. On BLD-trained libraries of the demo teacher.
 
-    python benchmarks/bench_score_quality.py cheap | objectives | additivity
+    python benchmarks/bench_score_quality.py cheap | objectives | additivity | context
 
 ``cheap``: exact, anchored and one-pass scores: rank, scale, and the true KL of what a search picks at three budgets,
 against what they cost. ``objectives``: KL, CE and the distance of hidden states as the score (REFERENCE.md, claim 5).
 ``additivity``: sums of scores, of scores of both parts of a layer together, and models of the difference, against the
-truth; trained and untrained variants.
+truth; trained and untrained variants. ``context``: search, score changes to what was found, search again, twice.
 
 Costs are in forwards of the whole teacher over one sequence; figures are on ``report``, which nothing was chosen on.
 """
@@ -291,6 +291,49 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def context(options: argparse.Namespace) -> None:
+    results = Results(options.output or RESULTS / "scores_context.json", {"bld_tokens": options.bld_tokens})
+    for seed in range(options.seeds):
+        if all(f"{seed}/{share}" in results.figures for share in SHARES):
+            continue
+        library = Library.of(options, seed)
+        for share in SHARES:
+            results.once(f"{seed}/{share}", lambda library=library, share=share: rounds(library, share))
+    for name, found in results.figures.items():
+        print(name, _cells(found.values()), [f"predicted {row['predicted']:.4f}" for row in found.values()])
+
+
+def rounds(library: Library, share: float) -> dict[str, dict[str, float]]:
+    """What each search finds: the first with scores of changes to the teacher, the others to what was found before."""
+    scores, paid = library.mean("kl"), 0.0
+    picks, predicted = [], []
+    for _ in range(3):
+        problem = library.problem(scores, share)
+        picks.append(mip.solve([problem], {}).solutions[0].items)
+        predicted.append(paid + float(problem.objective_of(picks[-1])))
+        scores, paid = on_top(library, picks[-1])
+    truth = dict(zip(dict.fromkeys(picks), library.truth(list(dict.fromkeys(picks)), "report", 128), strict=True))
+    return {
+        str(place): {**against(truth, chosen, picks[0]), "predicted": predicted[place]}
+        for place, chosen in enumerate(picks)
+    }
+
+
+def on_top(library: Library, chosen: Sequence[str]) -> tuple[dict[str, float], float]:
+    """By item, what putting it into the architecture changes; and what the architecture itself costs."""
+    in_place = tuple(item for item in library.items if item.id in set(chosen))
+    base = Base(library.base.teacher, library.base.read_weights, in_place)
+    batches = sequences_of(library.run, "score", SEQUENCES)
+    scorer = Scorer(base, batches, finals_of(library.base, batches), 16)
+    own = float(scorer.base_values()["kl"].mean())
+    touched = {item.sites for item in in_place}
+    others = [
+        item for item in library.run.items if item not in in_place and (item.sites in touched or not is_teacher(item))
+    ]
+    found = {name: float(values["kl"].mean()) - own for name, values in scored(scorer, others).items()}
+    return found | {item.id: 0.0 for item in in_place}, own
+
+
 def by_layer(library: Library, chosen: Sequence[str]) -> list[tuple[Item, ...]]:
     """What an architecture changes, layer by layer."""
     changed = [item for item in library.items if item.id in set(chosen)]
@@ -303,14 +346,14 @@ def name_of(pair: Sequence[Item]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cheap", "objectives", "additivity"])
+    parser.add_argument("what", choices=["cheap", "objectives", "additivity", "context"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bld-tokens", type=int, default=131072)
     parser.add_argument("--architectures", type=int, default=120)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-library")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    commands: dict[str, Any] = {"cheap": cheap, "objectives": objectives, "additivity": additivity}
+    commands: dict[str, Any] = {"cheap": cheap, "objectives": objectives, "additivity": additivity, "context": context}
     commands[options.what](options)
 
 
