@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -20,4 +22,11 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in names},
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Of the code that runs; with a + where files differ from it, empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
