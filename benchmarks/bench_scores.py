@@ -7,7 +7,7 @@
 ``exact``: the bundled teacher, every gqa, narrow and skip of its space. Time over its own floor: each variant's own
 layer, the layers after it and the metrics of its outputs, one variant at a time, measured in the same run. With
 ``--incumbent``, the Python of an environment that holds ``nvidia-modelopt`` 0.47: its driver on the same weights and
-tokens (incumbent_scorer.py), how far its KL, CE and agreement are from ours, and how much longer it takes.
+tokens (incumbent_scorer.py), how far its KL and agreement are from ours, and how much longer it takes.
 
 ``growth``: random weights; seconds of exact and of one-pass scores by layers and by variants a site. ``shape``: all
 variants of a model of one shape, random weights; seconds, and peak memory on a GPU.
@@ -106,27 +106,31 @@ def floor(base: Base, items: Sequence[Item], batches: Sequence[Batch], finals: S
 
 
 def exact(options: argparse.Namespace) -> dict[str, Any]:
-    run = make_library(options.work, "seed=0", "distill.tokens=0")
+    run = make_library(options.work, "seed=0", "distill.tokens=0", until="distill")
     items = [item for item in run.items if item.specs[0].kind in ("gqa", "narrow", "skip")]
-    teacher = streamed_teacher(run, torch.float32, held=True)
-    base = Base(teacher, functools.lru_cache(None)(functools.partial(item_weights, run)))
+    read_weights = functools.cache(functools.partial(item_weights, run))
     batches = sequences_of(run, "score", options.sequences)
 
-    def ours() -> dict[str, Values]:
+    def ours(base: Base) -> dict[str, Values]:
         return scored(Scorer(base, batches, finals_of(base, batches), options.together), items)
 
-    values = ours()
-    took = seconds(ours, options.repeats)
+    base, rounded = (
+        Base(streamed_teacher(run, dtype, held=True), read_weights) for dtype in (torch.float32, torch.bfloat16)
+    )
+    values, in_bf16 = ours(base), ours(rounded)
+    took, took_bf16 = (seconds(functools.partial(ours, one), options.repeats) for one in (base, rounded))
     least = floor(base, items, batches, finals_of(base, batches), options.repeats)
+    off = {name: abs(float(in_bf16[name]["kl"].mean() - of["kl"].mean())) for name, of in values.items()}
     found = {
         "items": len(items), "sequences": options.sequences, "sequence_tokens": run.config.data.sequence_tokens,
-        "seconds": took, "floor_s": least, "ratio": took / least,
+        "seconds": took, "floor_s": least, "ratio": took / least, "seconds_bf16": took_bf16,
+        "bf16_difference_nats": {"median": statistics.median(off.values()), "largest": max(off.values())},
     }  # fmt: skip
     if options.incumbent is not None:
         with tempfile.TemporaryDirectory() as folder:
             write_for_incumbent(run, items, torch.cat([batch.ids for batch in batches]), Path(folder))
             found["incumbent"] = {
-                f"batch size {size}": compared(options.incumbent, Path(folder), size, values, took) for size in (1, 8)
+                f"batch size {size}": compared(options.incumbent, Path(folder), size, values, found) for size in (1, 8)
             }
     return found
 
@@ -150,7 +154,9 @@ def write_for_incumbent(run: Run, items: Sequence[Item], ids: Tensor, folder: Pa
             save_file(state, variant / "model.safetensors", {"format": "pt"})
 
 
-def compared(python: Path, folder: Path, size: int, ours: Mapping[str, Values], took: float) -> dict[str, float]:
+def compared(
+    python: Path, folder: Path, size: int, ours: Mapping[str, Values], times: Mapping[str, Any]
+) -> dict[str, float]:
     """The incumbent's time over ours for the same items, and the largest relative difference of each metric."""
     script, out = Path(__file__).parent / "incumbent_scorer.py", folder / "incumbent.json"
     command = [str(python), str(script), str(folder), "--out", str(out), "--batch-size", str(size), "--shared-metrics"]
@@ -162,11 +168,18 @@ def compared(python: Path, folder: Path, size: int, ours: Mapping[str, Values], 
             (ours[item][metric], torch.tensor(of["metrics"][name], dtype=torch.float64))
             for item, of in theirs["variants"].items()
         ]
-        found[f"{metric}_difference"] = max(float(((a - b).abs() / b.clamp_min(1e-4)).max()) for a, b in pairs)
+        found[f"{metric}_difference_of_means"] = max(float((a.mean() / b.mean() - 1).abs()) for a, b in pairs)
+        found[f"{metric}_difference"] = max(float(((a - b).abs() / b).max()) for a, b in pairs)
     spent = [of["seconds"] for of in theirs["variants"].values()]
     working = sum(of["load"] + of["forward"] + of["metrics"] for of in spent)
     whole = sum(of["total"] for of in spent)
-    return {**found, "seconds": whole, "ratio": whole / took, "ratio_without_garbage_collection": working / took}
+    return {
+        **found,
+        "seconds": whole,
+        "ratio": whole / times["seconds"],
+        "ratio_without_garbage_collection": working / times["seconds"],
+        "ratio_to_bf16": whole / times["seconds_bf16"],
+    }
 
 
 def times_of(base: Base, items: Sequence[Item], batches: Sequence[Batch], repeats: int) -> dict[str, float]:

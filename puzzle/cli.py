@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     additivity = _with_run(commands.add_parser("additivity", help="see how far sums of scores are from the truth"))
     additivity.add_argument("--architectures", type=int, help="how many are evaluated truly (default 120)")
+    additivity.add_argument("--redo", action="store_true", help="do it anew even where it is done")
     additivity.set_defaults(command=_additivity)
 
     pareto = _with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
@@ -251,8 +252,9 @@ def _additivity(options: argparse.Namespace) -> None:
     from puzzle.report import additivity
 
     run = _open(options)
-    pipeline.run_stage(run, "additivity")
-    print(additivity.report(run))
+    pipeline.run_stage(run, "additivity", options.redo)
+    if Ranks.current().first:
+        print(additivity.report(run))
 
 
 def _pareto(options: argparse.Namespace) -> None:

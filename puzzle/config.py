@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -153,6 +153,9 @@ class DistillConfig(_Model):
     residual: Literal["auto", "memory", "disk", "recompute"] = "auto"
 
 
+TAKEN = {"kl", "kl_nats", "ce_delta", "ce_delta_nats", "agreement", "hidden_distance"}  # by scores of our own
+
+
 class ScoreConfig(_Model):
     """``mode``: every variant on the whole model (exact), or estimated from the teacher's gradients (one-pass), while
     what decides a search is still measured exactly; auto: exact up to 30 layers.
@@ -165,6 +168,13 @@ class ScoreConfig(_Model):
     sequences: Positive = 32
     until_se: PositiveFloat | None = None
     tasks: dict[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = {}
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_of_their_own(cls, tasks: dict[str, str]) -> dict[str, str]:
+        if taken := sorted(tasks.keys() & TAKEN):
+            raise ValueError(f"{taken[0]} is a score already; choose another name")
+        return tasks
 
 
 class AdditivityConfig(_Model):

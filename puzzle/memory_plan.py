@@ -10,7 +10,7 @@ the number of layers, so the need is that of a layer:
 Scoring holds the teacher, or one layer of it, the head with one chunk of logits, and for every change under way its
 own layer and its residual streams in fp32; in the host's memory two streams more, the base's and the teacher's last:
 
-    bytes = (teacher | layer) + 4 · V · D + 16 · min(4096, B · T) · V + changes · 4 · (params + batches · B · T · D)
+    bytes = (teacher | layer) + 4 · V · D + 16 · min(1024, B · T) · V + changes · 4 · (params + batches · B · T · D)
 
 Starting points (``init``) cannot be laid out in another way, only refused: see :func:`init_bytes`.
 """
@@ -27,7 +27,7 @@ from puzzle.variants import keep_spec, params, rest_params
 BYTES_PER_TRAINED_PARAM = 26  # weight, gradient, two moments: 16; start and best: 8; copy in bf16: 2
 RESIDUAL_SHARE = 0.5  # of the budget that a residual stream in memory may take
 MOST_TOGETHER = 16  # changes; more would share little more
-LOGIT_TOKENS = 4096  # whose logits are held at once
+LOGIT_TOKENS = 1024  # whose logits are held at once
 NUM_FITS = {"gqa": 2, "window": 1}  # an attention's candidates whose last matrix is fitted, all in one pass
 NUM_COPIES = {"narrow": 8, "experts": 2, "active": 1, "linear": 4}  # of an FFN's weights while candidates are compared
 Residual = Literal["memory", "disk", "recompute"]

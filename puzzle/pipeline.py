@@ -157,10 +157,10 @@ def _resting_on(name: str) -> list[Stage]:
     if name not in BY_NAME:
         raise ConfigError(f"--redo {name}: no such stage; stages: {', '.join(BY_NAME)}")
     affected = {name}
-    for stage in STAGES:
+    for stage in BY_NAME.values():
         if affected.intersection(stage.needs):
             affected.add(stage.name)
-    return [stage for stage in STAGES if stage.name in affected]
+    return [stage for stage in BY_NAME.values() if stage.name in affected]
 
 
 def _forget(units: Sequence[Planned]) -> None:
@@ -171,6 +171,9 @@ def _forget(units: Sequence[Planned]) -> None:
 
 def _make(run: Run, stage: Stage, ranks: Ranks) -> None:
     """Makes what is missing of the stage: this rank's share, or rank 0 all of it; ends when all ranks have."""
+    if stage.name == "score" and ranks.first:
+        _forget(run.undecided())
+    ranks.wait(run.folder, stage.name)
     missing = [unit for unit in stage.plan(run) if not artifacts.is_current(unit.path, unit.inputs, stage.name)]
     ranks.wait(run.folder, stage.name)  # all have seen the same before anyone adds to it
     if missing and (ranks.first or stage.shared):
@@ -230,7 +233,9 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
 
 def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
     """The search on the run's tables, without writing anything."""
-    return search.search(run.shape, run.items, run.read_scores(), run.read_costs(), run.constraint_file, inputs)
+    conflicts = run.space.conflicts()
+    tables = run.read_scores(), run.read_costs()
+    return search.search(run.shape, run.items, *tables, run.constraint_file, inputs, conflicts)
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

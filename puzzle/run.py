@@ -19,6 +19,7 @@ from puzzle.data.inputs import data_inputs
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.scoring.draws import Draw, draw
+from puzzle.scoring.sampling import undecided
 from puzzle.space import PARTS, SearchSpace
 from puzzle.tables import ScoreTable, read_costs, read_scores
 from puzzle.types import (
@@ -219,10 +220,14 @@ class Run:
 
         What an earlier space left in the folder is not among them.
         """
-        table = read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
+        table = self._read_scores()
         if not self.estimated or not self.rescored.exists():
             return table
-        return table.replaced(read_scores(self.rescored.parent, [self.rescored.name]))
+        names = [f"{item_id}.json" for item_id in artifacts.read_unit(self.rescored).payload["items"]]
+        return table.replaced(read_scores(self.folder / "rescored", names)) if names else table
+
+    def _read_scores(self) -> ScoreTable:
+        return read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
 
     @property
     def estimated(self) -> bool:
@@ -267,8 +272,9 @@ class Run:
 
     @property
     def rescored(self) -> Path:
-        """Exact scores of what decides the search under the constraint file."""
-        return self.folder / "rescored" / f"{self.constraints.stem}-{artifacts.fingerprint(self._tables())[:8]}.json"
+        """Which exact scores decide the search under the constraint file."""
+        name = f"{self.constraints.stem}-{artifacts.fingerprint(self._tables())[:8]}.json"
+        return self.folder / "rescored" / "for" / name
 
     @property
     def costs(self) -> Path:
@@ -345,43 +351,60 @@ class Run:
 
     def plan_score(self) -> list[Planned]:
         return [
-            Planned(
-                self.scores / f"{name}.json",
-                {
-                    **self._teacher_and_data(),
-                    "library": self._library_content([*items, *self.context]),
-                    "space": artifacts.fingerprint([item.id for item in items]),
-                    "score": self._slice(self.config.score.model_dump()),
-                },
-            )
+            Planned(self.scores / f"{name}.json", self._scored_from(items, estimated=self.estimated))
             for name, items in self.scored_together.items()
         ]
+
+    def undecided(self) -> list[Planned]:
+        """Units to be scored anew, on more sequences: ``score.until_se`` asks for more than they can tell."""
+        until = self.config.score.until_se
+        if until is None or not self.data.exists():
+            return []
+        counts = artifacts.read_unit(self.data).payload["num_tokens"]
+        available = num_windows(counts, "score", self.config.data.sequence_tokens)
+        there = [unit for unit in self.plan_score() if unit.path.exists()]
+        return [unit for unit in there if _is_undecided(artifacts.read_unit(unit.path).payload, until, available)]
+
+    def exact_unit(self, item: Item) -> Planned:
+        """An item's exact score where the others are estimates."""
+        return Planned(self.folder / "rescored" / f"{item.id}.json", self._scored_from([item], estimated=False))
+
+    def _scored_from(self, items: Sequence[Item], estimated: bool) -> dict[str, str]:
+        settings = [self.config.score.sequences, self.config.score.tasks, estimated, self.config.dtype]
+        return {
+            **self._teacher_and_data(),
+            "library": self._library_content([*items, *self.context]),
+            "space": artifacts.fingerprint([item.id for item in items]),
+            "score": self._slice(settings),
+        }
 
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
         """The architectures that `puzzle additivity` evaluates, by names that say what they are made of."""
+        sizes = {item.id: sum(params(spec, self.shape) for spec in item.specs) for item in self.items}
+        count, seed = self.config.additivity.architectures, self.config.seed
+        found = draw(self.items, self.first_scores(), sizes, count, seed)
+        return {artifacts.fingerprint(one.items): one for one in found}
+
+    def first_scores(self) -> dict[str, float]:
+        """KL by item on the sequences that all scores begin with, as measured or estimated for the whole space."""
         if self.context:
             raise ConfigError("additivity looks at changes to the teacher; leave out --on")
-        sizes = {item.id: sum(params(spec, self.shape) for spec in item.specs) for item in self.items}
-        scores = self.read_scores().means(self.items, "kl")
-        found = draw(self.items, scores, sizes, self.config.additivity.architectures)
-        return {artifacts.fingerprint(one.items): one for one in found}
+        table, count = self._read_scores(), self.config.score.sequences
+        means = table.means(self.items, "kl")
+        first = {key[0]: score.per_sequence[:count] for key, score in table.scores.items() if key[1] == "kl"}
+        return means | {item_id: sum(values) / len(values) for item_id, values in first.items() if item_id in means}
 
     @property
     def additivity(self) -> Path:
         return self.folder / "additivity"
 
     def plan_additivity(self) -> list[Planned]:
-        score = self._slice(self.config.score.model_dump(exclude={"until_se", "tasks"}))
         by_id = {item.id: item for item in self.items}
         return [
             Planned(
                 self.additivity / f"{name}.json",
-                {
-                    **self._teacher_and_data(),
-                    "library": self._library_content([by_id[item_id] for item_id in one.items]),
-                    "score": score,
-                },
+                self._scored_from([by_id[item_id] for item_id in one.items], estimated=False),
             )
             for name, one in self.draws.items()
         ]
@@ -481,6 +504,11 @@ class Run:
 
     def _chosen_if_any(self) -> tuple[Item, ...]:
         return self.chosen_items() if self.solution.exists() else ()
+
+
+def _is_undecided(payload: Mapping[str, Any], until: float, available: int) -> bool:
+    scores = {score["item_id"]: score["per_sequence"] for score in payload["scores"] if score["metric"] == "kl"}
+    return any(len(values) < available for values in scores.values()) and bool(undecided(scores, until))
 
 
 def _content(path: Path) -> str:

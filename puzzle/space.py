@@ -8,12 +8,12 @@ Puzzle section 2.2); it needs ``layers`` to stay affordable.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Part, Site, Spec
+from puzzle.types import AttentionSpec, ConfigError, Conflict, FfnSpec, Item, ModelShape, Part, Site, Spec
 from puzzle.variants import (
-    is_teacher,
     keep_spec,
     layer_item,
     parse_variant,
@@ -82,6 +82,26 @@ class SearchSpace:
         )
         return (*pairs, *runs)
 
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """What a run of layers says better: both parts of a layer left out one by one, or two runs that meet."""
+        if not self.runs:
+            return ()
+        items = {item.id: item for item in self.items()}
+        layers = sorted({site.layer for site in self.on_offer})
+        alone = [run_item(layer, layer) for layer in layers]
+        found = [(run.id, *(f"{site}.skip" for site in run.sites)) for run in alone]
+        meeting = [
+            (run_item(first, last).id, run_item(first, middle).id, run_item(middle + 1, last).id)
+            for first, last in itertools.combinations(layers, 2)
+            if last - first < self.runs
+            for middle in range(first, last)
+        ]
+        return tuple(
+            Conflict(apart, f"{' and '.join(apart)} are {whole}")
+            for whole, *parts in (*found, *meeting)
+            if whole in items and items.keys() >= set(apart := tuple(parts))
+        )
+
     def items_of(self, architecture: Mapping[str, str]) -> tuple[Item, ...]:
         """The items that an architecture (variant names by site) is made of, but for the teacher's own blocks.
 
@@ -92,10 +112,10 @@ class SearchSpace:
                 raise ConfigError(f"{site}: the teacher has no such site")
         wanted = {site: name for site, name in architecture.items() if name != "keep"}
         chosen: list[Item] = []
-        for item in self.items():
+        for item in sorted(self.items(), key=lambda item: -len(item.sites)):
             names = {str(site): variant_name(spec) for site, spec in zip(item.sites, item.specs, strict=True)}
-            fits = all(architecture.get(site) == name for site, name in names.items())
-            if fits and not is_teacher(item) and wanted.keys() & names.keys():
+            changed = {site for site, name in names.items() if name != "keep"}
+            if changed and architecture.items() >= names.items() and changed <= wanted.keys():
                 chosen.append(item)
                 wanted = {site: name for site, name in wanted.items() if site not in names}
         for site, name in wanted.items():

@@ -19,6 +19,7 @@ from puzzle.variants import is_teacher
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
+CONTEXT = "context"  # the item id of what the model itself comes to that changes are made to
 COMMANDS = {"scores": "puzzle score RUN", "costs": "puzzle profile RUN"}
 SCORE_COLUMNS = (
     "item_id",
@@ -46,19 +47,19 @@ class Failure:
 class ScoreTable:
     """Scores by (item, metric), and why items have none.
 
-    ``base``: by metric, what the model itself comes to that changes are made to; empty where it is the teacher.
+    ``base``: by metric, the score of the model itself that changes are made to; empty where it is the teacher.
     """
 
     scores: Mapping[tuple[str, str], Score] = field(repr=False)
     failed: Mapping[str, str] = field(default_factory=dict)
-    base: Mapping[str, float] = field(default_factory=dict)
+    base: Mapping[str, Score] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         scores: Iterable[Score],
         failed: Iterable[Failure] = (),
-        base: Mapping[str, float] | None = None,
+        base: Iterable[Score] = (),
     ) -> ScoreTable:
         """The table of these records. CorruptFileError where one item has two scores of the same metric."""
         by_key: dict[tuple[str, str], Score] = {}
@@ -66,7 +67,9 @@ class ScoreTable:
             if (key := (score.item_id, score.metric)) in by_key:
                 raise CorruptFileError(f"{score.item_id} has two {score.metric} scores; delete one of them")
             by_key[key] = score
-        return cls(by_key, {failure.item_id: failure.reason for failure in failed}, base or {})
+        return cls(
+            by_key, {failure.item_id: failure.reason for failure in failed}, {score.metric: score for score in base}
+        )
 
     def score(self, item_id: str, metric: str) -> Score:
         """MissingMeasurementError if the item was not scored by this metric."""
@@ -100,7 +103,9 @@ class ScoreTable:
 
         None where that is not known: fewer than two sequences, or none scored.
         """
-        chosen = [self.scores[item_id, metric].per_sequence for item_id in item_ids if (item_id, metric) in self.scores]
+        scored = ((item_id, metric) for item_id in item_ids)
+        chosen = [self.scores[key].per_sequence for key in scored if key in self.scores]
+        chosen += [self.base[metric].per_sequence] if self.base else []
         sums = [math.fsum(values) for values in zip(*chosen, strict=False)]
         if len(sums) < 2:
             return None
@@ -115,7 +120,7 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
     """
     scores: list[Score] = []
     failed: list[Failure] = []
-    base: dict[str, float] = {}
+    base: list[Score] = []
     seen: dict[tuple[str, str], Path] = {}
     for unit in _units(folder, "scores"):
         if names is not None and unit.path.name not in names:
@@ -127,7 +132,8 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
                 )
             scores.append(score)
         failed.extend(_records(Failure, unit, "failed", optional=True))
-        base |= unit.payload.get("base", {})
+        found = _records(Score, unit, "base", optional=True)
+        base = max(base, found, key=lambda one: len(one[0].per_sequence) if one else 0)  # the one on most sequences
     return ScoreTable.of(scores, failed, base)
 
 

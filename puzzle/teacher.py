@@ -125,6 +125,7 @@ class Teacher:
         self.device, self.dtype = device, dtype
         self._folder, self._shards, self._held = folder, Shards(folder, self.config), held
         self._layers: dict[int, PuzzleDecoderLayer] = {}
+        self._last: PuzzleDecoderLayer | None = None  # often asked for several times in a row
         self._stem = nn.Module.to(PuzzleModel(_without_layers(self.config)), device)
         name = "model.embed_tokens.weight"
         embedding = self._shards.read(name, device, dtype).get(name)
@@ -146,6 +147,9 @@ class Teacher:
         """Layer ``index``, frozen. CorruptFileError where its tensors are missing or do not fit."""
         if index in self._layers:
             return self._layers[index]
+        if self._last is not None and self._last.layer_idx == index:
+            return self._last
+        self._last = None  # before the next is read
         prefix = f"model.layers.{index}."
         state = self._shards.read(prefix, self.device, self.dtype)
         with torch.device("meta"):
@@ -156,6 +160,8 @@ class Teacher:
         layer.eval()
         if self._held:
             self._layers[index] = layer
+        else:
+            self._last = layer
         return layer
 
     @torch.no_grad()

@@ -151,12 +151,12 @@ def _stage_flops(run: Run, stage: str) -> float:
     variant = sum(flops_per_token(spec, run.shape, tokens / 2) for item in trained for spec in item.specs)
     head = 2 * run.shape.vocab_size * run.shape.hidden_size
     forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
+    num_draws = max(1, 200 // run.config.score.sequences)  # scoring/one_pass.py
     scored = sum(not is_teacher(item) for item in run.items)
-    whole = len(run.shape.sites) if run.estimated else scored  # items that are run through the whole model
     per_token = {
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
-        "score": (forward / 2 + head) * whole + (variant if run.estimated else 0.0),
+        "score": forward * (2 + num_draws) + variant if run.estimated else (forward / 2 + head) * scored,
         "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }

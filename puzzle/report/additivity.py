@@ -27,11 +27,13 @@ LEAST = 20  # architectures that a model is fitted to
 
 
 def evaluations(run: Run) -> dict[str, Evaluation]:
-    """The truly evaluated architectures, by their names."""
+    """The truly evaluated architectures, by their names; without those whose outputs are not finite."""
     found = {}
     for name in run.draws:
         payload = artifacts.read_unit(run.additivity / f"{name}.json").payload
         values = payload["kl"]
+        if values is None:
+            continue
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         found[name] = Evaluation(tuple(payload["items"]), statistics.fmean(values), error)
     return found
@@ -41,7 +43,7 @@ def frame(run: Run) -> pd.DataFrame:
     """One row per architecture: the sum of its scores, and its true KL on the same sequences."""
     import pandas as pd
 
-    scores = run.read_scores().means(run.items, "kl")
+    scores = run.first_scores()
     rows = [
         {
             "architecture": name,
@@ -62,7 +64,7 @@ def fits(run: Run) -> list[Fit]:
     known = [one for one in evaluations(run).values() if len(one.items) > 1]
     if len(known) < LEAST:
         return []
-    parts = singles(run.items, run.read_scores().means(run.items, "kl"))
+    parts = singles(run.items, run.first_scores())
     return [cross_validated(kind, known, parts) for kind in KINDS]
 
 
@@ -84,7 +86,7 @@ def report(run: Run) -> str:
 
 def _models(found: Sequence[Fit], path: Path) -> list[str]:
     best = best_of(found)
-    path.write_text(json.dumps(to_json(best.model), indent=1) + "\n", encoding="utf-8")
+    artifacts.write_text(path, json.dumps(to_json(best.model), indent=1) + "\n")
     lines = [f"{'model, held out':<24}{'spread':>9}{'bias':>8}{'Spearman':>10}{'within 2 se':>13}"]
     for fit in found:
         mark = "  <- best" if fit is best else ""

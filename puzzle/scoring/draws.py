@@ -28,7 +28,9 @@ class Draw:
     items: tuple[str, ...]
 
 
-def draw(items: Sequence[Item], scores: Mapping[str, float], params: Mapping[str, int], count: int) -> list[Draw]:
+def draw(
+    items: Sequence[Item], scores: Mapping[str, float], params: Mapping[str, int], count: int, seed: int = 0
+) -> list[Draw]:
     """``count`` different architectures, in turn of every kind and size. The first ones do not depend on ``count``.
 
     ``scores`` (nats) and ``params`` by item. Items that overlap, as runs of layers do, are left out. ConfigError where
@@ -42,7 +44,7 @@ def draw(items: Sequence[Item], scores: Mapping[str, float], params: Mapping[str
         if len(found) == count:
             return list(found.values())
         kind, size = regimes[len(found) % len(regimes)]
-        rng = np.random.default_rng(attempt)
+        rng = np.random.default_rng([seed, attempt])
         limit = rng.uniform(*SIZES[size]) * whole
         chosen = _at_size(places, scores, params, limit, NOISE[kind], rng)
         found.setdefault(chosen, Draw(kind, size, chosen))

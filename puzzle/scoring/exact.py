@@ -85,7 +85,10 @@ class Scorer:
     tasks: Mapping[str, Task] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._stream = Stream.of(self.base.teacher, self.batches, torch.float32)
+        self._stream = self._started()
+
+    def _started(self) -> Stream:
+        return Stream.of(self.base.teacher, self.batches, torch.float32)
 
     def base_values(self) -> Values:
         """What the base itself comes to; nothing but zeros and full agreement where it is the teacher."""
@@ -107,7 +110,7 @@ class Scorer:
     def _go_to(self, depth: int) -> None:
         """The base's residual stream at the input of layer ``depth``; going back means starting anew."""
         if self._stream.depth > depth:
-            self.__post_init__()
+            self._stream = self._started()
         while self._stream.depth < depth:
             self._stream.advance(self.base.layer(self._stream.depth))
 

@@ -55,27 +55,30 @@ def one_pass_scores(
     """
     teacher = base.teacher
     stream = Stream.of(teacher, batches, torch.float32)
+    lowest = min(items_of_layer)
     inputs: list[list[Tensor]] = []
     for index in range(teacher.num_layers):
-        inputs.append([stream.hidden(place).cpu() for place in range(len(batches))])
+        if index >= lowest:
+            inputs.append([stream.hidden(place).cpu() for place in range(len(batches))])
         stream.advance(base.layer(index))
     seeds = (1_000_003 * seed + first + place for place in range(len(batches)))
     gradients = [
-        _at_output(teacher, stream.hidden(place), batch, draws, own)
+        _at_output(teacher, stream.hidden(place), batch, draws, own).cpu()
         for place, (batch, own) in enumerate(zip(batches, seeds, strict=True))
     ]
     found: dict[str, list[Tensor]] = {item.id: [] for items in items_of_layer.values() for item in items}
-    for index in reversed(range(teacher.num_layers)):
+    for index in reversed(range(lowest, teacher.num_layers)):
         layer, items = base.layer(index), items_of_layer.get(index, [])
         own = {item.id: base.layer(index, [item]) for item in items}
         before = inputs.pop()
         for place, batch in enumerate(batches):
-            one = _Backward(teacher, layer, before[place].to(teacher.device), stream.context(place), gradients[place])
+            start, at_output = before[place].to(teacher.device), gradients[place].to(teacher.device)
+            one = _Backward(teacher, layer, start, stream.context(place), at_output)
             for item in items:
                 squares = one.inner_products(own[item.id], {site.part for site in item.sites}).square().mean(0)
                 tokens = _predictions(batch).sum(1).clamp_min(1).to(squares)
                 found[item.id].append((squares / 2 / tokens).cpu().double())
-            gradients[place] = one.at_input
+            gradients[place] = one.at_input.cpu()
         on_layer()
     return {name: torch.cat(columns) for name, columns in found.items()}
 

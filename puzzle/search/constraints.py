@@ -100,7 +100,7 @@ def usable_items(items: Sequence[Item], scores: ScoreTable, metric: str) -> dict
     """
     found = scores.means(items, metric)
     first = min(site for item in items for site in item.sites)
-    paid = scores.base.get(metric, 0.0)
+    paid = scores.base[metric].mean if scores.base else 0.0
     return {item: found[item.id] + (paid if first in item.sites else 0.0) for item in items if item.id in found}
 
 

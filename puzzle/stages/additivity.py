@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
+
 from puzzle import artifacts
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
@@ -25,13 +27,16 @@ def make_additivity(run: Run, missing: Sequence[Planned], progress: Progress) ->
     ]
     changes.sort(key=lambda change: (change.first_layer, change.name))
     ranks = Ranks.current()
+    by_name = {change.name: change for change in changes}
     costs = {change.name: float(run.shape.num_layers - change.first_layer) for change in changes}
     pieces = shares(costs, ranks.count, 1)[ranks.rank].pieces
-    scorer = ScoreJob(run).scorer(0)
+    job = ScoreJob(run)
     own = [change for change in changes if change.name in pieces]
     for _, group in itertools.groupby(own, lambda change: change.first_layer):
-        for change, values in scorer.scores(list(group)):
-            unit = wanted[change.name]
-            payload = {"items": [item.id for item in change.items], "kl": values["kl"].tolist()}
+        for name, values in job.exact(list(group)):
+            unit, change = wanted[name], by_name[name]
+            finite = bool(torch.isfinite(values["kl"]).all())
+            kl = values["kl"].tolist() if finite else None
+            payload = {"items": [item.id for item in change.items], "kl": kl}
             artifacts.publish_json(unit.path, unit.inputs, payload)
-            progress.done(change.name)
+            progress.done(name)

@@ -62,6 +62,8 @@ def machine_of(run: Run) -> Machine:
     device, sharing = compute_of(run).device, Ranks.current().count_here
     host = psutil.virtual_memory().available / sharing
     disk = psutil.disk_usage(str(run.folder)).free / sharing
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
     given = run.config.memory_budget_gib
     share = GPU_SHARE if device.type == "cuda" else HOST_SHARE

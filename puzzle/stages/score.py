@@ -7,6 +7,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
 from puzzle.scoring.one_pass import SATURATED_NATS, num_draws, one_pass_scores
 from puzzle.scoring.sampling import rounds, undecided
 from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
-from puzzle.tables import Failure
+from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, Item, Score, to_json
 from puzzle.variants import has_weights, is_teacher
 
@@ -37,15 +38,18 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     if not pieces:
         return
     job = ScoreJob(run)
+
+    def publish(name: str, found: Mapping[str, Measured]) -> None:
+        artifacts.publish_json(wanted[name].path, wanted[name].inputs, job.payload(run.scored_together[name], found))
+        progress.done(name)
+
     units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
-    layers = itertools.groupby(units, lambda name: _first_layer(run, name))
-    groups = [units] if run.estimated else [{name: units[name] for name in group} for _, group in layers]
-    for group in groups:
-        found = job.estimates(group, progress.fraction) if run.estimated else job.scores(group, progress.fraction)
-        for name, items in group.items():
-            payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
-            artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
-            progress.done(name)
+    known = job.estimates(units, progress.fraction) if run.estimated else {}
+    for _, group in itertools.groupby(units, lambda name: _first_layer(run, name)):
+        here = {name: units[name] for name in group}
+        found = job.scores(here, known, progress.fraction)
+        for name, items in here.items():
+            publish(name, {item.id: found[item.id] for item in items})
 
 
 def _first_layer(run: Run, name: str) -> int:
@@ -55,6 +59,24 @@ def _first_layer(run: Run, name: str) -> int:
 def _cost(run: Run, name: str) -> float:
     """What a unit costs against others: the layers that its items go through."""
     return len(run.scored_together[name]) * (run.shape.num_layers - _first_layer(run, name))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of an item: ``values`` by metric, on the sequences of so many ``rounds``."""
+
+    values: Values
+    rounds: int
+    method: Literal["exact", "one-pass"]
+
+    @property
+    def trusted(self) -> bool:
+        """Whether an estimate lies where the second order is enough; not so where it is no number."""
+        return self.method == "exact" or bool(self.values["kl"].mean() < SATURATED_NATS)
+
+    def joined(self, more: Values) -> Measured:
+        values = {metric: torch.cat([column, more[metric]]) for metric, column in self.values.items()}
+        return replace(self, values=values, rounds=self.rounds + 1)
 
 
 class ScoreJob:
@@ -73,17 +95,23 @@ class ScoreJob:
         self._rounds = list(rounds(settings.sequences, most))
         self._scorers: list[Scorer] = []
         self._base_values: list[Values] = []
+        if self._base.items:
+            self._scorer(0)  # what the base itself comes to is part of every unit
 
-    def scorer(self, index: int) -> Scorer:
+    def _scorer(self, index: int) -> Scorer:
         """That of one round, made when first needed."""
-        if index == len(self._scorers):
-            sequences = self._rounds[index]
+        while index >= len(self._scorers):
+            sequences = self._rounds[len(self._scorers)]
             batches = sequences_of(self._run, "score", sequences.stop, sequences.start)
             finals = finals_of(Base(self._base.teacher, self._base.read_weights), batches)
             scorer = Scorer(self._base, batches, finals, self._plan.together, self._plan.chunk, self._tasks)
             self._scorers.append(scorer)
             self._base_values.append(scorer.base_values() if self._base.items else {})
         return self._scorers[index]
+
+    def exact(self, changes: Sequence[Change]) -> Iterator[tuple[str, Values]]:
+        """Of changes that begin at one layer, on the sequences that all scores begin with."""
+        return ((change.name, values) for change, values in self._scorer(0).scores(changes))
 
     def items_to_score(self, items: Sequence[Item]) -> list[Item]:
         """What is in place already changes nothing, nor do the teacher's own blocks in the teacher."""
@@ -95,42 +123,47 @@ class ScoreJob:
             if item.id not in in_place and not (is_teacher(item) and touched.isdisjoint(item.sites))
         ]
 
-    def scores(self, units: Mapping[str, Sequence[Item]], advance: Callable[[float], None]) -> dict[str, Values]:
-        """Exact values of items that begin at one layer, by unit; of units that are undecided on more sequences.
+    def scores(
+        self, units: Mapping[str, Sequence[Item]], known: Mapping[str, Measured], advance: Callable[[float], None]
+    ) -> dict[str, Measured]:
+        """All items of units that begin at one layer: as ``known`` where that can be trusted, else exactly.
 
+        Where nothing was known, units that are undecided are measured on more sequences; else on those of the others.
         ``advance`` is called with the share of the units' work that is done.
         """
-        found: dict[str, Values] = {}
-        still = list(units)
+        found = {one.id: known[one.id] for items in units.values() for one in items if _trusted(known, one)}
         for index in range(len(self._rounds)):
-            items = [item for name in still for item in units[name]]
-            for name, values in self._exact(index, items):
-                found[name] = _joined(found[name], values) if name in found else values
-                advance(0.0 if index else len(units) / len(items))
-            still = [name for name in still if self._undecided([found[item.id]["kl"] for item in units[name]])]
+            wanted = [
+                item
+                for items in units.values()
+                for item in items
+                if not _trusted(known, item) and self._goes_on(items, found, known, index)
+            ]
+            for change, values in self._scorer(index).scores(_changes(wanted)) if wanted else ():
+                new = change.name not in found
+                found[change.name] = Measured(values, 1, "exact") if new else found[change.name].joined(values)
+                advance(len(units) / len(wanted) * (0.5 if known else 1.0) if index == 0 else 0.0)
         return found
 
-    def _exact(self, index: int, items: Sequence[Item]) -> Iterator[tuple[str, Values]]:
-        """Of items that begin at one layer, on the sequences of one round."""
-        if items:
-            for change, values in self.scorer(index).scores([Change(item.id, (item,)) for item in items]):
-                yield change.name, values
+    def _goes_on(
+        self, items: Sequence[Item], found: Mapping[str, Measured], known: Mapping[str, Measured], index: int
+    ) -> bool:
+        """Whether a unit is to be measured in round ``index``."""
+        if known:
+            return index < max((known[item.id].rounds for item in items if item.id in known), default=1)
+        reached = min((found[item.id].rounds for item in items if item.id in found), default=0)
+        return reached == index and (index == 0 or self._undecided([found[item.id] for item in items]))
 
-    def estimates(self, units: Mapping[str, Sequence[Item]], advance: Callable[[float], None]) -> dict[str, Values]:
-        """Values in one pass, of all units; exact ones of what is over several layers, and where no pass can tell."""
-        found: dict[str, Values] = {}
+    def estimates(self, units: Mapping[str, Sequence[Item]], advance: Callable[[float], None]) -> dict[str, Measured]:
+        """One-pass scores of all items within one layer; of units that are undecided on more sequences."""
+        found: dict[str, Measured] = {}
         still = {name: [item for item in items if len(_layers(item)) == 1] for name, items in units.items()}
         for index, sequences in enumerate(self._rounds):
             items = [item for of in still.values() for item in of]
             share = 0.0 if index else len(units) / 2
             for name, kl in self._one_pass(sequences, items, share, advance).items():
-                found[name] = _joined(found[name], {"kl": kl}) if name in found else {"kl": kl}
-            still = {name: of for name, of in still.items() if self._undecided([found[item.id]["kl"] for item in of])}
-        everything = sorted((item for of in units.values() for item in of), key=lambda item: min(_layers(item)))
-        # not below the bound: above it, or no number
-        doubtful = [one for one in everything if one.id not in found or not found[one.id]["kl"].mean() < SATURATED_NATS]
-        for _, group in itertools.groupby(doubtful, lambda item: min(_layers(item))):
-            found |= dict(self._exact(0, list(group)))
+                found[name] = found[name].joined({"kl": kl}) if index else Measured({"kl": kl}, 1, "one-pass")
+            still = {name: of for name, of in still.items() if self._undecided([found[item.id] for item in of])}
         return found
 
     def _one_pass(
@@ -155,63 +188,58 @@ class ScoreJob:
                 parts[name].append(kl)
         return {name: torch.cat(of) for name, of in parts.items()}
 
-    def _undecided(self, scores: Sequence[Tensor]) -> bool:
+    def _undecided(self, measured: Sequence[Measured]) -> bool:
         """Whether more sequences may tell a unit's variants apart; all of it gets them, to stay comparable."""
-        until = self._run.config.score.until_se
+        until, scores = self._run.config.score.until_se, [one.values["kl"] for one in measured]
         if until is None or not scores:
             return False
         base = self._of_base(len(scores[0])).get("kl", torch.zeros(()))
         finite = {str(place): (kl - base).tolist() for place, kl in enumerate(scores) if torch.isfinite(kl).all()}
         return bool(undecided(finite, until))
 
-    def records(self, items: Sequence[Item], found: Mapping[str, Values]) -> tuple[list[Score], list[Failure]]:
-        """The scores of ``items``, as differences to the base where that is no teacher, and why some have none."""
+    def payload(self, items: Sequence[Item], found: Mapping[str, Measured]) -> dict[str, Any]:
+        """Of one unit: scores, as differences to the base where that is no teacher; why some items have none; the base.
+
+        What is in place already costs nothing. ConfigError where the base's own outputs are not finite.
+        """
         reasons = {item.id: self._failure(item, found[item.id]) for item in items if item.id in found}
-        base = self._of_base(max((len(values["kl"]) for values in found.values()), default=0))
+        length = max((len(one.values["kl"]) for one in found.values()), default=len(self._rounds[0]))
+        base = self._of_base(length)
+        if not all(torch.isfinite(column).all() for column in base.values()):
+            raise ConfigError(
+                f"{self._run.context_file}: this model's outputs are not finite; score changes to another"
+            )
+        in_place = {item.id for item in self._base.items}
+        none = {metric: torch.zeros_like(column) for metric, column in base.items()}
         scores = [
-            self._score(name, metric, column - base[metric] if base else column, estimated=len(found[name]) == 1)
+            self._score(name, metric, column - base[metric][: len(column)] if base else column, found[name].method)
             for name, reason in reasons.items()
-            for metric, column in found[name].items()
+            for metric, column in found[name].values.items()
             if reason is None
         ]
-        return scores, [Failure(name, reason) for name, reason in reasons.items() if reason is not None]
-
-    def payload(self, items: Sequence[Item], found: Mapping[str, Values]) -> dict[str, Any]:
-        """Of one unit of scores; with what the base comes to, where that is no teacher."""
-        scores, failed = self.records(items, found)
-        base = self._of_base(max((len(values["kl"]) for values in found.values()), default=len(self._rounds[0])))
-        in_place = {item.id for item in self._base.items}
-        zeros = {metric: torch.zeros_like(column) for metric, column in base.items()}
-        scores += [
-            self._score(item.id, metric, column, estimated=False)
-            for item in items
-            if item.id in in_place
-            for metric, column in zeros.items()
-        ]
+        scores += [self._score(item.id, *of, "exact") for item in items if item.id in in_place for of in none.items()]
         return {
             "scores": [to_json(score) for score in scores],
-            "failed": [to_json(failure) for failure in failed],
-            **({"base": {metric: column.mean().item() for metric, column in base.items()}} if base else {}),
+            "failed": [{"item_id": name, "reason": reason} for name, reason in reasons.items() if reason is not None],
+            "base": [to_json(self._score(CONTEXT, *of, "exact")) for of in base.items()],
         }
 
     def _of_base(self, length: int) -> Values:
-        joined: Values = {}
-        for values in self._base_values:
-            joined = _joined(joined, values) if joined else values
-        return {metric: column[:length] for metric, column in joined.items()}
+        """On the first ``length`` sequences; nothing where the base is the teacher."""
+        metrics = self._base_values[0] if self._base_values else {}
+        return {metric: torch.cat([values[metric] for values in self._base_values])[:length] for metric in metrics}
 
-    def _score(self, name: str, metric: str, column: Tensor, estimated: bool) -> Score:
+    def _score(self, name: str, metric: str, column: Tensor, method: Literal["exact", "one-pass"]) -> Score:
         tokens, context = self._run.config.data.sequence_tokens, self._run.context_id
-        method: Literal["exact", "one-pass"] = "one-pass" if estimated else "exact"
         return Score(name, "teacher", context, metric, "score", tuple(column.tolist()), tokens, method)
 
-    def _failure(self, item: Item, values: Values) -> str | None:
+    def _failure(self, item: Item, measured: Measured) -> str | None:
         """Why the item cannot be chosen, if so: its training failed, or its scores are no numbers."""
         if has_weights(item):
             reason = artifacts.read_unit(self._run.trained(self._run.unit_of(item))).payload.get("failed")
             if reason is not None:
                 return str(reason)
-        finite = all(torch.isfinite(column).all() for column in values.values())
+        finite = all(torch.isfinite(column).all() for column in measured.values.values())
         return None if finite else "its score is not finite"
 
 
@@ -219,8 +247,12 @@ def _layers(item: Item) -> set[int]:
     return {site.layer for site in item.sites}
 
 
-def _joined(first: Values, second: Values) -> Values:
-    return {metric: torch.cat([column, second[metric]]) for metric, column in first.items()}
+def _changes(items: Sequence[Item]) -> list[Change]:
+    return [Change(item.id, (item,)) for item in items]
+
+
+def _trusted(known: Mapping[str, Measured], item: Item) -> bool:
+    return item.id in known and known[item.id].trusted
 
 
 def _task(name: str, where: str) -> Task:

@@ -57,7 +57,10 @@ def test_a_streamed_teacher_holds_no_layer_that_nobody_uses(
     teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = Teacher(teacher_folder, CPU, torch.float32)
-    assert teacher.layer(0) is not teacher.layer(0)
+    first = teacher.layer(0)
+    assert teacher.layer(0) is first
+    teacher.layer(1)
+    assert teacher.layer(0) is not first
     held = Teacher(teacher_folder, CPU, torch.float32, held=True)
     assert held.layer(0) is held.layer(0)
 

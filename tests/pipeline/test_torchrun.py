@@ -83,25 +83,20 @@ def test_two_ranks_share_the_units_and_then_the_batches(unfinished: Project, fin
         torch.testing.assert_close(weights(unfinished.run)["L001.ffn.linear"][name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_two_ranks_score_what_one_does(finished: Project, tmp_path: Path) -> None:
-    project = finished.copy_to(tmp_path / "project")
-    shutil.copytree(finished.run, project.run)
-    expected = {path.name: path.read_text() for path in (finished.run / "scores").glob("*.json")}
-    shutil.rmtree(project.run / "scores")
-    done = torchrun("-m", "puzzle", "--debug", "score", str(project.config))
-    assert done.returncode == 0, done.stderr
-    assert {path.name: path.read_text() for path in (project.run / "scores").glob("*.json")} == expected
-
-
-def test_accelerate_launches_ranks_as_torchrun_does(unfinished: Project, finished: Project, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    (tmp_path / "of_two.py").write_text(OF_TWO)
-    done = launched(ACCELERATE, str(tmp_path / "of_two.py"), "--debug", "distill", str(unfinished.config))
-    assert done.returncode == 0, done.stderr
-    found, expected = weights(unfinished.run), weights(finished.run)
-    assert found.keys() == expected.keys()
-    for unit, tensors in expected.items():
-        assert all(torch.equal(found[unit][name], tensor) for name, tensor in tensors.items()), unit
+@pytest.mark.parametrize("settings", [[], ["--set", "score={mode: one-pass, sequences: 2, until_se: 1e-9}"]])
+def test_two_ranks_score_what_one_does(finished: Project, tmp_path: Path, settings: list[str]) -> None:
+    found = []
+    for name in ("alone", "two"):
+        project = finished.copy_to(tmp_path / name)
+        shutil.copytree(finished.run, project.run)
+        shutil.rmtree(project.run / "scores")
+        if name == "alone":
+            assert main(["--debug", "score", str(project.config), *settings]) == 0
+        else:
+            done = torchrun("-m", "puzzle", "--debug", "score", str(project.config), *settings)
+            assert done.returncode == 0, done.stderr
+        found.append({path.name: path.read_text() for path in (project.run / "scores").glob("*.json")})
+    assert found[0] == found[1]
 
 
 def test_a_dead_rank_is_named_and_its_units_are_taken_up(

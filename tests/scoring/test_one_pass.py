@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +103,18 @@ def test_labels_depend_on_the_batch_alone(base: Base, batches: list[Batch]) -> N
 
 def test_more_sequences_need_fewer_draws() -> None:
     assert [num_draws(count) for count in (1, 32, 64, 128, 1000)] == [16, 7, 4, 2, 1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_comes_to_the_same(teacher: Teacher, teacher_folder: Path, base: Base, batches: list[Batch]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    device = torch.device("cuda")
+    there = Base(Teacher(teacher_folder, device, torch.float32), base.read_weights)
+    moved = [batch.to(device) for batch in batches]
+    scorers = [Scorer(base, batches, finals_of(base, batches)), Scorer(there, moved, finals_of(there, moved))]
+    for item in sorted(SMALL, key=lambda item: item.sites[0].layer):
+        found = [dict(scorer.scores([Change(item.id, (item,))]))[Change(item.id, (item,))] for scorer in scorers]
+        torch.testing.assert_close(found[0]["kl"], found[1]["kl"], rtol=1e-2, atol=1e-5)
+    for name, kl in estimates(there, moved, 100).items():
+        assert kl.mean().item() == pytest.approx(estimates(base, batches, 100)[name].mean().item(), rel=0.3)
