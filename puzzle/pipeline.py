@@ -157,7 +157,7 @@ def _resting_on(name: str) -> list[Stage]:
     if name not in BY_NAME:
         raise ConfigError(f"--redo {name}: no such stage; stages: {', '.join(BY_NAME)}")
     affected = {name}
-    for stage in BY_NAME.values():
+    for stage in STAGES:
         if affected.intersection(stage.needs):
             affected.add(stage.name)
     return [stage for stage in BY_NAME.values() if stage.name in affected]
