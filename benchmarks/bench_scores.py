@@ -209,7 +209,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             random_teacher(Path(folder), num_layers, vocab_size=2048, **sizes)
             teacher = Teacher(Path(folder), torch.device("cpu"), torch.float32, held=True)
             base = Base(teacher, lambda item, teacher=teacher: start_of(teacher, item).weights)
-            ids = torch.randint(2000, (8, 128), generator=torch.Generator().manual_seed(0))
+            ids = torch.randint(2000, (4, 128), generator=torch.Generator().manual_seed(0))
             for variants in VARIANTS:
                 widths = [FfnSpec("narrow", 1024 * (place + 1) // (variants + 1)) for place in range(variants)]
                 items = [site_item(Site(layer, "ffn"), width) for layer in range(num_layers) for width in widths]
