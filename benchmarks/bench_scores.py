@@ -40,7 +40,8 @@ from puzzle.metrics import token_metrics
 from puzzle.run import Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
-from puzzle.scoring.one_pass import num_draws, one_pass_scores
+from puzzle.scoring.one_pass import one_pass_scores
+from puzzle.scoring.sampling import num_draws
 from puzzle.space import SearchSpace
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
 from puzzle.teacher import Teacher

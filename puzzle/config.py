@@ -153,7 +153,12 @@ class DistillConfig(_Model):
     residual: Literal["auto", "memory", "disk", "recompute"] = "auto"
 
 
-TAKEN = {"kl", "kl_nats", "ce_delta", "ce_delta_nats", "agreement", "hidden_distance"}  # by scores of our own
+OBJECTIVES = {  # name in the file: name of the score
+    "kl_nats": "kl",
+    "ce_delta_nats": "ce_delta",
+    "hidden_distance": "hidden_distance",
+}
+BUILT_IN = {"kl", "ce_delta", "agreement", "hidden_distance"}  # scores that are no tasks of the user's own
 
 
 class ScoreConfig(_Model):
@@ -172,7 +177,7 @@ class ScoreConfig(_Model):
     @field_validator("tasks")
     @classmethod
     def _names_of_their_own(cls, tasks: dict[str, str]) -> dict[str, str]:
-        if taken := sorted(tasks.keys() & TAKEN):
+        if taken := sorted(tasks.keys() & {*OBJECTIVES, *BUILT_IN}):
             raise ValueError(f"{taken[0]} is a score already; choose another name")
         return tasks
 

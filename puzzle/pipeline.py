@@ -171,10 +171,9 @@ def _forget(units: Sequence[Planned]) -> None:
 
 def _make(run: Run, stage: Stage, ranks: Ranks) -> None:
     """Makes what is missing of the stage: this rank's share, or rank 0 all of it; ends when all ranks have."""
-    if stage.name == "score" and ranks.first:
-        _forget(run.undecided())
-    ranks.wait(run.folder, stage.name)
-    missing = [unit for unit in stage.plan(run) if not artifacts.is_current(unit.path, unit.inputs, stage.name)]
+    planned = stage.plan(run)
+    current = [artifacts.is_current(unit.path, unit.inputs, stage.name) and not unit.outgrown for unit in planned]
+    missing = [unit for unit, done in zip(planned, current, strict=True) if not done]
     ranks.wait(run.folder, stage.name)  # all have seen the same before anyone adds to it
     if missing and (ranks.first or stage.shared):
         if ranks.count == 1 or not stage.shared:

@@ -44,10 +44,14 @@ STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 @dataclass(frozen=True)
 class Planned:
-    """One unit: where it lies, and named fingerprints of what it is made from."""
+    """One unit: where it lies, and named fingerprints of what it is made from.
+
+    ``outgrown``: it is there, but more is asked now; it is made anew, and stays until it is replaced.
+    """
 
     path: Path
     inputs: Mapping[str, str]
+    outgrown: bool = False
 
 
 @dataclass(frozen=True)
@@ -350,20 +354,22 @@ class Run:
         return {"widths": ", ".join(variant_name(item.specs[0]) for item in items)} if len(items) > 1 else {}
 
     def plan_score(self) -> list[Planned]:
+        paths = {name: self.scores / f"{name}.json" for name in self.scored_together}
         return [
-            Planned(self.scores / f"{name}.json", self._scored_from(items, estimated=self.estimated))
+            Planned(paths[name], self._scored_from(items, estimated=self.estimated), self._is_undecided(paths[name]))
             for name, items in self.scored_together.items()
         ]
 
-    def undecided(self) -> list[Planned]:
-        """Units to be scored anew, on more sequences: ``score.until_se`` asks for more than they can tell."""
+    def _is_undecided(self, path: Path) -> bool:
+        """Whether ``score.until_se`` asks for more than the scores of a unit can tell, and there are more sequences."""
         until = self.config.score.until_se
-        if until is None or not self.data.exists():
-            return []
+        if until is None or not path.exists():
+            return False
+        records = [score for score in artifacts.read_unit(path).payload["scores"] if score["metric"] == "kl"]
+        scores = {score["item_id"]: score["per_sequence"] for score in records}
         counts = artifacts.read_unit(self.data).payload["num_tokens"]
         available = num_windows(counts, "score", self.config.data.sequence_tokens)
-        there = [unit for unit in self.plan_score() if unit.path.exists()]
-        return [unit for unit in there if _is_undecided(artifacts.read_unit(unit.path).payload, until, available)]
+        return any(len(values) < available for values in scores.values()) and bool(undecided(scores, until))
 
     def exact_unit(self, item: Item) -> Planned:
         """An item's exact score where the others are estimates."""
@@ -504,11 +510,6 @@ class Run:
 
     def _chosen_if_any(self) -> tuple[Item, ...]:
         return self.chosen_items() if self.solution.exists() else ()
-
-
-def _is_undecided(payload: Mapping[str, Any], until: float, available: int) -> bool:
-    scores = {score["item_id"]: score["per_sequence"] for score in payload["scores"] if score["metric"] == "kl"}
-    return any(len(values) < available for values in scores.values()) and bool(undecided(scores, until))
 
 
 def _content(path: Path) -> str:

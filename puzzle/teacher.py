@@ -309,14 +309,9 @@ def run_layer(layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> La
     return LayerPass(hidden, middle, middle + layer.ffn_delta(middle), context)
 
 
-def run_suffix(model: PuzzleForCausalLM, hidden: Tensor, context: Context, first_layer: int) -> Tensor:
-    """(B, T, D) after the last norm, from the residual stream at the input of ``first_layer``."""
-    for layer in layers_of(model)[first_layer:]:
-        hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
-    return model.model.norm(hidden)  # type: ignore[no-any-return]
-
-
 def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
     """(B, T, D) after the last norm: what the head reads."""
-    context = context_of(model.model, batch, model.dtype)
-    return run_suffix(model, embed(model.model, batch, model.dtype), context, 0)
+    hidden, context = embed(model.model, batch, model.dtype), context_of(model.model, batch, model.dtype)
+    for layer in layers_of(model):
+        hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
+    return model.model.norm(hidden)  # type: ignore[no-any-return]

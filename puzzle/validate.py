@@ -13,6 +13,7 @@ from puzzle import checkpoint, pipeline, search
 from puzzle.data.source import check_sources
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.run import STORED_DTYPES, Run
+from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
 from puzzle.tables import ScoreTable
 from puzzle.types import ConfigError, Cost, PuzzleError, Score
@@ -151,12 +152,12 @@ def _stage_flops(run: Run, stage: str) -> float:
     variant = sum(flops_per_token(spec, run.shape, tokens / 2) for item in trained for spec in item.specs)
     head = 2 * run.shape.vocab_size * run.shape.hidden_size
     forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
-    num_draws = max(1, 200 // run.config.score.sequences)  # scoring/one_pass.py
+    passes = 2 + num_draws(run.config.score.sequences)
     scored = sum(not is_teacher(item) for item in run.items)
     per_token = {
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
-        "score": forward * (2 + num_draws) + variant if run.estimated else (forward / 2 + head) * scored,
+        "score": forward * passes + variant if run.estimated else (forward / 2 + head) * scored,
         "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }

@@ -15,7 +15,6 @@ what enters each layer and, for every draw, the gradient at the layer under way:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -31,12 +30,6 @@ from puzzle.teacher import Context, Teacher, attention_delta
 from puzzle.types import Item, Part
 
 SATURATED_NATS = 0.3  # from here on the quadratic term is off by more than its own error
-RELATIVE_ERROR = 0.1  # that the draws are to reach
-
-
-def num_draws(num_sequences: int) -> int:
-    """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16."""
-    return max(1, min(16, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
 
 
 def one_pass_scores(
@@ -144,4 +137,4 @@ def _pulled_back(added: Tensor, start: Tensor, gradients: Tensor) -> Tensor:
     return torch.stack([torch.autograd.grad(added, start, one.to(added), retain_graph=True)[0] for one in gradients])
 
 
-__all__ = ["SATURATED_NATS", "num_draws", "one_pass_scores"]
+__all__ = ["SATURATED_NATS", "one_pass_scores"]

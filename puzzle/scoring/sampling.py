@@ -1,4 +1,6 @@
-"""How many sequences scores need: until variants that compete are told apart, or cannot be. Pure arithmetic.
+"""How many sequences, and draws of labels, scores need. Pure arithmetic.
+
+Sequences are added until variants that compete are told apart, or cannot be.
 
 Two variants met the same sequences, so what counts is the difference in each of them, whose spread is far below that of
 either score. Told apart: the mean difference is at least two of its standard errors.
@@ -11,6 +13,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 SURE = 2.0  # standard errors
+RELATIVE_ERROR = 0.1  # of a one-pass score, that the draws are to reach
+
+
+def num_draws(num_sequences: int) -> int:
+    """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16."""
+    return max(1, min(16, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
 
 
 def rounds(first: int, available: int) -> Iterator[range]:
@@ -45,4 +53,4 @@ def _open(differences: Sequence[float], until_se: float) -> bool:
     return error > until_se and abs(mean) < SURE * error
 
 
-__all__ = ["rounds", "undecided"]
+__all__ = ["num_draws", "rounds", "undecided"]

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Literal
 
 from puzzle import variants
-from puzzle.config import ConstraintFile
+from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile
 from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
 from puzzle.search.problem import Problem, Row
 from puzzle.tables import ScoreTable
@@ -32,12 +32,6 @@ from puzzle.types import (
 
 __all__ = ["OBJECTIVES", "metric_of", "problems", "usable_items", "workloads"]
 
-OBJECTIVES = {  # name in the file: name of the score
-    "kl_nats": "kl",
-    "ce_delta_nats": "ce_delta",
-    "hidden_distance": "hidden_distance",
-}
-BUILT_IN = {"kl", "ce_delta", "agreement", "hidden_distance"}  # scores that are no tasks of the user's own
 SIGNS = {"min": "≥", "max": "≤", "eq": "="}
 Side = Literal["min", "max", "eq"]
 

@@ -21,8 +21,8 @@ from puzzle.ranks import Ranks, shares
 from puzzle.run import Planned, Run
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
-from puzzle.scoring.one_pass import SATURATED_NATS, num_draws, one_pass_scores
-from puzzle.scoring.sampling import rounds, undecided
+from puzzle.scoring.one_pass import SATURATED_NATS, one_pass_scores
+from puzzle.scoring.sampling import num_draws, rounds, undecided
 from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
 from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, Item, Score, to_json
@@ -38,18 +38,15 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     if not pieces:
         return
     job = ScoreJob(run)
-
-    def publish(name: str, found: Mapping[str, Measured]) -> None:
-        artifacts.publish_json(wanted[name].path, wanted[name].inputs, job.payload(run.scored_together[name], found))
-        progress.done(name)
-
     units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
     known = job.estimates(units, progress.fraction) if run.estimated else {}
     for _, group in itertools.groupby(units, lambda name: _first_layer(run, name)):
         here = {name: units[name] for name in group}
         found = job.scores(here, known, progress.fraction)
         for name, items in here.items():
-            publish(name, {item.id: found[item.id] for item in items})
+            payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
+            artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
+            progress.done(name)
 
 
 def _first_layer(run: Run, name: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from puzzle.data.batches import Batch
 from puzzle.scoring.base import Base
 from puzzle.scoring.exact import Change, Scorer, finals_of
-from puzzle.scoring.one_pass import _Backward, num_draws, one_pass_scores
+from puzzle.scoring.one_pass import _Backward, one_pass_scores
 from puzzle.teacher import Teacher
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site
 from puzzle.variants import layer_item, site_item
@@ -99,10 +99,6 @@ def test_labels_depend_on_the_batch_alone(base: Base, batches: list[Batch]) -> N
         assert torch.equal(torch.cat([part[item.id] for part in apart]), together[item.id])
     other = estimates(base, batches, 2, seed=1)
     assert not torch.equal(other[SMALL[0].id], together[SMALL[0].id])
-
-
-def test_more_sequences_need_fewer_draws() -> None:
-    assert [num_draws(count) for count in (1, 32, 64, 128, 1000)] == [16, 7, 4, 2, 1]
 
 
 @pytest.mark.gpu

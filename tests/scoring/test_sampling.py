@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from puzzle.scoring.sampling import rounds, undecided
+from puzzle.scoring.sampling import num_draws, rounds, undecided
 
 
 def test_rounds_double_up_to_what_there_is() -> None:
@@ -31,3 +31,7 @@ def test_a_variant_competes_with_the_teacher_too() -> None:
 
 def test_one_sequence_tells_nothing() -> None:
     assert undecided({"a": [0.1]}, 1.0) == [("", "a")]
+
+
+def test_more_sequences_need_fewer_draws() -> None:
+    assert [num_draws(count) for count in (1, 32, 64, 128, 1000)] == [16, 7, 4, 2, 1]
