@@ -24,6 +24,7 @@ from puzzle.search import mip
 from puzzle.search.problem import Problem
 from puzzle.stages.common import compute_of, item_weights, sequences_of, teacher_of, tokens_of
 from puzzle.tables import ScoreTable
+from puzzle.types import Costs
 from puzzle.variants import params, rest_params
 
 CONFIG = "run: {folder}\nconstraints: half-memory\n"
@@ -48,7 +49,7 @@ def problem_of(run: Run, share: float, scores: ScoreTable | None = None) -> Prob
     layers = sum(params(spec, run.shape) for spec in run.keep_specs)
     limit = int(rest_params(run.shape) + share * layers)
     file = ConstraintFile.model_validate({"constraints": {"params": {"max": limit}}})
-    (problem,) = search.problems(run.shape, run.items, scores or run.read_scores(), (), file)
+    (problem,) = search.problems(run.shape, run.items, scores or run.read_scores(), Costs(), file)
     return problem
 
 
@@ -102,13 +103,17 @@ class Results:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path, self._settings = path, dict(settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.figures: dict[str, Any] = found.get("results", {}) if found.get("settings") == self._settings else {}
+        self.figures = self._on_disk()
+
+    def _on_disk(self) -> dict[str, Any]:
+        found = json.loads(self._path.read_text()) if self._path.exists() else {}
+        return found.get("results", {}) if found.get("settings") == self._settings else {}
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """The figure called ``name``, found now if it was not before."""
         if name not in self.figures:
             self.figures[name] = find()
+            self.figures = self._on_disk() | self.figures  # another process may have added to it
             print(name, {key: value for key, value in self.figures[name].items() if key != "items"}, flush=True)
             document = {"settings": self._settings, "environment": environment(), "results": self.figures}
             self._path.write_text(json.dumps(document, indent=1) + "\n")

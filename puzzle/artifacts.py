@@ -104,6 +104,11 @@ def read_unit(path: Path) -> Unit:
     return unit
 
 
+def content_of(path: Path) -> str:
+    """The fingerprint of what the unit at ``path`` holds; ``absent`` where there is none."""
+    return read_unit(path).content if path.exists() else "absent"
+
+
 def is_current(path: Path, inputs: Mapping[str, str], stage: str) -> bool:
     """Whether the unit exists and was made from ``inputs``. StaleUnitError, naming what changed, if from others."""
     if not path.exists():

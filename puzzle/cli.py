@@ -123,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     additivity.add_argument("--redo", action="store_true", help="do it anew even where it is done")
     additivity.set_defaults(command=_additivity)
 
+    fit = _with_run(commands.add_parser("fit-costs", help="measure whole models, and correct predicted times by them"))
+    fit.add_argument("--redo", action="store_true", help="do it anew even where it is done")
+    fit.set_defaults(command=_fit_costs)
+
     pareto = _with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
     pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
     pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
@@ -138,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="print a table of the run")
     show.add_argument("what", choices=["library", "scores", "costs"])
+    show.add_argument("--output", type=Path, metavar="FILE", help="write it as CSV")
     _with_run(show).set_defaults(command=_show)
     return parser
 
@@ -241,10 +246,43 @@ def _stage(options: argparse.Namespace) -> None:
             error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
             print(f"solution {rank}: {solution.objective_nats:.4f}{error} nats predicted ({bound})")
             for name, value in solution.totals.items():
-                print(f"  {name:<28}{value:,.4f}".rstrip("0").rstrip("."))
+                figure = f"  {name:<28}{value:,.4f}".rstrip("0").rstrip(".")
+                print(figure + ("  (estimate)" if name in solution.estimated else ""))
         print(run.solution / "architecture.json")
+    elif options.stage == "profile":
+        _print_profile(run)
     elif options.stage == "report":
         print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+
+
+def _print_profile(run: Run) -> None:
+    if not Ranks.current().first:
+        return
+    from puzzle.report import profile
+
+    if not run.cost_source.units:
+        print(f"profile.backend {run.config.profile.backend} measures nothing; `puzzle show costs` prints the times")
+        return
+    frame = profile.profile_frame(run)
+    print("milliseconds of the teacher in one forward")
+    print(frame.round(3).to_string(index=False))
+    for gap in run.read_costs().gaps:
+        what = f"{gap.shape_id} at " if gap.shape_id else ""
+        print(
+            f"not measured: {what}{gap.phase}, batch size {gap.batch_size}, {gap.context_tokens} tokens: {gap.reason}"
+        )
+    profile.draw_profile(frame, run.folder / "costs" / "profile.png")
+    print(run.folder / "costs" / "profile.png")
+
+
+def _fit_costs(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+    from puzzle.report import profile
+
+    run = _open(options)
+    pipeline.run_stage(run, "fit-costs", options.redo)
+    if Ranks.current().first:
+        print(profile.fits_text(run.cost_source.fits))
 
 
 def _additivity(options: argparse.Namespace) -> None:
@@ -291,18 +329,24 @@ def _shrink(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     from puzzle import tables
+    from puzzle.profiling.imported import write_table
 
     run = _open(options)
     if options.what == "scores":
         frame = tables.scores_frame(run.read_scores())
     elif options.what == "costs":
-        frame = tables.costs_frame(tables.read_costs(run.costs))
+        frame = tables.costs_frame(run.read_costs())
     else:
         from puzzle.report import library
 
         frame = library.library_frame(run)
         library.draw(frame, run.folder / "library" / "library.png")
-    print(frame.to_string(index=False))
+    if options.output and options.what == "costs":
+        write_table(options.output, run.read_costs(), run.cost_source.environment)
+    elif options.output:
+        frame.to_csv(options.output, index=False)
+    else:
+        print(frame.to_string(index=False))
     if options.what == "library":
         print(run.folder / "library" / "library.png")
 

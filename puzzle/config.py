@@ -189,10 +189,29 @@ class AdditivityConfig(_Model):
 
 
 class ProfileConfig(_Model):
-    """``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere."""
+    """Where times come from, and how they are used.
 
+    ``backend``: ``measured`` here, on the ``grid``; ``roofline``, estimated from a sheet of the hardware for whatever
+    the constraint file asks (profiling/roofline.py); ``imported`` from ``table``, a CSV or JSON file of Cost records.
+    ``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere.
+    ``stand_in``: devices or dtypes whose times are to be taken from another's, as in ``{h100: h200}``.
+    ``safety``: the search keeps so many standard errors of predicted times clear of limits, once `puzzle fit-costs`
+    has measured whole models (``fit_models`` at random, beside the teacher); 1.64 lets one in twenty miss.
+    """
+
+    backend: Literal["measured", "roofline", "imported"] = "measured"
     grid: str = "demo"
     weights: Literal["auto", "fp32", "bf16"] = "auto"
+    table: str | None = None
+    stand_in: dict[str, str] = {}
+    fit_models: Annotated[int, Field(ge=3)] = 6
+    safety: NonNegative = 1.64
+
+    @model_validator(mode="after")
+    def _table_where_it_is_read(self) -> ProfileConfig:
+        if (self.table is not None) != (self.backend == "imported"):
+            raise ValueError("backend: imported, and only that, names a table")
+        return self
 
 
 class KdConfig(_Model):
@@ -320,7 +339,7 @@ class ConstraintFile(_Model):
 
 
 File = TypeVar("File", bound=BaseModel)
-SHIPPED = {"space": "blocks", "constraints": "search", "grid": "profiling"}
+SHIPPED = {"space": "blocks", "constraints": "search", "grid": "profiling", "table": "profiling/tables"}
 
 
 def shipped_inputs() -> Path:
@@ -329,14 +348,14 @@ def shipped_inputs() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent
 
 
-def locate(kind: Literal["space", "constraints", "grid"], name: str) -> Path:
+def locate(kind: Literal["space", "constraints", "grid", "table"], name: str) -> Path:
     """The file called ``name``: a path, or the name of one that is shipped (``llama``, ``half-memory``)."""
     if Path(name).is_file():
         return Path(name)
-    folder = shipped_inputs() / SHIPPED[kind]
-    if (shipped := folder / f"{name}.yaml").is_file():
+    folder, suffix = shipped_inputs() / SHIPPED[kind], ".csv" if kind == "table" else ".yaml"
+    if (shipped := folder / f"{name}{suffix}").is_file():
         return shipped
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob(f"*{suffix}"))
     raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name{_nearest(name, known)}")
 
 

@@ -54,6 +54,7 @@ STAGES: tuple[Stage, ...] = (
 )
 ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
     Stage("additivity", ("score",), Run.plan_additivity, "see how far sums of scores are from the truth", True),
+    Stage("fit-costs", ("profile",), Run.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}
 State = Literal["done", "stale", "missing"]

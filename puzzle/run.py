@@ -18,15 +18,17 @@ from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.data.inputs import data_inputs
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
+from puzzle.profiling.source import CostSource
 from puzzle.scoring.draws import Draw, draw
 from puzzle.scoring.sampling import undecided
+from puzzle.search.constraints import workloads
 from puzzle.space import PARTS, SearchSpace
-from puzzle.tables import ScoreTable, read_costs, read_scores
+from puzzle.tables import ScoreTable, read_scores
 from puzzle.types import (
     TEACHER_CONTEXT,
     AttentionSpec,
     ConfigError,
-    Cost,
+    Costs,
     Item,
     MissingMeasurementError,
     ModelShape,
@@ -36,7 +38,6 @@ from puzzle.types import (
 )
 from puzzle.variants import has_weights, keep_spec, params, shape_id, variant_name
 
-ABSENT = "absent"
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
 MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -215,9 +216,23 @@ class Run:
             raise ConfigError(f"{self.teacher / 'config.json'}: dtype {dtype!r} is not supported; supported: {allowed}")
         return dtype
 
-    def read_costs(self) -> tuple[Cost, ...]:
-        """The costs at the grid's points; what an earlier grid left in the folder is not among them."""
-        return read_costs(self.costs, [f"{point.id}.json" for point in self.grid_points])
+    @property
+    def cost_source(self) -> CostSource:
+        """Where times come from; not what an earlier grid left in the folder."""
+        settings = self.config.profile
+        measured = settings.backend == "measured"
+        return CostSource(
+            settings,
+            self.folder,
+            self.shape,
+            (*self.keep_specs, *self.specs),
+            self.grid_points if measured else (),
+            self._measured_from() if measured else {},
+            () if measured else workloads(self.constraint_file, self.shape),
+        )
+
+    def read_costs(self) -> Costs:
+        return self.cost_source.read()
 
     def read_scores(self) -> ScoreTable:
         """The scores of the space's items, exact where they were measured again for this constraint file.
@@ -281,10 +296,6 @@ class Run:
         return self.folder / "rescored" / "for" / name
 
     @property
-    def costs(self) -> Path:
-        return self.folder / "costs"
-
-    @property
     def solution_id(self) -> str:
         """Named by what it rests on, so a changed constraint file or table gives a new solution beside the old one."""
         return f"{self.constraints.stem}-{artifacts.fingerprint(self._search_inputs())[:8]}"
@@ -340,7 +351,7 @@ class Run:
                 self.trained(unit),
                 {
                     **self._teacher_and_data(),
-                    "initial": _content(self.initial(unit)),
+                    "initial": artifacts.content_of(self.initial(unit)),
                     "distill": self._slice([settings, self.config.dtype]),
                     **self._widths(unit),
                 },
@@ -430,13 +441,20 @@ class Run:
         return [Planned(self.rescored, self._tables())] if self.estimated else []
 
     def plan_profile(self) -> list[Planned]:
+        return [Planned(path, self._measured_from()) for path in self.cost_source.units]
+
+    def plan_fit_costs(self) -> list[Planned]:
+        if self.config.profile.backend != "measured":
+            raise ConfigError("whole models are measured beside measured parts only; set profile.backend: measured")
+        return [Planned(path, self._measured_from()) for path in self.cost_source.whole_models]
+
+    def _measured_from(self) -> dict[str, str]:
         shapes = sorted(shape_id(spec, self.shape) for spec in self.specs)
-        settings = {
+        return {
             "shape": artifacts.fingerprint(vars(self.shape)),
             "space": artifacts.fingerprint(shapes),
             "profile": artifacts.fingerprint([self.config.device, self.config.profile.weights, self.grid.repeats]),
         }
-        return [Planned(self.costs / f"{point.id}.json", settings) for point in self.grid_points]
 
     def plan_search(self) -> list[Planned]:
         return [Planned(self.solution, self._search_inputs())]
@@ -444,7 +462,7 @@ class Run:
     def plan_build(self) -> list[Planned]:
         inputs = {
             "teacher": self.teacher_fingerprint,
-            "solution": _content(self.solution),
+            "solution": artifacts.content_of(self.solution),
             "library": self._library_content(self._chosen_if_any()),
         }
         return [Planned(self.student / "initial", inputs)]
@@ -453,7 +471,7 @@ class Run:
         settings = self.config.kd.model_dump(exclude={"checkpoint_steps"})
         inputs = {
             **self._teacher_and_data(),
-            "initial": _content(self.student / "initial"),
+            "initial": artifacts.content_of(self.student / "initial"),
             "kd": self._slice([settings, self.config.dtype]),
         }
         return [Planned(self.student / "final", inputs)]
@@ -461,16 +479,16 @@ class Run:
     def plan_evaluate(self) -> list[Planned]:
         inputs = {
             **self._teacher_and_data(),
-            "initial": _content(self.student / "initial"),
-            "final": _content(self.student / "final"),
+            "initial": artifacts.content_of(self.student / "initial"),
+            "final": artifacts.content_of(self.student / "final"),
             "evaluate": self._slice(self.config.evaluate.model_dump()),
         }
         return [Planned(self.student / "evaluation.json", inputs)]
 
     def plan_export(self) -> list[Planned]:
         inputs = {
-            "final": _content(self.student / "final"),
-            "evaluation": _content(self.student / "evaluation.json"),
+            "final": artifacts.content_of(self.student / "final"),
+            "evaluation": artifacts.content_of(self.student / "evaluation.json"),
             "tokenizer": checkpoint.tokenizer_fingerprint(self.teacher),
             "recipe": artifacts.fingerprint(self.recipe),
         }
@@ -478,14 +496,14 @@ class Run:
 
     def plan_report(self) -> list[Planned]:
         inputs = {
-            "solution": _content(self.solution),
-            "evaluation": _content(self.student / "evaluation.json"),
-            "export": _content(self.student / "export"),
+            "solution": artifacts.content_of(self.solution),
+            "evaluation": artifacts.content_of(self.student / "evaluation.json"),
+            "export": artifacts.content_of(self.student / "export"),
         }
         return [Planned(self.student / "report", inputs)]
 
     def _teacher_and_data(self) -> dict[str, str]:
-        return {"teacher": self.teacher_fingerprint, "data": _content(self.data)}
+        return {"teacher": self.teacher_fingerprint, "data": artifacts.content_of(self.data)}
 
     def _slice(self, settings: Any) -> str:
         """The fingerprint of a stage's own settings, with those that every training or scoring stage depends on."""
@@ -494,23 +512,19 @@ class Run:
 
     def _library_content(self, items: Sequence[Item]) -> str:
         units = {self.unit_of(item) for item in items if has_weights(item)}
-        return artifacts.fingerprint({unit: _content(self.trained(unit)) for unit in sorted(units)})
+        return artifacts.fingerprint({unit: artifacts.content_of(self.trained(unit)) for unit in sorted(units)})
 
     def _search_inputs(self) -> dict[str, str]:
-        return {**self._tables(), **({"rescored": _content(self.rescored)} if self.estimated else {})}
+        return {**self._tables(), **({"rescored": artifacts.content_of(self.rescored)} if self.estimated else {})}
 
     def _tables(self) -> dict[str, str]:
         """What a search sees before anything is scored anew for it."""
         return {
-            "scores": artifacts.fingerprint([_content(self.scores / f"{name}.json") for name in self.scored_together]),
-            "costs": artifacts.fingerprint([_content(self.costs / f"{point.id}.json") for point in self.grid_points]),
+            "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in self.plan_score()]),
+            "costs": self.cost_source.fingerprint,
             "constraints": artifacts.fingerprint(self.constraint_file.model_dump(mode="json")),
             "space": artifacts.fingerprint([item.id for item in self.items]),
         }
 
     def _chosen_if_any(self) -> tuple[Item, ...]:
         return self.chosen_items() if self.solution.exists() else ()
-
-
-def _content(path: Path) -> str:
-    return artifacts.read_unit(path).content if path.exists() else ABSENT

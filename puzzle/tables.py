@@ -1,7 +1,8 @@
 """Scores and costs as tables: many single-file units, written side by side by several ranks, read together.
 
 Reads ``scores/*.json`` (payload ``{"scores": [Score …], "failed": [{"item_id", "reason"} …]}``) and ``costs/*.json``
-(payload ``{"costs": [Cost …]}``); every record is checked as it is read. Computes tidy frames. Writes nothing.
+(payload ``{"costs": [Cost …], "gaps": [Gap …]}``); every record is checked as it is read. Computes tidy frames.
+Writes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
-from puzzle.types import CorruptFileError, Cost, Item, MissingMeasurementError, Score, from_json
+from puzzle.types import CorruptFileError, Cost, Costs, Gap, Item, MissingMeasurementError, Score, from_json
 from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
@@ -137,10 +138,13 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
     return ScoreTable.of(scores, failed, base)
 
 
-def read_costs(folder: Path, names: Collection[str] | None = None) -> tuple[Cost, ...]:
+def read_costs(folder: Path, names: Collection[str] | None = None) -> Costs:
     """All costs in ``folder``, or those in the files of these ``names``; files in the order of their names."""
     units = [unit for unit in _units(folder, "costs") if names is None or unit.path.name in names]
-    return tuple(cost for unit in units for cost in _records(Cost, unit, "costs"))
+    return Costs(
+        tuple(cost for unit in units for cost in _records(Cost, unit, "costs")),
+        tuple(gap for unit in units for gap in _records(Gap, unit, "gaps", optional=True)),
+    )
 
 
 def scores_frame(scores: ScoreTable | Iterable[Score]) -> pd.DataFrame:
@@ -152,11 +156,11 @@ def scores_frame(scores: ScoreTable | Iterable[Score]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
 
 
-def costs_frame(costs: Iterable[Cost]) -> pd.DataFrame:
+def costs_frame(costs: Costs) -> pd.DataFrame:
     """One row per cost, one column per field."""
     import pandas as pd
 
-    return pd.DataFrame([asdict(cost) for cost in costs], columns=list(Cost.__dataclass_fields__))
+    return pd.DataFrame([asdict(cost) for cost in costs.rows], columns=list(Cost.__dataclass_fields__))
 
 
 def _summary(score: Score) -> dict[str, float]:

@@ -20,9 +20,13 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "CorruptFileError",
+    "Correction",
     "Cost",
+    "CostSetting",
+    "Costs",
     "Entry",
     "FfnSpec",
+    "Gap",
     "InfeasibleError",
     "Interaction",
     "Item",
@@ -246,7 +250,75 @@ class Cost(Strict):
     def __post_init__(self) -> None:
         _require(self.batch_size > 0 and self.context_tokens > 0 and self.tensor_parallel > 0, "sizes must be positive")
         finite = all(map(math.isfinite, (self.ms, self.ms_p10, self.ms_p90)))
-        _require(finite and self.ms >= 0, f"{self.shape_id}: {self.phase} time is not a finite, non-negative number")
+        _require(finite and self.ms > 0, f"{self.shape_id}: {self.phase} time is not a finite, positive number")
+
+    @property
+    def setting(self) -> CostSetting:
+        return CostSetting(self.device, self.weights, self.kv, self.tensor_parallel, self.engine)
+
+
+@dataclass(frozen=True, order=True)
+class CostSetting(Strict):
+    """What a time holds for: it says nothing about another device, dtype, parallelism or engine."""
+
+    device: str
+    weights: str
+    kv: str
+    tensor_parallel: int
+    engine: str
+
+    def __str__(self) -> str:
+        return (
+            f"device {self.device} with weights {self.weights}, kv {self.kv}, tp {self.tensor_parallel}, "
+            f"runtime {self.engine}"
+        )
+
+
+@dataclass(frozen=True)
+class Gap(Strict):
+    """A point of the grid that could not be measured, or one shape at it (``shape_id``), and why."""
+
+    phase: Phase
+    batch_size: int
+    context_tokens: int
+    reason: str
+    shape_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Correction(Strict):
+    """What measured whole models say of the sums of their parts in one phase::
+
+        whole = rest + overhead_ms + attention_factor * sum(attention) + ffn_factor * sum(ffn)
+
+    ``relative_error``: root mean square of what is left, each model predicted from the others.
+    """
+
+    setting: CostSetting
+    phase: Phase
+    overhead_ms: float
+    attention_factor: float
+    ffn_factor: float
+    relative_error: float
+
+    def __post_init__(self) -> None:
+        factors = (self.attention_factor, self.ffn_factor)
+        _require(all(math.isfinite(one) and one > 0 for one in factors), "factors must be positive")
+        _require(math.isfinite(self.overhead_ms), "the overhead must be finite")
+        _require(0 <= self.relative_error < 1, f"sums of parts are {self.relative_error:.0%} off: no use to a search")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All that is known of times: ``rows``, where they are missing and why, and how far sums of them are off.
+
+    ``safety``: how many standard errors of a predicted time the search keeps clear of a limit.
+    """
+
+    rows: tuple[Cost, ...] = field(default=(), repr=False)
+    gaps: tuple[Gap, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+    safety: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -286,6 +358,7 @@ class Solution(Strict):
     """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` what it rests on.
 
     ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
+    ``estimated``: the metrics among them that rest on times nobody measured.
     """
 
     items: tuple[str, ...]
@@ -295,6 +368,7 @@ class Solution(Strict):
     totals: dict[str, float] = field(hash=False)
     inputs: dict[str, str] = field(hash=False)
     objective_se: float | None = None
+    estimated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 from puzzle import checkpoint, pipeline, search
 from puzzle.data.source import check_sources
+from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
 from puzzle.tables import ScoreTable
-from puzzle.types import ConfigError, Cost, PuzzleError, Score
+from puzzle.types import ConfigError, Cost, Costs, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
 
 TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
@@ -74,8 +75,13 @@ def _check_constraints(run: Run) -> None:
     search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
 
 
-def _promised_costs(run: Run) -> list[Cost]:
-    """A cost of 1 ms at every point that ``profile`` will measure, on the device and in the dtype it will use."""
+def _promised_costs(run: Run) -> Costs:
+    """A cost of 1 ms at every point that ``profile`` will measure, on the device and in the dtype it will use.
+
+    Where nothing is measured, the costs themselves.
+    """
+    if run.config.profile.backend != "measured":
+        return run.read_costs()
     if run.config.device == "auto" and not any(
         "_ms" in name or "_per_s" in name for name in run.constraint_file.constraints
     ):
@@ -83,14 +89,15 @@ def _promised_costs(run: Run) -> list[Cost]:
     else:
         device, weights = _profiled_device(run)
     shapes = {shape_id(spec, run.shape) for spec in run.specs}.difference(SKIPPED) | {REST}
-    return [
+    rows = tuple(
         Cost(
             name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, "transformers",
             1.0, 1.0, 1.0, "measured",
         )
         for point in run.grid_points
         for name in sorted(shapes)
-    ]  # fmt: skip
+    )  # fmt: skip
+    return Costs(with_stand_ins(rows, run.config.profile.stand_in))
 
 
 def _profiled_device(run: Run) -> tuple[str, str]:
@@ -111,7 +118,7 @@ CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
     (True, lambda run: checkpoint.tokenizer_fingerprint(run.teacher)),
     (True, _check_sequences),
     (True, lambda run: run.items),
-    (True, lambda run: run.grid_points),
+    (True, lambda run: run.cost_source),
     (True, _check_constraints),
 )
 

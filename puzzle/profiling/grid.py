@@ -5,6 +5,7 @@ A point is one forward: a whole prompt (prefill), or one more token per sequence
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from puzzle.config import GridFile
@@ -67,3 +68,11 @@ def _limit(point: GridPoint, shape: ModelShape) -> tuple[str, int]:
     if point.phase == "prefill":
         return "prefill_tokens", shape.max_position_embeddings
     return "decode_context_tokens", shape.max_position_embeddings - 1
+
+
+def extremes(points: Iterable[GridPoint]) -> tuple[GridPoint, ...]:
+    """Of every phase and batch size, the shortest and the longest."""
+    lengths: dict[tuple[Phase, int], list[GridPoint]] = {}
+    for point in sorted(points, key=lambda one: one.context_tokens):
+        lengths.setdefault((point.phase, point.batch_size), []).append(point)
+    return tuple(point for of in lengths.values() for point in dict.fromkeys((of[0], of[-1])))

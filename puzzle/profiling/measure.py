@@ -38,7 +38,7 @@ from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.profiling.timer import Clock, Timing, graph_pool, make_clock, synchronize
-from puzzle.types import AttentionSpec, ConfigError, Cost, ModelShape, Part, Site, Spec
+from puzzle.types import GIB, AttentionSpec, ConfigError, Cost, Gap, ModelShape, Part, Site, Spec
 from puzzle.variants import block_part, keep_spec, resolve, shape_id
 
 Dtype = Literal["fp32", "bf16"]
@@ -48,6 +48,9 @@ PARTS: tuple[Part, Part] = ("attention", "ffn")
 NUM_NEIGHBOURS = 2  # whole layers of the teacher around the sites
 NUM_EMPTY = 2  # layers without a site, whose time is what calling a layer costs
 WARMUP_ROUNDS = 2
+ROUNDS_AGAIN = 4  # times as many, where a time was lost in noise
+BUSY_BYTES = GIB  # what others may hold of a GPU's memory before we say so
+DETAILS = ("norm", "head")
 
 
 class PointTooLargeError(ConfigError):
@@ -210,6 +213,27 @@ class ModelProbe:
         return {self._name: self._clock()}
 
 
+class DetailProbe:
+    """What sites and the rest consist of, timed alone, for people who want to know where the time goes: one norm over
+    all tokens, and the head on one token of each sequence. No model's time is made of these."""
+
+    def __init__(self, stack: SiteStack, point: GridPoint) -> None:
+        model, weight = stack.model, stack.model.lm_head.weight
+        size = (point.batch_size, point.new_tokens, weight.shape[1])
+        hidden = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+
+        def work(module: nn.Module, inputs: torch.Tensor) -> Callable[[], object]:
+            return torch.no_grad()(lambda: module(inputs))
+
+        self._clocks = {
+            "norm": make_clock(work(model.model.norm, hidden), stack.device),
+            "head": make_clock(work(model.lm_head, hidden[:, -1:]), stack.device),
+        }
+
+    def run(self, rng: random.Random) -> Mapping[str, float]:
+        return {name: clock() for name, clock in self._clocks.items()}
+
+
 class MarkedSites:
     """All sites of a stack by clock readings between its layers, one forward per round; for devices without graphs."""
 
@@ -284,10 +308,22 @@ def site_probe(stack: SiteStack, point: GridPoint) -> Probe:
     try:
         return (GraphedSites if stack.device.startswith("cuda") else MarkedSites)(stack, point)
     except torch.OutOfMemoryError:
-        raise PointTooLargeError(
-            f"{point.id} does not fit in the memory of {device_name(stack.device)}: in the grid file, leave out batch "
-            f"size {point.batch_size} or {point.context_tokens} tokens"
-        ) from None
+        raise PointTooLargeError(_too_large(stack.device, point)) from None
+
+
+def _too_large(device: str, point: GridPoint) -> str:
+    """Says, too, what others hold of a GPU: it may be busy rather than small."""
+    message = (
+        f"{point.id} does not fit in the memory of {device_name(device)}: in the grid file, leave out batch "
+        f"size {point.batch_size} or {point.context_tokens} tokens"
+    )
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        if others > BUSY_BYTES:
+            message += f"; other processes hold {others / GIB:.1f} GiB of it"
+    return message
 
 
 def measure_many(probes: Sequence[Probe], repeats: int, seed: int) -> dict[str, Timing]:
@@ -311,33 +347,56 @@ def measure_many(probes: Sequence[Probe], repeats: int, seed: int) -> dict[str, 
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def measure_point(stack: SiteStack, point: GridPoint, repeats: int, seed: int) -> list[Cost]:
-    """The costs of every distinct shape but skip, and of the rest, at one point of the grid."""
-    return costs(stack, point, measure_many([site_probe(stack, point)], repeats, seed))
+@dataclass(frozen=True)
+class Measured:
+    """What one point of the grid gave: costs, gaps where there are none, and times of ``details`` of models."""
+
+    costs: tuple[Cost, ...]
+    gaps: tuple[Gap, ...] = ()
+    details: tuple[Cost, ...] = ()
 
 
-def measure_model(model: PuzzleForCausalLM, point: GridPoint, repeats: int, seed: int) -> Timing:
-    """The whole model: embedding, layers, norm, head on the last token of each sequence."""
-    return measure_many([ModelProbe("model", model, point)], repeats, seed)["model"]
+def measure_point(stack: SiteStack, point: GridPoint, repeats: int, seed: int) -> Measured:
+    """Of every distinct shape but skip, and of the rest. A point that does not fit in memory is a gap.
 
-
-def costs(stack: SiteStack, point: GridPoint, timings: Mapping[str, Timing]) -> list[Cost]:
-    """The records of those ``timings`` that are shapes of ``stack`` or the rest; a difference below zero is zero."""
-    return [
-        Cost(
-            shape_id=name,
-            phase=point.phase,
-            batch_size=point.batch_size,
-            context_tokens=point.context_tokens,
-            weights=stack.dtype,
-            kv=stack.dtype,
-            device=device_name(stack.device),
-            tensor_parallel=1,
-            engine=ENGINE,
-            ms=max(0.0, timings[name].ms),
-            ms_p10=max(0.0, timings[name].ms_p10),
-            ms_p90=max(0.0, timings[name].ms_p90),
-            source="measured",
-        )
-        for name in (*stack.sites, REST)
+    Where small shapes are lost in the noise of differences, the point is measured again on more rounds; what still
+    is no positive time is a gap.
+    """
+    try:
+        probes = [site_probe(stack, point), DetailProbe(stack, point)]
+        timings = measure_many(probes, repeats, seed)
+        if any(timings[name].ms <= 0 for name in (*stack.sites, REST)):
+            timings = measure_many(probes, ROUNDS_AGAIN * repeats, seed)
+    except (PointTooLargeError, torch.OutOfMemoryError) as error:
+        if not isinstance(error, PointTooLargeError):
+            error = PointTooLargeError(_too_large(stack.device, point))
+        return Measured((), (Gap(point.phase, point.batch_size, point.context_tokens, str(error)),))
+    found = {name: timing for name, timing in timings.items() if timing.ms > 0}
+    lost = [name for name in (*stack.sites, REST) if name not in found]
+    gaps = [
+        Gap(point.phase, point.batch_size, point.context_tokens, "too short to be told from noise", name)
+        for name in lost
     ]
+    return Measured(
+        tuple(_cost(stack, point, name, found[name]) for name in (*stack.sites, REST) if name in found),
+        tuple(gaps),
+        tuple(_cost(stack, point, name, found[name]) for name in DETAILS if name in found),
+    )
+
+
+def _cost(stack: SiteStack, point: GridPoint, name: str, timing: Timing) -> Cost:
+    return Cost(
+        shape_id=name,
+        phase=point.phase,
+        batch_size=point.batch_size,
+        context_tokens=point.context_tokens,
+        weights=stack.dtype,
+        kv=stack.dtype,
+        device=device_name(stack.device),
+        tensor_parallel=1,
+        engine=ENGINE,
+        ms=timing.ms,
+        ms_p10=timing.ms_p10,
+        ms_p90=timing.ms_p90,
+        source="measured",
+    )

@@ -1,19 +1,30 @@
-"""Measured costs as a table that answers for any workload inside the grid. Pure; reads Cost records, writes nothing.
+"""Costs as a table that answers for any workload inside the grid. Pure; reads Cost records, writes nothing.
 
 Between measured lengths a time is piecewise linear; the time per generated token is the exact mean of that line over
-all decode steps of the workload. Nothing is extrapolated: outside the grid is a MissingMeasurementError.
+all decode steps of the workload. Nothing is extrapolated: outside the grid is a MissingMeasurementError. Where whole
+models were measured (profiling/correction.py), times are what those say of the sums.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from puzzle.types import CorruptFileError, Cost, MissingMeasurementError, Phase, Workload
+from puzzle.types import (
+    Correction,
+    CorruptFileError,
+    Costs,
+    CostSetting,
+    Gap,
+    MissingMeasurementError,
+    Phase,
+    Workload,
+)
 
 REST = "rest"  # embedding, rotary tables, final norm, head: what no variant changes
+ANY_ENGINE = "any"  # of estimates, which know of none
 SKIPPED = ("attention.skip", "ffn.skip")
 GRID_KEY: dict[Phase, str] = {"prefill": "prefill_tokens", "decode": "decode_context_tokens"}
 COMMAND = "puzzle profile RUN --set profile.grid=GRID.yaml"
@@ -62,26 +73,32 @@ class Prediction:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The costs that hold on one workload's device, dtypes, parallelism and runtime."""
+    """The costs that hold on one workload's device, dtypes, parallelism and runtime.
+
+    ``estimated``: nobody measured some of them. ``safety``: see :class:`~puzzle.types.Costs`.
+    """
 
     workload: Workload
     curves: Mapping[tuple[str, Phase, int], Curve] = field(repr=False)
+    gaps: tuple[Gap, ...] = ()
+    corrections: Mapping[Phase, Correction] = field(default_factory=dict)
+    estimated: bool = False
+    safety: float = 0.0
 
     @classmethod
-    def for_workload(cls, costs: Iterable[Cost], workload: Workload) -> CostTable:
+    def for_workload(cls, costs: Costs, workload: Workload) -> CostTable:
         """The table of the rows that fit ``workload``.
 
         Raises MissingMeasurementError if none fits, CorruptFileError if a point is there twice.
         """
-        everything = list(costs)
-        asked = (workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
-        fitting = [cost for cost in everything if _setting(cost) == asked]
+        asked = setting_of(workload)
+        fitting = [cost for cost in costs.rows if _serves(cost.setting, asked)]
         if not fitting:
-            there = sorted({_setting(cost) for cost in everything})
+            there = sorted({str(cost.setting) for cost in costs.rows})
             raise MissingMeasurementError(
-                f"workload {workload.name}: nothing was measured on {_words(asked)}; "
-                f"measured: {'; '.join(map(_words, there)) or 'nothing'}; "
-                f"run `{COMMAND}` on that device, or change the workload"
+                f"workload {workload.name}: nothing was measured on {asked}; "
+                f"measured: {'; '.join(there) or 'nothing'}; "
+                f"run `{COMMAND}` on that device, change the workload, or set profile.backend: roofline for estimates"
             )
         points: dict[tuple[str, Phase, int], dict[int, float]] = {}
         for cost in fitting:
@@ -89,10 +106,26 @@ class CostTable:
             if cost.context_tokens in curve:
                 raise CorruptFileError(
                     f"costs: {cost.shape_id} is there twice at {cost.phase}, batch size {cost.batch_size}, "
-                    f"{cost.context_tokens} tokens; delete one of the two files"
+                    f"{cost.context_tokens} tokens; delete one of the two"
                 )
             curve[cost.context_tokens] = cost.ms
-        return cls(workload, {key: _curve(point) for key, point in points.items()})
+        return cls(
+            workload,
+            {key: _curve(point) for key, point in points.items()},
+            costs.gaps,
+            {one.phase: one for one in costs.corrections if one.setting == asked},
+            any(cost.source == "estimate" for cost in fitting),
+            costs.safety,
+        )
+
+    def margin(self, phases: Sequence[Phase]) -> float:
+        """What a predicted time may be short of the truth, relative to it: ``safety`` standard errors.
+
+        Of several phases the largest; 0 where no whole model was measured.
+        """
+        return self.safety * max(
+            (self.corrections[phase].relative_error for phase in phases if phase in self.corrections), default=0.0
+        )
 
     def prefill_ms(self, shape_id: str, batch_size: int, isl: int) -> float:
         """Milliseconds of one shape for ``batch_size`` prompts of ``isl`` tokens."""
@@ -120,10 +153,24 @@ class CostTable:
         curve = self.curves.get((shape_id, phase, batch_size))
         if curve is None or not curve.covers(first, last):
             raise MissingMeasurementError(self._missing(shape_id, phase, batch_size, first, last))
-        return curve.mean(first, last)
+        return self._corrected(shape_id, phase, curve.mean(first, last))
+
+    def _corrected(self, shape_id: str, phase: Phase, ms: float) -> float:
+        correction = self.corrections.get(phase)
+        if correction is None:
+            return ms
+        if shape_id == REST:
+            return ms + correction.overhead_ms
+        is_attention = shape_id.startswith("attention.")
+        return ms * (correction.attention_factor if is_attention else correction.ffn_factor)
 
     def _missing(self, shape_id: str, phase: Phase, batch_size: int, first: int, last: int) -> str:
         where = f"workload {self.workload.name}: {shape_id} at {phase}"
+        for gap in self.gaps:
+            if (gap.phase, gap.batch_size) == (phase, batch_size) and gap.shape_id in (None, shape_id):
+                return (
+                    f"{where}, batch size {batch_size}, {gap.context_tokens} tokens could not be measured: {gap.reason}"
+                )
         batch_sizes = sorted({size for shape, of, size in self.curves if (shape, of) == (shape_id, phase)})
         if not batch_sizes:
             advice = f"run `{COMMAND}` with {GRID_KEY[phase]} and this variant in the search space"
@@ -141,16 +188,13 @@ class CostTable:
         )
 
 
-Setting = tuple[str, str, str, int, str]
+def setting_of(workload: Workload) -> CostSetting:
+    """What costs must hold for to answer for ``workload``."""
+    return CostSetting(workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
 
 
-def _setting(cost: Cost) -> Setting:
-    return cost.device, cost.weights, cost.kv, cost.tensor_parallel, cost.engine
-
-
-def _words(setting: Setting) -> str:
-    device, weights, kv, tensor_parallel, engine = setting
-    return f"device {device} with weights {weights}, kv {kv}, tp {tensor_parallel}, runtime {engine}"
+def _serves(setting: CostSetting, asked: CostSetting) -> bool:
+    return replace(setting, engine=asked.engine) == asked and setting.engine in (asked.engine, ANY_ENGINE)
 
 
 def _curve(points: Mapping[int, float]) -> Curve:

@@ -104,7 +104,8 @@ class Summary:
             for name, unit in TIMES.items():
                 key = f"{workload}.{name}"
                 cells = self._two(_times(self.predicted[m].get(key), of[m], name) for m in ("teacher", "student"))
-                rows.append(Row(f"{key}, {unit}: predicted / parts / whole", cells))
+                predicted = "estimate" if key in self.solution.estimated else "predicted"
+                rows.append(Row(f"{key}, {unit}: {predicted} / parts / whole", cells))
         return rows
 
     def _row(self, name: str, cell: Any) -> Row:

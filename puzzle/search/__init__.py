@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from puzzle.config import ConstraintFile
 from puzzle.search.constraints import metric_of, problems
 from puzzle.tables import ScoreTable
-from puzzle.types import Conflict, Cost, Item, ModelShape, Solution
+from puzzle.types import Conflict, Costs, Item, ModelShape, Solution
 
 if TYPE_CHECKING:
     from puzzle.search.pareto import Front
@@ -28,7 +28,7 @@ def search(
     shape: ModelShape,
     items: Sequence[Item],
     scores: ScoreTable,
-    costs: Sequence[Cost],
+    costs: Costs,
     constraints: ConstraintFile,
     inputs: Mapping[str, str],
     conflicts: Sequence[Conflict] = (),
@@ -57,7 +57,7 @@ def pareto_front(
     shape: ModelShape,
     items: Sequence[Item],
     scores: ScoreTable,
-    costs: Sequence[Cost],
+    costs: Costs,
     constraints: ConstraintFile,
     cost: str,
 ) -> Front:

@@ -23,7 +23,7 @@ from puzzle.tables import ScoreTable
 from puzzle.types import (
     ConfigError,
     Conflict,
-    Cost,
+    Costs,
     Item,
     MissingMeasurementError,
     ModelShape,
@@ -102,7 +102,7 @@ def problems(
     shape: ModelShape,
     items: Sequence[Item],
     scores: ScoreTable,
-    costs: Sequence[Cost],
+    costs: Costs,
     file: ConstraintFile,
     conflicts: Sequence[Conflict] = (),
 ) -> tuple[Problem, ...]:
@@ -115,7 +115,7 @@ def problems(
     kept_ids = {item.id for item in objective}
     made = []
     for sizes in itertools.product(*(workload.batch_sizes for workload in served)):
-        settings = [Setting(shape, workload, size, tuple(costs)) for workload, size in zip(served, sizes, strict=True)]
+        settings = [Setting(shape, workload, size, costs) for workload, size in zip(served, sizes, strict=True)]
         problem = Problem(
             items=tuple(objective),
             sites=shape.sites,
@@ -180,8 +180,15 @@ def _rows(
         if bound.percent:
             value = bound.amount / 100 * _teacher(bound, setting, limits)
             written += f" of the teacher = {float(value):.6g} {measured.unit}"
-        lower = value if bound.side in ("min", "eq") else None
-        upper = value if bound.side in ("max", "eq") else None
+        if measured.margin >= 1:
+            raise ConfigError(
+                f"constraints.{bound.key}: predicted times are too uncertain for a limit; lower profile.safety"
+            )
+        if measured.margin:
+            written += f", {measured.margin:.1%} clear of it for the error of predicted times"
+        clear = 1 - Fraction(measured.margin)
+        lower = value / clear if bound.side in ("min", "eq") else None
+        upper = value * clear if bound.side in ("max", "eq") else None
         rows.append(Row(measured, written, lower, upper))
     return rows
 

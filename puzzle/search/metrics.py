@@ -22,12 +22,13 @@ from puzzle.search.problem import Quantity
 from puzzle.types import (
     GIB,
     AttentionSpec,
-    Cost,
+    Costs,
     FfnSpec,
     Item,
     MissingMeasurementError,
     ModelShape,
     Part,
+    Phase,
     Spec,
     Workload,
 )
@@ -42,7 +43,7 @@ class Setting:
     shape: ModelShape
     workload: Workload | None = None
     batch_size: int = 1
-    costs: tuple[Cost, ...] = field(default=(), repr=False)
+    costs: Costs = field(default=Costs(), repr=False)
 
     @property
     def served(self) -> Workload:
@@ -118,27 +119,32 @@ def _kv_heads(setting: Setting, spec: Spec | None) -> float:
 class Metric:
     """``scalar``: what a bare number bounds. ``workload``: whether the metric is one of a workload.
 
-    ``tokens`` makes it a rate: so many (of a workload, at a batch size) per second of the share's milliseconds.
+    ``phases``: those whose times it rests on. ``tokens`` makes it a rate: so many (of a workload, at a batch size) per
+    second of the share's milliseconds.
     """
 
     unit: str
     scalar: Literal["min", "max"]
     workload: Literal["needed", "if given", "none"]
     share: Share
+    phases: tuple[Phase, ...] = ()
     tokens: Callable[[Workload, int], int] | None = None
     whole: bool = False
 
 
+BOTH: tuple[Phase, ...] = ("prefill", "decode")
 METRICS: dict[str, Metric] = {
     "memory_gib": Metric("GiB", "max", "needed", _memory_gib),
     "weights_gib": Metric("GiB", "max", "if given", _weights_gib),
     "kv_cache_gib": Metric("GiB", "max", "needed", _kv_cache_gib),
-    "ttft_ms": Metric("ms", "max", "needed", _ttft_ms),
-    "tpot_ms": Metric("ms", "max", "needed", _tpot_ms),
-    "e2e_ms": Metric("ms", "max", "needed", _e2e_ms),
-    "output_tok_per_s": Metric("tok/s", "min", "needed", _e2e_ms, lambda served, batch: batch * served.osl),
-    "total_tok_per_s": Metric("tok/s", "min", "needed", _e2e_ms, lambda served, batch: batch * served.context_tokens),
-    "req_per_s": Metric("req/s", "min", "needed", _e2e_ms, lambda served, batch: batch),
+    "ttft_ms": Metric("ms", "max", "needed", _ttft_ms, ("prefill",)),
+    "tpot_ms": Metric("ms", "max", "needed", _tpot_ms, ("decode",)),
+    "e2e_ms": Metric("ms", "max", "needed", _e2e_ms, BOTH),
+    "output_tok_per_s": Metric("tok/s", "min", "needed", _e2e_ms, BOTH, lambda served, batch: batch * served.osl),
+    "total_tok_per_s": Metric(
+        "tok/s", "min", "needed", _e2e_ms, BOTH, lambda served, batch: batch * served.context_tokens
+    ),
+    "req_per_s": Metric("req/s", "min", "needed", _e2e_ms, BOTH, lambda served, batch: batch),
     "params": Metric("parameters", "max", "none", _params, whole=True),
     "layers_with_attention": Metric("layers", "min", "none", _layers_with("attention"), whole=True),
     "layers_with_ffn": Metric("layers", "min", "none", _layers_with("ffn"), whole=True),
@@ -151,6 +157,7 @@ def quantity(name: str, setting: Setting, items: Iterable[Item]) -> Quantity:
     metric = METRICS[name]
     of_workload = metric.workload != "none" and setting.workload is not None
     numerator = 1000.0 * metric.tokens(setting.served, setting.batch_size) if metric.tokens else None
+    estimated = bool(metric.phases) and setting.table.estimated
     shares: dict[Spec, float] = {}  # layers share shapes: thousands of items, a dozen shapes
     coefficients = {}
     for item in items:
@@ -160,11 +167,13 @@ def quantity(name: str, setting: Setting, items: Iterable[Item]) -> Quantity:
         coefficients[item.id] = math.fsum(shares[spec] for spec in item.specs)
     return Quantity(
         name=f"{setting.served.name}.{name}" if of_workload else name,
-        unit=metric.unit,
+        unit=f"{metric.unit}, estimated" if estimated else metric.unit,
         coefficients=coefficients,
         constant=metric.share(setting, None),
         numerator=numerator,
         whole=metric.whole,
+        margin=setting.table.margin(metric.phases) if metric.phases else 0.0,
+        estimated=estimated,
     )
 
 

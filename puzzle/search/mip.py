@@ -67,6 +67,7 @@ def _solution(problem: Problem, choice: Choice, bound: float, inputs: Mapping[st
         status="optimal" if choice.proven else "feasible",
         totals=problem.totals(choice.chosen),
         inputs=dict(inputs),
+        estimated=tuple(quantity.name for quantity in problem.quantities if quantity.estimated),
     )
 
 

@@ -32,6 +32,8 @@ class Quantity:
     constant: float = 0.0
     numerator: float | None = None
     whole: bool = False  # a count: values are whole numbers
+    margin: float = 0.0  # what it may be short of the truth, relative to it
+    estimated: bool = False  # it rests on times that nobody measured
 
     def linear(self, chosen: Iterable[str]) -> Fraction:
         """The sum itself, exactly."""

@@ -14,7 +14,7 @@ from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.stages.additivity import make_additivity
 from puzzle.stages.distill import make_distill
-from puzzle.stages.profile import make_profile
+from puzzle.stages.profile import make_fit_costs, make_profile
 from puzzle.stages.rescore import make_rescore
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
@@ -31,6 +31,7 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "rescore": make_rescore,
     "additivity": make_additivity,
     "profile": make_profile,
+    "fit-costs": make_fit_costs,
     "build": make_build,
     "kd": make_kd,
     "evaluate": make_evaluate,

@@ -1,27 +1,133 @@
-"""The stage that measures what every block shape costs."""
+"""The stages that measure: every block shape at every point of the grid, and whole models beside the sums of parts."""
 
 from __future__ import annotations
 
+import datetime
+import platform
+import subprocess
 from collections.abc import Sequence
 
+import torch
+
 from puzzle import artifacts
+from puzzle.profiling.correction import WholeModel, WholePoint, whole_models
+from puzzle.profiling.device import device_name
+from puzzle.profiling.grid import GridPoint, extremes
+from puzzle.profiling.measure import (
+    ENGINE,
+    PARTS,
+    Dtype,
+    ModelProbe,
+    PointTooLargeError,
+    SiteStack,
+    measure_many,
+    measure_point,
+    random_model,
+    site_probe,
+)
+from puzzle.profiling.table import REST, SKIPPED
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.stages.common import compute_of, forget_teacher
 from puzzle.teacher import load_config
-from puzzle.types import to_json
+from puzzle.types import ConfigError, CostSetting, PuzzleError, Spec, to_json
+from puzzle.variants import block_part, shape_id
 
 
 def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    from puzzle.profiling import measure
+    stack = _stack(run)
+    _check_device(run, stack)
+    points = dict(zip(run.cost_source.units, run.grid_points, strict=True))
+    for unit in missing:
+        found = measure_point(stack, points[unit.path], run.grid.repeats, run.config.seed)
+        payload = {
+            "costs": [to_json(cost) for cost in found.costs],
+            "gaps": [to_json(gap) for gap in found.gaps],
+            "details": [to_json(cost) for cost in found.details],
+            "environment": _environment(stack.device),
+        }
+        artifacts.publish_json(unit.path, unit.inputs, payload)
+        progress.done(unit.path.stem)
 
+
+def make_fit_costs(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    """Each whole model is measured in the same rounds as the parts, so that the machine's drift cancels."""
+    stack = _stack(run)
+    _check_device(run, stack)
+    points, chosen = extremes(run.grid_points), whole_models(run.shape, run.items, run.config.profile.fit_models)
+    progress.total(len(missing) * len(points), 0)
+    for unit in missing:
+        name = unit.path.stem
+        model = _measured_whole(run, stack, name, chosen[name], points, progress)
+        artifacts.publish_json(unit.path, unit.inputs, {"model": to_json(model), **_environment(stack.device)})
+
+
+def _stack(run: Run) -> SiteStack:
     device = str(compute_of(run).device)
     weights = run.config.profile.weights
-    dtype: measure.Dtype = weights if weights != "auto" else "bf16" if device.startswith("cuda") else "fp32"
+    dtype: Dtype = weights if weights != "auto" else "bf16" if device.startswith("cuda") else "fp32"
     forget_teacher()  # room for the largest points
-    stack = measure.SiteStack.build(run.shape, load_config(run.teacher), run.specs, device, dtype, run.config.seed)
-    points = {run.costs / f"{point.id}.json": point for point in run.grid_points}
-    for unit in missing:
-        costs = measure.measure_point(stack, points[unit.path], run.grid.repeats, run.config.seed)
-        artifacts.publish_json(unit.path, unit.inputs, {"costs": [to_json(cost) for cost in costs]})
-        progress.done(unit.path.stem)
+    return SiteStack.build(run.shape, load_config(run.teacher), run.specs, device, dtype, run.config.seed)
+
+
+def _check_device(run: Run, stack: SiteStack) -> None:
+    """A table is of one device and dtype: what was measured for this run already must be of this one's."""
+    here = f"{device_name(stack.device)} in {stack.dtype}"
+    for cost in run.cost_source.there:
+        if (there := f"{cost.device} in {cost.weights}") != here:
+            raise ConfigError(
+                f"{run.folder}: costs were measured on {there}, this is {here}; start a new run here, or measure all "
+                "of them anew: `puzzle profile RUN --redo`"
+            )
+
+
+def _measured_whole(
+    run: Run, stack: SiteStack, name: str, specs: Sequence[Spec], points: Sequence[GridPoint], progress: Progress
+) -> WholeModel:
+    pairs = zip(specs[::2], specs[1::2], strict=True)
+    blocks = [{"attention": block_part(attention), "ffn": block_part(ffn)} for attention, ffn in pairs]
+    model = random_model(load_config(run.teacher), blocks, stack.device, stack.dtype, run.config.seed)
+    ids = [name for spec in specs if (name := shape_id(spec, run.shape)) not in SKIPPED]
+    measured = []
+    for point in points:
+        progress.fraction(1, f"{name}: {point.id}")
+        try:
+            probes = [site_probe(stack, point), ModelProbe("whole", model, point)]
+            timings = measure_many(probes, run.grid.repeats, run.config.seed)
+        except (PointTooLargeError, torch.OutOfMemoryError):
+            continue  # the profile has said so
+        attention, ffn = (sum(timings[one].ms for one in ids if one.startswith(part)) for part in PARTS)
+        measured.append(
+            WholePoint(
+                phase=point.phase,
+                batch_size=point.batch_size,
+                context_tokens=point.context_tokens,
+                whole_ms=timings["whole"].ms,
+                rest_ms=timings[REST].ms,
+                attention_ms=attention,
+                ffn_ms=ffn,
+            )
+        )
+    if not measured:
+        raise PuzzleError(f"{name} fits at no point of the grid; in the grid file, add smaller batch sizes")
+    setting = CostSetting(device_name(stack.device), stack.dtype, stack.dtype, 1, ENGINE)
+    return WholeModel(name, setting, tuple(measured))
+
+
+def _environment(device: str) -> dict[str, str]:
+    """What a time holds for, and when it was measured."""
+    found = {"device": device_name(device), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    if device.startswith("cuda"):
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda), "driver": _driver()}
+    else:
+        found |= {"cpu": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
+    return found
+
+
+def _driver() -> str:
+    """The version of the NVIDIA driver, where its own tool tells."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.split("\n")[0] or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from puzzle.profiling.table import CostTable, Prediction
-from puzzle.types import CorruptFileError, Cost, MissingMeasurementError, Phase, Workload
+from puzzle.types import CorruptFileError, Cost, Costs, MissingMeasurementError, Phase, Workload
 
 WORKLOAD = Workload("chat", isl=100, osl=50, weights="bf16", kv="bf16", device="h200", runtime="vllm")
 LENGTHS = (16, 64, 100, 256)
@@ -32,7 +32,7 @@ COSTS = [
     for (shape_id, phase), values in MS.items()
     for tokens, ms in zip(LENGTHS, values, strict=True)
 ]
-TABLE = CostTable.for_workload(reversed(COSTS), WORKLOAD)
+TABLE = CostTable.for_workload(Costs(tuple(reversed(COSTS))), WORKLOAD)
 
 
 @pytest.mark.parametrize("isl", [16, 17, 63, 64, 65, 99, 100, 101, 200, 255, 256])
@@ -110,20 +110,20 @@ def test_rows_of_another_setting_are_not_used(workload: Workload) -> None:
     asked = f"device {workload.device} with weights {workload.weights}, kv {workload.kv}, tp {workload.tp}"
     there = "measured: device h200 with weights bf16, kv bf16, tp 1, runtime vllm"
     with pytest.raises(MissingMeasurementError, match=re.escape(asked)) as caught:
-        CostTable.for_workload(COSTS, workload)
+        CostTable.for_workload(Costs(tuple(COSTS)), workload)
     assert there in str(caught.value) and "`puzzle profile RUN --set profile.grid=" in str(caught.value)
 
 
 def test_rows_of_another_device_do_not_mix_in() -> None:
-    table = CostTable.for_workload([*COSTS, cost("rest", "prefill", 64, 99.0, device="a100")], WORKLOAD)
+    table = CostTable.for_workload(Costs((*COSTS, cost("rest", "prefill", 64, 99.0, device="a100"))), WORKLOAD)
     assert table.prefill_ms("rest", 4, 64) == 0.5
 
 
 def test_nothing_measured_at_all() -> None:
     with pytest.raises(MissingMeasurementError, match="measured: nothing"):
-        CostTable.for_workload([], WORKLOAD)
+        CostTable.for_workload(Costs(), WORKLOAD)
 
 
 def test_a_point_measured_twice_is_an_error() -> None:
     with pytest.raises(CorruptFileError, match="rest is there twice at prefill, batch size 4, 64 tokens"):
-        CostTable.for_workload([*COSTS, cost("rest", "prefill", 64, 0.5)], WORKLOAD)
+        CostTable.for_workload(Costs((*COSTS, cost("rest", "prefill", 64, 0.5))), WORKLOAD)

@@ -11,7 +11,7 @@ from puzzle import variants
 from puzzle.config import ConstraintFile
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.tables import ScoreTable
-from puzzle.types import Conflict, Cost, FfnSpec, Item, ModelShape, Score, Site
+from puzzle.types import Conflict, Cost, Costs, FfnSpec, Item, ModelShape, Score, Site
 
 ATTENTION, FFN = ("keep", "gqa-2", "linear", "skip"), ("keep", "narrow-48", "linear", "skip")
 
@@ -50,7 +50,7 @@ def make_scores(items: Sequence[Item], seed: int = 0) -> ScoreTable:
     return ScoreTable.of(make_score(item.id, rng.uniform(0.01, 2.0)) for item in items if item.specs[0].kind != "keep")
 
 
-def make_costs(shape: ModelShape, batch_sizes: Sequence[int] = (1, 4), device: str = "cpu") -> list[Cost]:
+def make_costs(shape: ModelShape, batch_sizes: Sequence[int] = (1, 4), device: str = "cpu") -> Costs:
     """Straight lines: prefill ``batch * tokens * unit / 64``, decode ``unit * (1 + tokens / 1024)`` milliseconds.
 
     ``unit`` is 1 per 10,000 parameters of the shape, and 0.5 for the rest.
@@ -80,7 +80,7 @@ def make_costs(shape: ModelShape, batch_sizes: Sequence[int] = (1, 4), device: s
                         "measured",
                     )
                 )
-    return costs
+    return Costs(tuple(costs))
 
 
 def make_file(**sections: object) -> ConstraintFile:

@@ -15,7 +15,7 @@ from puzzle.search import linear, search
 from puzzle.search.linear import minimise
 from puzzle.search.mip import solve
 from puzzle.search.problem import Problem, Quantity, Row
-from puzzle.types import ConfigError, Conflict, FfnSpec, InfeasibleError, Item, ModelShape, Site
+from puzzle.types import ConfigError, Conflict, Costs, FfnSpec, InfeasibleError, Item, ModelShape, Site
 
 KINDS = [
     {"rows": ("max",)},
@@ -171,7 +171,7 @@ def test_single_bound_that_cannot_hold_names_the_nearest_that_can(shape: ModelSh
     assert match is not None, message
     items = make_items(shape)
     file = make_file(workloads=CHAT, constraints={"memory_gib": float(match[1])})
-    (solution,) = search(shape, items, make_scores(items), (), file, {})  # what was advised works
+    (solution,) = search(shape, items, make_scores(items), Costs(), file, {})  # what was advised works
     assert solution.totals["chat.memory_gib"] == pytest.approx(float(match[1]), rel=1e-3)
     assert solution.totals["params"] == 2 * 128 * 64 + 64
 

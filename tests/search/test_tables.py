@@ -45,11 +45,11 @@ def test_scores_frame_is_tidy(folder: Path) -> None:
 
 def test_costs_are_read_back_equal_and_framed_with_their_fields(tmp_path: Path) -> None:
     costs = make_costs(make_shape())
-    publish_json(tmp_path / "costs.json", {}, {"costs": [to_json(cost) for cost in costs]})
-    assert read_costs(tmp_path) == tuple(costs)
+    publish_json(tmp_path / "costs.json", {}, {"costs": [to_json(cost) for cost in costs.rows]})
+    assert read_costs(tmp_path) == costs
     frame = costs_frame(costs)
-    assert list(frame.columns) == list(asdict(costs[0]))
-    assert frame["ms"].sum() == pytest.approx(sum(cost.ms for cost in costs))
+    assert list(frame.columns) == list(asdict(costs.rows[0]))
+    assert frame["ms"].sum() == pytest.approx(sum(cost.ms for cost in costs.rows))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -67,7 +67,7 @@ def test_score_that_is_not_finite_is_corrupt(folder: Path, value: float) -> None
 
 @pytest.mark.parametrize("column", ["ms", "ms_p10", "ms_p90"])
 def test_cost_that_is_not_finite_is_corrupt(tmp_path: Path, column: str) -> None:
-    (cost, *_) = make_costs(make_shape())
+    (cost, *_) = make_costs(make_shape()).rows
     publish_json(tmp_path / "costs.json", {}, {"costs": [to_json(cost)]})
     spoil(tmp_path / "costs.json", "costs", column, float("nan"))
     with pytest.raises(CorruptFileError, match=r"costs\.json.*rest: prefill time is not a finite") as caught:

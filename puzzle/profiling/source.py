@@ -1,0 +1,142 @@
+"""Where a run's costs come from: measured units, a roofline, a table. Pure; reads units and tables, writes nothing.
+
+Whatever the source, the search is handed the same :class:`~puzzle.types.Costs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from puzzle import artifacts, config
+from puzzle.config import ProfileConfig
+from puzzle.profiling import correction
+from puzzle.profiling.correction import WholeModel
+from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.imported import read_table
+from puzzle.profiling.roofline import Roofline, estimate
+from puzzle.tables import read_costs
+from puzzle.types import Cost, Costs, CostSetting, ModelShape, Spec, Workload, from_json
+
+DECODE_KNOTS = 9  # contexts of a workload at which an estimate is made; between them it is nearly straight
+
+
+@dataclass(frozen=True)
+class CostSource:
+    """Costs of ``specs`` (one per shape) for models of ``shape``, from where ``settings`` say.
+
+    ``folder`` is the run's; ``points`` and ``made_from`` (fingerprints of what a measurement depends on) are for
+    measured ones, ``workloads`` for estimates.
+    """
+
+    settings: ProfileConfig
+    folder: Path
+    shape: ModelShape
+    specs: tuple[Spec, ...]
+    points: tuple[GridPoint, ...]
+    made_from: Mapping[str, str]
+    workloads: tuple[Workload, ...]
+
+    @property
+    def units(self) -> tuple[Path, ...]:
+        """The unit of each point of the grid; none where nothing is measured."""
+        if self.settings.backend != "measured":
+            return ()
+        return tuple(self.folder / "costs" / f"{point.id}.json" for point in self.points)
+
+    @property
+    def whole_models(self) -> tuple[Path, ...]:
+        """The units of `puzzle fit-costs`: the teacher, and models drawn at random."""
+        names = ["teacher", *(f"random-{number:02}" for number in range(self.settings.fit_models))]
+        return tuple(self.folder / "whole-models" / f"{name}.json" for name in names)
+
+    @cached_property
+    def fits(self) -> tuple[correction.Fit, ...]:
+        """What whole models say of the sums, once all of them were measured from what the parts are measured from."""
+        if self.settings.backend != "measured" or not all(path.exists() for path in self.whole_models):
+            return ()
+        if any(artifacts.changed_inputs(path, self.made_from) for path in self.whole_models):
+            return ()
+        units = [artifacts.read_unit(path) for path in self.whole_models]
+        models = [from_json(WholeModel, unit.payload["model"], unit.path) for unit in units]
+        return tuple(correction.fit(models).values())
+
+    @property
+    def there(self) -> tuple[Cost, ...]:
+        """What has been measured so far."""
+        names = [path.name for path in self.units if path.exists()]
+        return read_costs(self.folder / "costs", names).rows if names else ()
+
+    @property
+    def details(self) -> tuple[Cost, ...]:
+        """Times of one norm and of the head, at the points that were measured."""
+        units = [artifacts.read_unit(path) for path in self.units if path.exists()]
+        return tuple(from_json(Cost, entry, unit.path) for unit in units for entry in unit.payload.get("details", ()))
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the last unit was measured on, and when; nothing where nothing is measured."""
+        there = [path for path in self.units if path.exists()]
+        return dict(artifacts.read_unit(there[-1]).payload.get("environment", {})) if there else {}
+
+    def read(self) -> Costs:
+        """MissingMeasurementError where nothing was measured, CorruptFileError for a table that cannot be used."""
+        costs = self._read()
+        corrections = tuple(fit.correction for fit in self.fits)
+        return replace(
+            costs,
+            rows=with_stand_ins(costs.rows, self.settings.stand_in),
+            corrections=corrections,
+            safety=self.settings.safety,
+        )
+
+    def _read(self) -> Costs:
+        if self.settings.backend == "measured":
+            return read_costs(self.folder / "costs", [path.name for path in self.units])
+        if self.settings.backend == "imported":
+            assert self.settings.table is not None
+            return read_table(config.locate("table", self.settings.table))
+        settings = {(workload, size) for workload in self.workloads for size in workload.batch_sizes}
+        rows: dict[tuple[CostSetting, str, str, int, int], Cost] = {}
+        for workload, size in settings:
+            roofline = Roofline(workload.device, workload.weights, workload.kv, workload.tp)
+            for point in points_of(workload, size):
+                for cost in estimate(self.shape, self.specs, point, roofline):
+                    key = (cost.setting, cost.shape_id, cost.phase, cost.batch_size, cost.context_tokens)
+                    rows[key] = cost
+        return Costs(tuple(rows.values()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the costs handed to the search depend on."""
+        if self.settings.backend == "measured":
+            contents = [artifacts.content_of(path) for path in self.units]
+            corrected = [artifacts.content_of(path) for path in self.whole_models] if self.fits else []
+            return artifacts.fingerprint([contents, corrected, self.settings.stand_in, self.settings.safety])
+        costs = self.read()
+        return artifacts.fingerprint([[vars(cost) for cost in costs.rows], self.settings.safety])
+
+
+def points_of(workload: Workload, batch_size: int) -> tuple[GridPoint, ...]:
+    """The forwards that a workload consists of: its prompt, and decode steps from its first context to its last."""
+    first, last = workload.isl, max(workload.isl, workload.isl + workload.osl - 2)
+    step = (last - first) / (DECODE_KNOTS - 1)
+    contexts = sorted({first + round(knot * step) for knot in range(DECODE_KNOTS)})
+    return (GridPoint("prefill", batch_size, first), *(GridPoint("decode", batch_size, one) for one in contexts))
+
+
+def with_stand_ins(rows: Sequence[Cost], stand_in: Mapping[str, str]) -> tuple[Cost, ...]:
+    """The rows, and what they stand in for: those are estimates."""
+    found = list(rows)
+    for asked, there in stand_in.items():
+        found += [replace(cost, device=asked, source="estimate") for cost in found if cost.device == there]
+    for asked, there in stand_in.items():
+        found += [replace(cost, weights=asked, source="estimate") for cost in found if cost.weights == there]
+    for asked, there in stand_in.items():
+        found += [replace(cost, kv=asked, source="estimate") for cost in found if cost.kv == there]
+    return tuple(found)
+
+
+__all__ = ["CostSource", "points_of", "with_stand_ins"]
