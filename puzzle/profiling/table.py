@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from puzzle.types import CorruptFileError, Cost, MissingMeasurementError, Phase, Workload
 
 REST = "rest"  # embedding, rotary tables, final norm, head: what no variant changes
+ANY_ENGINE = "any"  # of estimates, which hold for every runtime
 SKIPPED = ("attention.skip", "ffn.skip")
 GRID_KEY: dict[Phase, str] = {"prefill": "prefill_tokens", "decode": "decode_context_tokens"}
 COMMAND = "puzzle profile RUN --set profile.grid=GRID.yaml"
@@ -69,13 +70,14 @@ class CostTable:
 
     @classmethod
     def for_workload(cls, costs: Iterable[Cost], workload: Workload) -> CostTable:
-        """The table of the rows that fit ``workload``.
+        """The table of the rows that fit ``workload``, those of any runtime included.
 
         Raises MissingMeasurementError if none fits, CorruptFileError if a point is there twice.
         """
         everything = list(costs)
         asked = (workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
-        fitting = [cost for cost in everything if _setting(cost) == asked]
+        for_any = (*asked[:-1], ANY_ENGINE)
+        fitting = [cost for cost in everything if _setting(cost) in (asked, for_any)]
         if not fitting:
             there = sorted({_setting(cost) for cost in everything})
             raise MissingMeasurementError(
