@@ -10,7 +10,7 @@ Published: Puzzle, arXiv 2411.19146, table 2: H100 SXM, weights, activations and
 model at its best number of GPUs and batch size. Three readings of what that was, from most to least of it given:
 
 * ``their batch``: on their numbers of GPUs, with their batch sizes (given for 128/1024 only);
-* ``their GPUs``: on their numbers of GPUs, with as many sequences as fit by our memory model: the one in the summary;
+* ``their GPUs``: on their numbers of GPUs, with as many sequences as fit by our memory model (the mean errors);
 * ``our GPUs``: on the number of GPUs that the roofline finds best, with as many sequences as fit.
 
 What they do not say and is assumed here is in ASSUMPTIONS.
