@@ -18,8 +18,9 @@ HEAVY = {"torch", "transformers", "accelerate"}
 PURE = """
     types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
-    profiling.table profiling.grid profiling.device profiling.hardware profiling.roofline profiling.imported
-    profiling.correction profiling.source search.problem search.metrics search.constraints search.linear
+    profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels profiling.roofline
+    profiling.roofline_fit profiling.imported profiling.correction profiling.source search.problem search.metrics
+    search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
     report.figures report.library report.profile scoring.design scoring.interactions report.additivity report
     export.card progress data.tokenise pipeline validate cli

@@ -1,5 +1,6 @@
-"""What an architecture costs: bytes computed from shapes, milliseconds measured on a grid and interpolated.
+"""What an architecture costs: bytes from shapes, milliseconds measured on a grid, or estimated, and interpolated.
 
-``memory``, ``grid`` and ``table`` are pure and serve the search; ``timer``, ``kv_cache`` and ``measure`` need torch and
-serve the profile stage alone. Nothing is imported here, so that the search never pays for torch.
+``memory``, ``grid``, ``table`` and the roofline (``hardware``, ``kernels``, ``roofline``, ``roofline_fit``) are pure
+and serve the search; ``timer``, ``kv_cache`` and ``measure`` need torch and serve the profile stage alone. Nothing is
+imported here, so that the search never pays for torch.
 """

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from puzzle import variants
-from puzzle.types import GIB, AttentionSpec, FfnSpec, ModelShape, Spec, Workload
+from puzzle.types import GIB, AttentionSpec, ModelShape, Spec, Workload
 
 LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
 
@@ -19,19 +19,13 @@ def weight_bytes(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> floa
 
     Norms and ``linear`` are counted in full on every GPU; an expert's row of the router goes with the expert.
     """
-    local_shape = _shape_per_gpu(shape, tp)
-    if isinstance(spec, AttentionSpec) and spec.num_kv_heads:
-        spec = replace(spec, num_kv_heads=_share(spec.num_kv_heads, tp))
-    elif isinstance(spec, FfnSpec) and spec.intermediate_size:
-        spec = replace(spec, intermediate_size=_share(spec.intermediate_size, tp))
-    elif isinstance(spec, FfnSpec) and spec.num_experts:
-        spec = replace(spec, num_experts=_share(spec.num_experts, tp))
-    return variants.weight_bytes(variants.params(spec, local_shape), spec.precision or dtype)
+    local = spec_per_gpu(spec, tp)
+    return variants.weight_bytes(variants.params(local, shape_per_gpu(shape, tp)), spec.precision or dtype)
 
 
 def rest_weight_bytes(shape: ModelShape, dtype: str, tp: int = 1) -> float:
     """Bytes of embedding, head and final norm on one of ``tp`` GPUs; a tied embedding is counted once."""
-    return variants.weight_bytes(variants.rest_params(_shape_per_gpu(shape, tp)), dtype)
+    return variants.weight_bytes(variants.rest_params(shape_per_gpu(shape, tp)), dtype)
 
 
 def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size: int) -> float:
@@ -54,7 +48,7 @@ def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> f
     token goes to, the token's normed input and the expert's act(gate), up, product. An upper bound for runtimes that
     split prompts into chunks.
     """
-    local = _shape_per_gpu(shape, workload.tp)
+    local = shape_per_gpu(shape, workload.tp)
     attention = (4 * local.num_attention_heads + 2 * local.num_kv_heads) * local.head_dim
     ffn = 3 * local.intermediate_size if len(shape.moe_layers) < shape.num_layers else 0
     per_expert = local.hidden_size + 3 * shape.moe_intermediate_size
@@ -68,7 +62,8 @@ def to_gib(num_bytes: float) -> float:
     return num_bytes / GIB
 
 
-def _shape_per_gpu(shape: ModelShape, tp: int) -> ModelShape:
+def shape_per_gpu(shape: ModelShape, tp: int) -> ModelShape:
+    """What one of ``tp`` GPUs holds of the model: heads, channels and vocabulary shared out, rounded up."""
     return replace(
         shape,
         num_attention_heads=_share(shape.num_attention_heads, tp),
@@ -76,6 +71,15 @@ def _shape_per_gpu(shape: ModelShape, tp: int) -> ModelShape:
         intermediate_size=_share(shape.intermediate_size, tp),
         vocab_size=_share(shape.vocab_size, tp),
     )
+
+
+def spec_per_gpu(spec: Spec, tp: int) -> Spec:
+    """What one of ``tp`` GPUs holds of a site, to be read with :func:`shape_per_gpu`; experts are never split."""
+    if isinstance(spec, AttentionSpec):
+        return replace(spec, num_kv_heads=_share(spec.num_kv_heads, tp)) if spec.num_kv_heads else spec
+    if spec.intermediate_size:
+        return replace(spec, intermediate_size=_share(spec.intermediate_size, tp))
+    return replace(spec, num_experts=_share(spec.num_experts, tp)) if spec.num_experts else spec
 
 
 def _share(count: int, tp: int) -> int:

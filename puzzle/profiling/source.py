@@ -15,8 +15,9 @@ from puzzle.config import ProfileConfig
 from puzzle.profiling import correction
 from puzzle.profiling.correction import WholeModel
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import Setting
 from puzzle.profiling.imported import read_table
-from puzzle.profiling.roofline import Roofline, estimate
+from puzzle.profiling.roofline import estimate
 from puzzle.tables import read_costs
 from puzzle.types import Cost, Costs, CostSetting, ModelShape, Spec, Workload, from_json
 
@@ -101,9 +102,8 @@ class CostSource:
         settings = {(workload, size) for workload in self.workloads for size in workload.batch_sizes}
         rows: dict[tuple[CostSetting, str, str, int, int], Cost] = {}
         for workload, size in settings:
-            roofline = Roofline(workload.device, workload.weights, workload.kv, workload.tp)
             for point in points_of(workload, size):
-                for cost in estimate(self.shape, self.specs, point, roofline):
+                for cost in estimate(self.shape, self.specs, point, Setting.of(workload)):
                     key = (cost.setting, cost.shape_id, cost.phase, cost.batch_size, cost.context_tokens)
                     rows[key] = cost
         return Costs(tuple(rows.values()))

@@ -24,7 +24,7 @@ from puzzle.types import (
 )
 
 REST = "rest"  # embedding, rotary tables, final norm, head: what no variant changes
-ANY_ENGINE = "any"  # of estimates, which know of none
+ANY_ENGINE = "any"  # of estimates, which hold for every runtime
 SKIPPED = ("attention.skip", "ffn.skip")
 GRID_KEY: dict[Phase, str] = {"prefill": "prefill_tokens", "decode": "decode_context_tokens"}
 COMMAND = "puzzle profile RUN --set profile.grid=GRID.yaml"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from puzzle.profiling.table import CostTable, Prediction
+from puzzle.profiling.table import ANY_ENGINE, CostTable, Prediction
 from puzzle.types import CorruptFileError, Cost, Costs, MissingMeasurementError, Phase, Workload
 
 WORKLOAD = Workload("chat", isl=100, osl=50, weights="bf16", kv="bf16", device="h200", runtime="vllm")
@@ -127,3 +128,12 @@ def test_nothing_measured_at_all() -> None:
 def test_a_point_measured_twice_is_an_error() -> None:
     with pytest.raises(CorruptFileError, match="rest is there twice at prefill, batch size 4, 64 tokens"):
         CostTable.for_workload(Costs((*COSTS, cost("rest", "prefill", 64, 0.5))), WORKLOAD)
+
+
+def test_costs_for_any_runtime_serve_each_but_no_other_device() -> None:
+    estimates = Costs(tuple(replace(cost, engine=ANY_ENGINE, source="estimate") for cost in COSTS))
+    for runtime in ("vllm", "transformers"):
+        table = CostTable.for_workload(estimates, replace(WORKLOAD, runtime=runtime))
+        assert table.curves == TABLE.curves and table.estimated and not TABLE.estimated
+    with pytest.raises(MissingMeasurementError, match="nothing was measured on device h100"):
+        CostTable.for_workload(estimates, replace(WORKLOAD, device="h100"))

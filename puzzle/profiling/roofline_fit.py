@@ -1,0 +1,180 @@
+"""Fits the roofline's efficiency to measured costs of the same device. Pure; reads Cost records, writes nothing.
+
+Minimises over the logarithms θ of the Efficiency's numbers::
+
+    sum over measured costs of huber(log(estimate / measured))  +  RIDGE * number of costs * |θ - θ_start|²
+
+by Levenberg-Marquardt from several starts, since where a kernel is bound by bandwidth, its rate has no gradient. The
+ridge is too weak to matter where measurements decide, and leaves what they say nothing about (the rate, if only decode
+was measured) where it was. What a runtime does between the sites is not the roofline's: the rest is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import Hardware, Setting
+from puzzle.profiling.kernels import Kernel, site_kernels
+from puzzle.profiling.roofline import DEFAULT, Efficiency
+from puzzle.types import Cost, MissingMeasurementError, ModelShape, Spec
+from puzzle.variants import shape_id
+
+Array = NDArray[np.float64]
+
+NAMES = tuple(asdict(DEFAULT))  # the order of θ
+COSTS_PER_NUMBER = 3
+RIDGE = 1e-5
+HUBER = 0.1  # log ratios beyond count linearly
+SHARES_TRIED, OVERHEADS_TRIED = (1.0, 0.5, 0.2), (1.0, 5.0)  # starts, relative to the one given
+ROUNDS, SMALLEST_GAIN = 200, 1e-10
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``error_before`` and ``error_after``: the median of |estimate / measured - 1| over the ``num_costs`` used."""
+
+    efficiency: Efficiency
+    num_costs: int
+    error_before: float
+    error_after: float
+
+
+def fit(
+    costs: Iterable[Cost],
+    shape: ModelShape,
+    specs: Iterable[Spec],
+    hardware: Hardware,
+    start: Efficiency = DEFAULT,
+) -> Fit:
+    """The efficiency that fits those of ``costs`` that were measured on ``hardware`` and are shapes of ``specs``.
+
+    The link's share is fitted where costs of several GPUs are there. Estimates, times of 0 and other devices are
+    left out. MissingMeasurementError for fewer than three costs per fitted number.
+    """
+    by_name = {shape_id(spec, shape): spec for spec in specs}
+    used = [
+        cost
+        for cost in costs
+        if cost.source != "estimate" and cost.device == hardware.device and cost.shape_id in by_name
+    ]
+    names = [name for name in NAMES if name != "link" or any(cost.tensor_parallel > 1 for cost in used)]
+    needed = COSTS_PER_NUMBER * len(names)
+    if len(used) < needed:
+        raise MissingMeasurementError(
+            f"cannot fit the roofline of {hardware.device}: {len(used)} measured costs of these shapes on it, and "
+            f"{len(names)} numbers need {needed}; profile more shapes or grid points there, or use the defaults"
+        )
+    work = _Work.of([(cost, by_name[cost.shape_id]) for cost in used], shape, hardware)
+
+    def log_ratios(logs: Array) -> Array:
+        return np.log(work.ms(_efficiency(start, names, logs))) - np.log([cost.ms for cost in used])
+
+    first = np.log([getattr(start, name) for name in names])
+    best = min((_minimise(log_ratios, first, begin) for begin in _starts(first, names)), key=lambda found: found[1])[0]
+    return Fit(
+        efficiency=_efficiency(start, names, best),
+        num_costs=len(used),
+        error_before=_median_error(log_ratios(first)),
+        error_after=_median_error(log_ratios(best)),
+    )
+
+
+def _efficiency(start: Efficiency, names: Sequence[str], logs: Array) -> Efficiency:
+    return replace(start, **{name: math.exp(value) for name, value in zip(names, logs, strict=True)})
+
+
+def _starts(first: Array, names: Sequence[str]) -> list[Array]:
+    """``first`` with its shares and its overhead scaled."""
+    is_overhead = np.array([name == "overhead" for name in names])
+    scales = itertools.product(SHARES_TRIED, OVERHEADS_TRIED)
+    return [first + np.where(is_overhead, math.log(overhead), math.log(share)) for share, overhead in scales]
+
+
+def _median_error(log_ratios: Array) -> float:
+    return float(np.median(np.abs(np.expm1(log_ratios))))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All kernels of all costs, as arrays over kernels: at an efficiency of 1, in ms. ``cost`` numbers its cost."""
+
+    cost: Array
+    computing_ms: Array
+    reading_ms: Array
+    sending_ms: Array
+    latency_ms: Array
+    overhead_ms: Array
+    is_attention: Array
+
+    @classmethod
+    def of(cls, costs: Sequence[tuple[Cost, Spec]], shape: ModelShape, hardware: Hardware) -> _Work:
+        rows = [
+            (number, *_ideal_ms(kernel, hardware), float(kernel.kind == "attention"))
+            for number, (cost, spec) in enumerate(costs)
+            for kernel in _kernels(cost, spec, shape, hardware)
+        ]
+        return cls(*np.array(rows, dtype=np.float64).T)
+
+    def ms(self, efficiency: Efficiency) -> Array:
+        """Of every cost; the sum that roofline.estimate makes."""
+        share = np.where(self.is_attention > 0, efficiency.attention, efficiency.matmul)
+        ms = np.maximum(self.computing_ms / share, self.reading_ms / efficiency.bandwidth)
+        ms += self.sending_ms / efficiency.link + self.latency_ms + self.overhead_ms * efficiency.overhead
+        return np.asarray(np.bincount(self.cost.astype(np.int64), weights=ms), dtype=np.float64)
+
+
+def _kernels(cost: Cost, spec: Spec, shape: ModelShape, hardware: Hardware) -> tuple[Kernel, ...]:
+    setting = Setting(hardware, cost.weights, cost.kv, cost.tensor_parallel)
+    return site_kernels(spec, shape, GridPoint(cost.phase, cost.batch_size, cost.context_tokens), setting)
+
+
+def _ideal_ms(kernel: Kernel, hardware: Hardware) -> tuple[float, float, float, float, float]:
+    """Computing, reading, sending, latency and overhead."""
+    return (
+        1e3 * kernel.flops / hardware.matmul_flops_per_s(kernel.dtype),
+        1e3 * kernel.memory_bytes / hardware.bandwidth_bytes_per_s,
+        1e3 * kernel.link_bytes / hardware.link_bytes_per_s,
+        kernel.link_steps * hardware.link_latency_us / 1e3,
+        hardware.kernel_us / 1e3,
+    )
+
+
+def _minimise(log_ratios: Callable[[Array], Array], prior: Array, begin: Array) -> tuple[Array, float]:
+    """Where the penalised Huber loss is least, found from ``begin`` by reweighted steps, and its value."""
+    ridge = RIDGE * len(log_ratios(begin))
+
+    def loss(logs: Array) -> float:
+        size = np.abs(log_ratios(logs))
+        huber = np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))
+        return float(huber.sum() + ridge / 2 * ((logs - prior) ** 2).sum())
+
+    at, value, damping = begin, loss(begin), 1e-3
+    for _ in range(ROUNDS):
+        ratios = log_ratios(at)
+        slopes = _slopes(log_ratios, at)
+        weights = np.minimum(1.0, HUBER / np.maximum(np.abs(ratios), 1e-12))
+        gradient = slopes.T @ (weights * ratios) + ridge * (at - prior)
+        curvature = slopes.T @ (weights[:, None] * slopes) + ridge * np.eye(len(at))
+        step = np.linalg.solve(curvature + damping * np.diag(np.diag(curvature)), -gradient)
+        tried = at + np.clip(step, -1.0, 1.0)
+        gain = value - loss(tried)
+        if gain > 0:
+            at, value, damping = tried, value - gain, damping / 3
+        else:
+            damping *= 4
+        if abs(gain) < SMALLEST_GAIN and damping < 1 or damping > 1e9:
+            break
+    return at, value
+
+
+def _slopes(log_ratios: Callable[[Array], Array], at: Array, step: float = 1e-5) -> Array:
+    """Central differences: rows are costs, columns the numbers."""
+    moved = np.eye(len(at)) * step
+    return np.stack([(log_ratios(at + move) - log_ratios(at - move)) / (2 * step) for move in moved], axis=1)
