@@ -20,7 +20,7 @@ import numpy as np
 from puzzle.types import ConfigError, Correction, CostSetting, Item, ModelShape, Phase, Site, Spec, Strict
 from puzzle.variants import keep_spec
 
-PRIOR = 0.02  # standard deviation that a factor is expected to have around 1, and the overhead around 0 of the whole
+PRIOR = 0.1  # standard deviation that a factor is expected to have around 1, and the overhead around 0 of the whole
 NOISE = 0.01  # relative, of a measured whole
 LEAST_MODELS = 4
 FITTED = {"none": (), "overhead": (0,), "all": (0, 1, 2)}  # columns: overhead, attention, ffn

@@ -101,3 +101,12 @@ def finished(pristine_project: Project, tmp_path_factory: pytest.TempPathFactory
     project = pristine_project.copy_to(tmp_path_factory.mktemp("finished") / "project")
     assert main(["--debug", "run", str(project.config)]) == 0
     return project
+
+
+@pytest.fixture
+def copy(finished: Project, tmp_path: Path) -> Project:
+    """A finished run that the test may change. Its config still names the original folders, of the same content."""
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    text = finished.config.read_text().replace(str(finished.folder), str(tmp_path / "copy"))
+    (tmp_path / "copy" / "config.yaml").write_text(text)
+    return Project(tmp_path / "copy")

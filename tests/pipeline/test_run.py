@@ -25,15 +25,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture
-def copy(finished: Project, tmp_path: Path) -> Project:
-    """A finished run that the test may change. Its config still names the original folders, of the same content."""
-    shutil.copytree(finished.folder, tmp_path / "copy")
-    text = finished.config.read_text().replace(str(finished.folder), str(tmp_path / "copy"))
-    (tmp_path / "copy" / "config.yaml").write_text(text)
-    return Project(tmp_path / "copy")
-
-
 def test_a_run_ends_with_a_verified_checkpoint_and_a_report(finished: Project) -> None:
     run = Run.open(finished.config)
     marker = json.loads((run.student / "export" / "unit.json").read_text())
