@@ -25,7 +25,9 @@ from puzzle.checkpoint import read_shape
 from puzzle.config import GridFile, load, locate
 from puzzle.modeling import PuzzleConfig
 from puzzle.profiling.grid import GridPoint, grid_points
-from puzzle.profiling.measure import ModelProbe, SiteStack, measure_many, random_model, site_probe
+from puzzle.profiling.measure import measure_many
+from puzzle.profiling.probes import ModelProbe, site_probe
+from puzzle.profiling.stack import SiteStack, random_model
 from puzzle.space import SearchSpace
 from puzzle.types import ModelShape, Site, Spec
 from puzzle.variants import block_part, shape_id

@@ -13,18 +13,9 @@ from puzzle import artifacts
 from puzzle.profiling.correction import WholeModel, WholePoint, whole_models
 from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, extremes
-from puzzle.profiling.measure import (
-    ENGINE,
-    PARTS,
-    Dtype,
-    ModelProbe,
-    PointTooLargeError,
-    SiteStack,
-    measure_many,
-    measure_point,
-    random_model,
-    site_probe,
-)
+from puzzle.profiling.measure import ENGINE, measure_many, measure_point
+from puzzle.profiling.probes import ModelProbe, PointTooLargeError, site_probe
+from puzzle.profiling.stack import PARTS, Dtype, SiteStack, random_model
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run

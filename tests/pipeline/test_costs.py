@@ -13,6 +13,8 @@ from puzzle.artifacts import read_unit
 from puzzle.cli import main
 from puzzle.profiling import measure
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.probes import Probe
+from puzzle.profiling.stack import SiteStack
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
 
@@ -63,7 +65,7 @@ def test_a_point_that_does_not_fit_is_a_gap_and_the_rest_goes_on(
 ) -> None:
     whole = measure.site_probe
 
-    def crowded(stack: measure.SiteStack, point: GridPoint) -> measure.Probe:
+    def crowded(stack: SiteStack, point: GridPoint) -> Probe:
         if point.id == "decode.b1.t16":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(stack, point)

@@ -14,22 +14,13 @@ import torch
 from transformers import DynamicCache
 
 from puzzle.modeling import FAMILIES, PuzzleConfig
-from puzzle.profiling import measure, timer
+from puzzle.profiling import measure, probes, timer
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, PreallocatedLayer
-from puzzle.profiling.measure import (
-    ForwardStep,
-    GraphedSites,
-    MarkedSites,
-    ModelProbe,
-    PointTooLargeError,
-    SiteStack,
-    measure_many,
-    measure_point,
-    random_model,
-    site_probe,
-)
+from puzzle.profiling.measure import measure_many, measure_point
 from puzzle.profiling.memory import kv_cache_bytes
+from puzzle.profiling.probes import GraphedSites, MarkedSites, ModelProbe, PointTooLargeError, site_probe
+from puzzle.profiling.stack import ForwardStep, SiteStack, random_model
 from puzzle.profiling.table import CostTable
 from puzzle.space import SearchSpace
 from puzzle.types import AttentionSpec, ConfigError, Costs, FfnSpec, ModelShape, Part, Site, Spec, Workload
@@ -87,13 +78,13 @@ def test_costs_answer_for_a_workload_on_this_device(stack: SiteStack) -> None:
 
 def test_sites_are_timed_in_a_new_order_every_round(stack: SiteStack, monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[tuple[str, ...]] = []
-    marked = measure._Readings.marked
+    marked = probes._Readings.marked
 
     def recorded(self: Any, name: str, layer: Any) -> Any:
         call = marked(self, name, layer)
         return lambda *args, **kwargs: (orders[-1].append(name), call(*args, **kwargs))[1]  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(measure._Readings, "marked", recorded)
+    monkeypatch.setattr(probes._Readings, "marked", recorded)
     probe, rng = MarkedSites(stack, DECODE), random.Random(0)
     for _ in range(5):
         orders.append([])  # type: ignore[arg-type]
@@ -105,7 +96,7 @@ def test_sites_are_timed_in_a_new_order_every_round(stack: SiteStack, monkeypatc
 def test_rest_and_sites_are_the_whole_forward(stack: SiteStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that adds one per reading, each layer takes 1 and the forward 1 + 2 per layer."""
     ticks = itertools.count()
-    monkeypatch.setattr(measure._Readings, "now_ms", lambda self: float(next(ticks)))
+    monkeypatch.setattr(probes._Readings, "now_ms", lambda self: float(next(ticks)))
     found = MarkedSites(stack, DECODE).run(random.Random(0))
     num_layers = len(SHAPES) + 2 + 2
     assert found == {**dict.fromkeys(SHAPES, 0.0), "rest": 1 + 2 * num_layers - num_layers + stack.shape.num_layers}
@@ -123,8 +114,8 @@ def test_graphs_of_the_stack_telescope_to_the_whole(stack: SiteStack, monkeypatc
         assert layers[0] is stack.neighbours[0] and layers[-1] is stack.neighbours[1]
         return lambda: spent
 
-    monkeypatch.setattr(measure, "make_clock", fake_clock)
-    monkeypatch.setattr(measure, "graph_pool", lambda: None)
+    monkeypatch.setattr(probes, "make_clock", fake_clock)
+    monkeypatch.setattr(probes, "graph_pool", lambda: None)
     assert GraphedSites(stack, DECODE).run(random.Random(0)) == {"rest": 5.0, **weight}
 
 
@@ -303,7 +294,7 @@ def test_a_point_that_does_not_fit_says_so(stack: SiteStack, monkeypatch: pytest
     def too_large(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(measure, "MarkedSites", too_large)
+    monkeypatch.setattr(probes, "MarkedSites", too_large)
     with pytest.raises(PointTooLargeError, match="decode.b3.t7 does not fit in the memory of cpu.*batch size 3 or 7"):
         site_probe(stack, DECODE)
 

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.profiling.measure import random_model
 from puzzle.profiling.memory import kv_cache_bytes, rest_weight_bytes, to_gib, weight_bytes, workspace_bytes
+from puzzle.profiling.stack import random_model
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec, Workload
 from puzzle.variants import block_part
 

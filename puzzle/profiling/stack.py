@@ -1,0 +1,170 @@
+"""What is measured: one forward of a model with random weights, and a stack that holds every distinct shape once.
+
+Reads a teacher's PuzzleConfig and specs; makes modules and steps; writes nothing.
+
+Shapes: B batch, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.modeling.configuration_puzzle import Span
+from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.kv_cache import PreallocatedCache, Slot
+from puzzle.profiling.table import SKIPPED
+from puzzle.types import AttentionSpec, ConfigError, ModelShape, Part, Site, Spec
+from puzzle.variants import block_part, keep_spec, resolve, shape_id
+
+Dtype = Literal["fp32", "bf16"]
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PARTS: tuple[Part, Part] = ("attention", "ffn")
+NUM_NEIGHBOURS = 2  # whole layers of the teacher around the sites
+NUM_EMPTY = 2  # layers without a site, whose time is what calling a layer costs
+
+
+@dataclass(frozen=True)
+class SiteStack:
+    """A model with random weights that holds every distinct shape once, in a layer of its own; one per profile."""
+
+    shape: ModelShape
+    model: PuzzleForCausalLM
+    device: str
+    dtype: Dtype
+    sites: Mapping[str, nn.Module]  # shape_id → the layer with that site alone
+    neighbours: tuple[nn.Module, ...]
+    neighbour_ids: tuple[str, str]  # shape_id of either part of a neighbour
+    empty: tuple[nn.Module, ...]
+
+    @classmethod
+    def build(
+        cls, shape: ModelShape, config: PuzzleConfig, specs: Iterable[Spec], device: str, dtype: Dtype, seed: int = 0
+    ) -> SiteStack:
+        """``config`` is the teacher's (its blocks do not matter); ``specs``, resolved, may repeat and need no keep."""
+        typical = _typical_layer(shape)
+        keep_specs = [keep_spec(shape, Site(typical, part)) for part in PARTS]
+        by_shape = {shape_id(spec, shape): spec for spec in (*keep_specs, *specs)}
+        distinct = {name: spec for name, spec in by_shape.items() if name not in SKIPPED}
+        keep, skip = {"kind": "keep"}, {"kind": "skip"}
+        blocks = [{"attention": keep, "ffn": keep}] * NUM_NEIGHBOURS
+        blocks += [{"attention": skip, "ffn": skip, _part(spec): block_part(spec)} for spec in distinct.values()]
+        blocks += [{"attention": skip, "ffn": skip}] * NUM_EMPTY
+        kinds = [typical] * NUM_NEIGHBOURS + [_layer_for(spec, shape) for spec in distinct.values()]
+        model = random_model(config, blocks, device, dtype, seed, layers=kinds + [typical] * NUM_EMPTY)
+        layers = tuple(model.model.layers)
+        first_empty = NUM_NEIGHBOURS + len(distinct)
+        sites = dict(zip(distinct, layers[NUM_NEIGHBOURS:first_empty], strict=True))
+        del model.model.layers  # from now on a plain list, set anew for every forward
+        attention, ffn = (shape_id(spec, shape) for spec in keep_specs)
+        neighbours, empty = layers[:NUM_NEIGHBOURS], layers[first_empty:]
+        return cls(shape, model, device, dtype, sites, neighbours, (attention, ffn), empty)
+
+    def step(self, point: GridPoint) -> ForwardStep:
+        """The forward that sites are timed in. It makes the teacher's masks, so they are part of the rest; those of
+        other windows, which layers share, would be counted for models that have none, so they are there already."""
+        own = {(self.shape.window(layer), 0) for layer in range(self.shape.num_layers)}
+        return ForwardStep(self.model, point, ready_spans=[span for span in self.model.model.slots if span not in own])
+
+    def use_layers(self, layers: Sequence[Callable[..., torch.Tensor]]) -> None:
+        """Makes the next forward run through ``layers`` in this order."""
+        self.model.model.layers = list(layers)
+
+
+def _part(spec: Spec) -> str:
+    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
+
+
+def _typical_layer(shape: ModelShape) -> int:
+    """The first layer of the kind that the teacher has most of."""
+    kinds = [(shape.window(layer), layer in shape.moe_layers) for layer in range(shape.num_layers)]
+    return kinds.index(Counter(kinds).most_common(1)[0][0])
+
+
+def _layer_for(spec: Spec, shape: ModelShape) -> int:
+    """A layer of the teacher that can have ``spec``, which is resolved."""
+    layers = [layer for layer in range(shape.num_layers) if resolve(spec, shape, layer) == spec]
+    assert layers, f"{spec} is not resolved"
+    return layers[0]
+
+
+def random_model(
+    config: PuzzleConfig,
+    blocks: Sequence[Mapping[str, Any]],
+    device: str,
+    dtype: Dtype,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+) -> PuzzleForCausalLM:
+    """A model of the teacher's sizes with ``blocks`` for layers and random weights, made on ``device``.
+
+    ``layers``: of which of the teacher's layers the kind (window, experts) each block is; default: as they come.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise ConfigError(f"cannot measure with weights in {dtype!r}; allowed: {', '.join(TORCH_DTYPES)}")
+    stack_config = config.with_layers(range(len(blocks)) if layers is None else layers, blocks)
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        model: PuzzleForCausalLM = AutoModelForCausalLM.from_config(
+            stack_config, dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa"
+        )
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+class ForwardStep:
+    """One prefill or decode step of a whole model, repeatable: each call finds the cache as the first one did.
+
+    Masks are made anew in every step, as in use, but for those of ``ready_spans``.
+    """
+
+    def __init__(
+        self, model: PuzzleForCausalLM, point: GridPoint, seed: int = 0, ready_spans: Iterable[Span] = ()
+    ) -> None:
+        config, weight = model.config, model.lm_head.weight
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._model = model
+        self.cache = PreallocatedCache(_slots(config), head_dim, point, weight, seed)
+        generator = torch.Generator().manual_seed(seed)
+        size = (point.batch_size, point.new_tokens)
+        self._input_ids = torch.randint(config.vocab_size, size, generator=generator).to(weight.device)  # (B, T)
+        positions = torch.arange(point.cached_tokens, point.total_tokens, device=weight.device)
+        self._position_ids = positions.unsqueeze(0)  # (1, T)
+        self._like = weight.new_empty(*size, 0)
+        self._ready_masks = self._masks(ready_spans)
+        self._made_spans = [span for span in model.model.slots if span not in self._ready_masks]
+
+    def _masks(self, spans: Iterable[Span]) -> dict[Span, Any]:
+        masks: dict[Span, Any] = self._model.model.masks(self._like, None, self.cache, self._position_ids, spans)
+        return masks
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:  # (B, 1, V)
+        output = self._model(
+            input_ids=self._input_ids,
+            attention_mask={**self._masks(self._made_spans), **self._ready_masks},
+            position_ids=self._position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+
+def _slots(config: PuzzleConfig) -> list[Slot]:
+    """The cache slots of the model, each as large as PuzzleModel.new_cache lets it become."""
+    slots = []
+    for layer in range(config.num_hidden_layers):
+        heads, (window, sinks) = config.num_kv_heads(layer), config.span(layer)
+        if heads is not None:
+            slots.append(Slot(heads, window, sinks))
+    return slots
