@@ -9,12 +9,12 @@ What it means at one layer of the teacher, whose layers may have windows or expe
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from puzzle.formats import number_bytes
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Part, Site, Spec
 
-DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 SIZED = {
     "gqa": "num_kv_heads",
     "window": "window_tokens",
@@ -187,22 +187,49 @@ def num_kv_heads(spec: Spec, shape: ModelShape) -> int:
     return spec.num_kv_heads or shape.num_kv_heads
 
 
-def params(spec: Spec, shape: ModelShape) -> int:
-    """Parameters of the site with its norms."""
+@dataclass(frozen=True)
+class Matrix:
+    """``count`` equal matrices of a site, (fan_out, fan_in) each."""
+
+    fan_in: int
+    fan_out: int
+    count: int = 1
+
+
+def matrices(spec: Spec, shape: ModelShape) -> tuple[Matrix, ...]:
+    """The site's matrices, without the router of experts."""
     hidden = shape.hidden_size
     if spec.kind == "skip":
-        return 0
+        return ()
     if spec.kind == "linear":
-        return hidden * hidden + hidden
+        return (Matrix(hidden, hidden),)
+    if isinstance(spec, AttentionSpec):
+        query, kv = shape.num_attention_heads * shape.head_dim, num_kv_heads(spec, shape) * shape.head_dim
+        return Matrix(hidden, query), Matrix(hidden, kv, 2), Matrix(query, hidden)
+    width, count = spec.intermediate_size or shape.intermediate_size, 1
+    if spec.num_experts:
+        width, count = shape.moe_intermediate_size, spec.num_experts
+    return Matrix(hidden, width, 2 * count), Matrix(width, hidden, count)
+
+
+def params(spec: Spec, shape: ModelShape) -> int:
+    """Parameters of the site with its norms."""
+    return sum(matrix.fan_in * matrix.fan_out * matrix.count for matrix in matrices(spec, shape)) + others(spec, shape)
+
+
+def others(spec: Spec, shape: ModelShape) -> int:
+    """Parameters of the site that are in none of its :func:`matrices`: norms, biases, the router of experts."""
+    hidden = shape.hidden_size
+    if spec.kind in ("skip", "linear"):
+        return hidden * (spec.kind == "linear")
     norms = hidden * (2 if shape.post_norms else 1)
     if isinstance(spec, AttentionSpec):
         query, kv = shape.num_attention_heads * shape.head_dim, num_kv_heads(spec, shape) * shape.head_dim
         bias = (query + 2 * kv) * shape.qkv_bias + hidden * shape.output_bias
-        return hidden * (query + 2 * kv) + query * hidden + bias + norms + 2 * shape.head_dim * shape.qk_norm
+        return bias + norms + 2 * shape.head_dim * shape.qk_norm
     if spec.num_experts:
-        return spec.num_experts * (3 * hidden * shape.moe_intermediate_size + hidden) + norms
-    width = spec.intermediate_size or shape.intermediate_size
-    return 3 * hidden * width + (2 * width + hidden) * shape.mlp_bias + norms
+        return spec.num_experts * hidden + norms
+    return (2 * (spec.intermediate_size or shape.intermediate_size) + hidden) * shape.mlp_bias + norms
 
 
 def active_params(spec: Spec, shape: ModelShape) -> int:
@@ -219,22 +246,11 @@ def rest_params(shape: ModelShape) -> int:
     return embedding * (1 if shape.tied_embeddings else 2) + shape.hidden_size
 
 
-def weight_bytes(num_params: int, dtype: str) -> float:
-    """Bytes of ``num_params`` weights stored as ``dtype`` (fp32, bf16, fp16, fp8)."""
-    return num_params * dtype_bytes(dtype)
-
-
-def dtype_bytes(dtype: str) -> float:
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
-    return DTYPE_BYTES[dtype]
-
-
 def kv_bytes_per_token(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> float:
     """K and V of one token of one sequence on one of ``tp`` GPUs: a head is never split, at least one is held."""
     heads = num_kv_heads(spec, shape)
     per_gpu = max(1.0, heads / tp) if heads else 0.0
-    return 2 * per_gpu * shape.head_dim * dtype_bytes(dtype)
+    return 2 * per_gpu * shape.head_dim * number_bytes(dtype)
 
 
 def tokens_in_sight(spec: Spec, context_tokens: float) -> float:

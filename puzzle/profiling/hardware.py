@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from puzzle import variants
+from puzzle import formats
 from puzzle.types import ConfigError, Workload
 
 KERNEL_US, NVLINK_US, PCIE_US = 2.5, 1.5, 5.0
@@ -139,9 +139,8 @@ class Setting:
     tp: int = 1
 
     def __post_init__(self) -> None:
-        self.hardware.matmul_flops_per_s(self.weights)
-        variants.dtype_bytes(self.weights)
-        variants.dtype_bytes(self.kv)
+        self.hardware.matmul_flops_per_s(formats.format_of(self.weights).compute)
+        formats.format_of(self.kv)
         if self.tp < 1:
             raise ConfigError(f"tp must be at least 1, got {self.tp}")
 

@@ -11,15 +11,15 @@ read that a batch touches. A site's kernels, as serving engines run them:
 
 Attention is causal and native in grouped heads: K and V of a KV head are read once for its whole group of queries, and
 no more of them than the window and its sinks. Inputs of matrix products are in the weights' dtype (fp8 quantises them
-where they are written), everything else between kernels in at least 16 bits.
+where they are written), everything else between kernels in at least 16 bits. Routers and the rest are not quantised.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from puzzle import variants
+from puzzle import formats, variants
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Setting
 from puzzle.profiling.memory import shape_per_gpu, spec_per_gpu
@@ -71,8 +71,8 @@ def site_kernels(spec: Spec, shape: ModelShape, point: GridPoint, setting: Setti
 
 
 def rest_kernels(shape: ModelShape, point: GridPoint, setting: Setting) -> tuple[Kernel, ...]:
-    """What no variant changes: embedding, final norm, head."""
-    forward = _Forward(point, shape.hidden_size, setting.weights, setting)
+    """What no variant changes: embedding, final norm, head; never quantised."""
+    forward = _Forward(point, shape.hidden_size, setting.weights, setting).unquantised
     vocabulary = shape_per_gpu(shape, setting.tp).vocab_size
     embedding = forward.pointwise("embedding", shape.hidden_size, min(forward.rows, vocabulary) * shape.hidden_size)
     head = forward.matmul("head", point.batch_size, shape.hidden_size, vocabulary)
@@ -82,7 +82,7 @@ def rest_kernels(shape: ModelShape, point: GridPoint, setting: Setting) -> tuple
 
 @dataclass(frozen=True)
 class _Forward:
-    """Makes kernels of one forward: ``rows`` tokens, matrix products in ``dtype``."""
+    """Makes kernels of one forward: ``rows`` tokens, matrices of layers stored as ``dtype``."""
 
     point: GridPoint
     hidden_size: int
@@ -96,7 +96,18 @@ class _Forward:
     @property
     def activation_bytes(self) -> float:
         """Of one number between kernels."""
-        return max(variants.dtype_bytes(self.dtype), variants.dtype_bytes(HALF))
+        return formats.activation_bytes(self.dtype)
+
+    @property
+    def compute(self) -> str:
+        """The dtype of matrix products."""
+        return formats.format_of(self.dtype).compute
+
+    @property
+    def unquantised(self) -> _Forward:
+        """The same with matrices that are never quantised."""
+        is_quantised = formats.number_bytes(self.dtype) < formats.HALF_BYTES
+        return replace(self, dtype=HALF) if is_quantised else self
 
     def matmul(self, name: str, rows: float, fan_in: int, fan_out: int, bias: bool = False) -> Kernel:
         return self.grouped_matmul(name, rows, fan_in, fan_out, num_matrices=1.0, bias=bias)
@@ -105,23 +116,24 @@ class _Forward:
         self, name: str, rows: float, fan_in: int, fan_out: int, num_matrices: float, bias: bool = False
     ) -> Kernel:
         """``rows`` rows in all, each through one of ``num_matrices`` matrices that are read."""
-        input_bytes = variants.dtype_bytes(self.dtype)
+        matrix_bytes = formats.matrix_bytes(fan_in, fan_out, self.dtype)
+        input_bytes = formats.number_bytes(self.compute)
         return Kernel(
             name,
             "matmul",
-            self.dtype,
+            self.compute,
             flops=2.0 * rows * fan_in * fan_out,
-            weight_bytes=num_matrices * (fan_in * fan_out + fan_out * bias) * input_bytes,
+            weight_bytes=num_matrices * (matrix_bytes + formats.unquantised_bytes(fan_out * bias, self.dtype)),
             activation_bytes=rows * (fan_in * input_bytes + fan_out * self.activation_bytes),
         )
 
-    def pointwise(self, name: str, numbers_per_row: float, num_weights: float = 0, kv_bytes: float = 0) -> Kernel:
+    def pointwise(self, name: str, numbers_per_row: float, num_weights: int = 0, kv_bytes: float = 0) -> Kernel:
         """``numbers_per_row``: activations that are read or written, per token."""
         return Kernel(
             name,
             "pointwise",
             self.dtype,
-            weight_bytes=num_weights * variants.dtype_bytes(self.dtype),
+            weight_bytes=num_weights * self.activation_bytes,
             kv_bytes=kv_bytes,
             activation_bytes=self.rows * numbers_per_row * self.activation_bytes,
         )
@@ -151,12 +163,12 @@ def _attention(spec: AttentionSpec, shape: ModelShape, forward: _Forward) -> tup
     point = forward.point
     query = shape.num_attention_heads * shape.head_dim
     kv = 2 * variants.num_kv_heads(spec, shape) * shape.head_dim
-    kv_token_bytes = kv * variants.dtype_bytes(forward.setting.kv)
+    kv_token_bytes = kv * formats.number_bytes(forward.setting.kv)
     qk_norms = 2 * shape.head_dim * shape.qk_norm
     attention = Kernel(
         "attention",
         "attention",
-        HALF if forward.dtype == "fp8" else forward.dtype,
+        HALF if formats.number_bytes(forward.compute) < formats.HALF_BYTES else forward.compute,
         flops=4.0 * query * point.batch_size * _pairs(spec, point),
         kv_bytes=point.batch_size * _tokens_read(spec, point) * kv_token_bytes,
         activation_bytes=forward.rows * 2 * query * forward.activation_bytes,
@@ -204,7 +216,7 @@ def _experts(local: FfnSpec, whole: FfnSpec, shape: ModelShape, forward: _Forwar
     chosen = rows * share_active * local.num_experts  # pairs of a token and an expert on this GPU
     per_row = chosen / rows
     return (
-        forward.matmul("router", rows, hidden, local.num_experts),
+        forward.unquantised.matmul("router", rows, hidden, local.num_experts),
         forward.pointwise("dispatch", (1 + per_row) * hidden),
         forward.grouped_matmul("gate and up", chosen, hidden, 2 * channels, num_matrices=touched),
         forward.pointwise("activation", 3 * per_row * channels),

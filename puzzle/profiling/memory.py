@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from puzzle import variants
+from puzzle import formats, variants
 from puzzle.types import GIB, AttentionSpec, ModelShape, Spec, Workload
 
 LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
@@ -17,15 +17,20 @@ LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
 def weight_bytes(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> float:
     """Bytes of the site's weights on one of ``tp`` GPUs: heads, channels, experts are shared out, each of them whole.
 
-    Norms and ``linear`` are counted in full on every GPU; an expert's row of the router goes with the expert.
+    Norms and ``linear`` are counted in full on every GPU; an expert's row of the router goes with the expert. The
+    scales of quantised weights count, and what is not quantised (formats.py) has 16 bits.
     """
-    local = spec_per_gpu(spec, tp)
-    return variants.weight_bytes(variants.params(local, shape_per_gpu(shape, tp)), spec.precision or dtype)
+    local, local_shape, stored = spec_per_gpu(spec, tp), shape_per_gpu(shape, tp), spec.precision or dtype
+    quantised = math.fsum(
+        matrix.count * formats.matrix_bytes(matrix.fan_in, matrix.fan_out, stored)
+        for matrix in variants.matrices(local, local_shape)
+    )
+    return quantised + formats.unquantised_bytes(variants.others(local, local_shape), stored)
 
 
 def rest_weight_bytes(shape: ModelShape, dtype: str, tp: int = 1) -> float:
     """Bytes of embedding, head and final norm on one of ``tp`` GPUs; a tied embedding is counted once."""
-    return variants.weight_bytes(variants.rest_params(shape_per_gpu(shape, tp)), dtype)
+    return formats.unquantised_bytes(variants.rest_params(shape_per_gpu(shape, tp)), dtype)
 
 
 def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size: int) -> float:
@@ -40,7 +45,8 @@ def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size
 def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> float:
     """Bytes that a forward needs besides weights and KV cache on one GPU; the same for all variants.
 
-    The widest moment of a prefill in one piece, per prompt token, in the weights' dtype, with the teacher's sizes::
+    The widest moment of a prefill in one piece, per prompt token, in the weights' dtype (16 bits where they are
+    quantised), with the teacher's sizes::
 
         residual and normed input + max(attention: q, its three rotary temporaries, k, v; FFN: act(gate), up, product)
 
@@ -54,7 +60,7 @@ def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> f
     per_expert = local.hidden_size + 3 * shape.moe_intermediate_size
     experts = _share(shape.num_active_experts, workload.tp) * per_expert if shape.moe_layers else 0
     widest = 2 * local.hidden_size + max(attention, ffn, experts)
-    activations = batch_size * workload.isl * widest * variants.dtype_bytes(workload.weights)
+    activations = batch_size * workload.isl * widest * formats.activation_bytes(workload.weights)
     return activations + batch_size * shape.vocab_size * LOGIT_BYTES
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from puzzle import variants
+from puzzle import formats, variants
 from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile
 from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
 from puzzle.search.problem import Problem, Row
@@ -68,7 +68,7 @@ def workloads(file: ConstraintFile, shape: ModelShape) -> tuple[Workload, ...]:
             name, entry.isl, entry.osl, sizes, entry.weights, entry.kv, entry.device, entry.tp, entry.runtime
         )
         for dtype in (workload.weights, workload.kv):
-            variants.dtype_bytes(dtype)
+            formats.format_of(dtype)
         if workload.context_tokens > shape.max_position_embeddings:
             raise ConfigError(
                 f"workloads.{name}: isl + osl is {workload.context_tokens} tokens, the teacher takes at most "

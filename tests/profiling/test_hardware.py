@@ -44,8 +44,8 @@ def test_an_unknown_device_names_the_known_ones() -> None:
 def test_a_dtype_that_the_device_cannot_compute_in_names_those_it_can() -> None:
     with pytest.raises(ConfigError, match="fp8 on a100.*rates for fp32, bf16, fp16"):
         Setting(hardware("a100"), weights="fp8")
-    with pytest.raises(ConfigError, match="int3 on h100.*rates for fp32, bf16, fp16, fp8"):
-        Setting(hardware("h100"), weights="int3")
+    with pytest.raises(ConfigError, match="int8 on h100.*rates for fp32, bf16, fp16, fp8"):
+        Setting(hardware("h100"), weights="int8")
 
 
 def test_other_mistakes_in_a_setting() -> None:

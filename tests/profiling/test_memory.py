@@ -13,7 +13,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.profiling.memory import kv_cache_bytes, rest_weight_bytes, to_gib, weight_bytes, workspace_bytes
 from puzzle.profiling.stack import random_model
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec, Workload
-from puzzle.variants import block_part
+from puzzle.variants import block_part, keep_spec
 
 MakeConfig = Callable[[ModelShape], PuzzleConfig]
 KEEP_ATTENTION, KEEP_FFN = AttentionSpec("keep"), FfnSpec("keep")
@@ -126,3 +126,68 @@ def test_gib_and_unknown_dtypes(shape: ModelShape) -> None:
     assert to_gib(3 * 2**30) == 3.0
     with pytest.raises(ConfigError, match="unknown dtype 'fp7'"):
         weight_bytes(KEEP_FFN, shape, "fp7")
+
+
+def test_scales_of_quantised_weights_are_counted_and_what_is_not_quantised_has_16_bits(shape: ModelShape) -> None:
+    hidden, width = shape.hidden_size, 16  # 24 hidden, groups of 32: one scale a row of gate and up, and of down
+    narrow = FfnSpec("narrow", intermediate_size=width)
+    matrices, norm = 3 * hidden * width, hidden
+    rows = 2 * width + hidden
+    assert weight_bytes(narrow, shape, "fp8") == matrices + 4 * rows + 2 * norm
+    assert weight_bytes(narrow, shape, "int4-g32") == matrices / 2 + 2 * rows + 2 * norm
+    large = replace(shape, hidden_size=4096, intermediate_size=14336)
+    assert weight_bytes(KEEP_FFN, large, "int4-g128") == pytest.approx(3 * 4096 * 14336 * (0.5 + 2 / 128), rel=1e-3)
+    assert rest_weight_bytes(shape, "fp8") == rest_weight_bytes(shape, "bf16")
+    moe = replace(shape, moe_layers=(0,), num_experts=8, num_active_experts=2, moe_intermediate_size=16)
+    experts = FfnSpec("experts", num_experts=4, num_active_experts=2)
+    assert weight_bytes(experts, moe, "fp8") == 4 * (matrices + 4 * rows + 2 * hidden) + 2 * norm  # router in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kv_bytes_per_token", "wrong"),
+    [
+        # heads * head_dim is not the hidden size: hidden / heads is no head size (or no whole number)
+        (
+            "Mistral-Small-24B",
+            ModelShape("mistral", 40, 5120, 32, 8, 128, 32768, 131072, 32768, tied_embeddings=False),
+            2 * 40 * 8 * 128 * 2,
+            2 * 40 * 8 * (5120 // 32) * 2,
+        ),
+        (
+            "Qwen3-32B",
+            ModelShape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, tied_embeddings=False, qk_norm=True),
+            2 * 64 * 8 * 128 * 2,
+            2 * 64 * 8 * (5120 // 64) * 2,
+        ),
+        (
+            "Llama-3.2-3B",
+            ModelShape("llama", 28, 3072, 24, 8, 128, 8192, 128256, 131072, tied_embeddings=True),
+            2 * 28 * 8 * 128 * 2,
+            28 * 8 * 128 * 2,
+        ),
+    ],
+)
+def test_kv_cache_of_shapes_that_others_get_wrong(
+    name: str, shape: ModelShape, kv_bytes_per_token: int, wrong: int
+) -> None:
+    """Per token, bf16: K and V of every layer, num_kv_heads * head_dim wide. ``wrong``: by hidden / heads, or K only."""
+    workload = Workload("w", isl=1, osl=1)
+    found = sum(kv_cache_bytes(keep_spec(shape, site), shape, workload, 1) for site in shape.sites) / 2
+    assert found == kv_bytes_per_token != wrong
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"),
+    [
+        (ModelShape("mistral", 40, 5120, 32, 8, 128, 32768, 131072, 32768, tied_embeddings=False), 23_572_403_200),
+        (
+            ModelShape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, tied_embeddings=False, qk_norm=True),
+            32_762_123_264,
+        ),
+        (ModelShape("llama", 28, 3072, 24, 8, 128, 8192, 128256, 131072, tied_embeddings=True), 3_212_749_824),
+        (ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False), 8_030_261_248),
+    ],
+)
+def test_parameters_are_the_published_ones(shape: ModelShape, published: int) -> None:
+    total = sum(weight_bytes(keep_spec(shape, site), shape, "bf16") for site in shape.sites)
+    assert (total + rest_weight_bytes(shape, "bf16")) / 2 == published
