@@ -192,7 +192,8 @@ class ProfileConfig(_Model):
     """Where times come from, and how they are used.
 
     ``backend``: ``measured`` here, on the ``grid``; ``roofline``, estimated from a sheet of the hardware for whatever
-    the constraint file asks (profiling/roofline.py); ``imported`` from ``table``, a CSV or JSON file of Cost records.
+    the constraint file asks (profiling/roofline.py); ``imported`` from ``table``, a CSV or JSON file of Cost records. A
+    ``table`` of this teacher's shapes on any device of the sheet makes estimates better: their efficiency is fitted.
     ``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere.
     ``stand_in``: devices or dtypes whose times are to be taken from another's, as in ``{h100: h200}``.
     ``safety``: the search keeps so many standard errors of predicted times clear of limits, once `puzzle fit-costs`
@@ -209,8 +210,10 @@ class ProfileConfig(_Model):
 
     @model_validator(mode="after")
     def _table_where_it_is_read(self) -> ProfileConfig:
-        if (self.table is not None) != (self.backend == "imported"):
-            raise ValueError("backend: imported, and only that, names a table")
+        if self.backend == "imported" and self.table is None:
+            raise ValueError("backend: imported needs a table")
+        if self.backend == "measured" and self.table is not None:
+            raise ValueError("a table is for backend: imported or roofline")
         return self
 
 

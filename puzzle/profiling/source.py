@@ -5,6 +5,7 @@ Whatever the source, the search is handed the same :class:`~puzzle.types.Costs`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,12 +13,12 @@ from pathlib import Path
 
 from puzzle import artifacts, config
 from puzzle.config import ProfileConfig
-from puzzle.profiling import correction
+from puzzle.profiling import correction, roofline_fit
 from puzzle.profiling.correction import WholeModel
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Setting
+from puzzle.profiling.hardware import Setting, hardware
 from puzzle.profiling.imported import read_table
-from puzzle.profiling.roofline import estimate
+from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate
 from puzzle.tables import read_costs
 from puzzle.types import Cost, Costs, CostSetting, ModelShape, Spec, Workload, from_json
 
@@ -97,16 +98,29 @@ class CostSource:
         if self.settings.backend == "measured":
             return read_costs(self.folder / "costs", [path.name for path in self.units])
         if self.settings.backend == "imported":
-            assert self.settings.table is not None
-            return read_table(config.locate("table", self.settings.table))
+            assert self.table is not None
+            return self.table
         settings = {(workload, size) for workload in self.workloads for size in workload.batch_sizes}
         rows: dict[tuple[CostSetting, str, str, int, int], Cost] = {}
         for workload, size in settings:
             for point in points_of(workload, size):
-                for cost in estimate(self.shape, self.specs, point, Setting.of(workload)):
+                for cost in estimate(self.shape, self.specs, point, Setting.of(workload), self.efficiency):
                     key = (cost.setting, cost.shape_id, cost.phase, cost.batch_size, cost.context_tokens)
                     rows[key] = cost
         return Costs(tuple(rows.values()))
+
+    @cached_property
+    def table(self) -> Costs | None:
+        return read_table(config.locate("table", self.settings.table)) if self.settings.table else None
+
+    @cached_property
+    def efficiency(self) -> Efficiency:
+        """What estimates reach of the data sheet: fitted to the table, on the device that most of it is of."""
+        if self.table is None:
+            return DEFAULT
+        devices = Counter(cost.device for cost in self.table.rows)
+        (device, _), *_ = devices.most_common()
+        return roofline_fit.fit(self.table.rows, self.shape, self.specs, hardware(device)).efficiency
 
     @property
     def fingerprint(self) -> str:

@@ -170,7 +170,7 @@ def test_scales_of_quantised_weights_are_counted_and_what_is_not_quantised_has_1
 def test_kv_cache_of_shapes_that_others_get_wrong(
     name: str, shape: ModelShape, kv_bytes_per_token: int, wrong: int
 ) -> None:
-    """Per token, bf16: K and V of every layer, num_kv_heads * head_dim wide. ``wrong``: by hidden / heads, or K only."""
+    """Per token, in bf16: K and V of every layer, num_kv_heads * head_dim wide; ``wrong``: by hidden / heads, or K."""
     workload = Workload("w", isl=1, osl=1)
     found = sum(kv_cache_bytes(keep_spec(shape, site), shape, workload, 1) for site in shape.sites) / 2
     assert found == kv_bytes_per_token != wrong

@@ -9,6 +9,10 @@ import pytest
 
 from puzzle import search
 from puzzle.config import ConstraintFile, ProfileConfig
+from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import Setting, hardware
+from puzzle.profiling.imported import write_table
+from puzzle.profiling.roofline import Efficiency, estimate
 from puzzle.profiling.source import CostSource, points_of, with_stand_ins
 from puzzle.profiling.table import CostTable
 from puzzle.tables import ScoreTable
@@ -20,6 +24,7 @@ from puzzle.types import (
     Gap,
     MissingMeasurementError,
     ModelShape,
+    Phase,
     Score,
     Workload,
 )
@@ -27,6 +32,7 @@ from puzzle.variants import keep_spec, site_item
 from tests.profiling.test_table import COSTS, TABLE, WORKLOAD
 
 SHAPE = ModelShape("llama", 2, 64, 8, 8, 8, 512, 96, 4096, tied_embeddings=False)
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 KEEP = tuple(keep_spec(SHAPE, site) for site in SHAPE.sites)
 ITEMS = tuple(site_item(site, spec) for site, spec in zip(SHAPE.sites, KEEP, strict=True))
 
@@ -46,6 +52,27 @@ def test_estimates_answer_for_every_workload_without_a_grid(tmp_path: Path) -> N
         for size in workload.batch_sizes:
             assert table.decode_ms("attention.gqa-8", size, workload.isl, workload.osl) > 0
             assert table.prefill_ms("ffn.narrow-512", size, workload.isl) > 0
+
+
+def test_a_table_of_one_device_makes_estimates_of_others_better(tmp_path: Path) -> None:
+    slow = Efficiency(matmul=0.3, attention=0.2, bandwidth=0.4)
+    points = [GridPoint(phase, size, tokens) for phase in PHASES for size in (1, 64) for tokens in (128, 4000)]
+    measured = [
+        replace(cost, source="measured", engine="vllm")
+        for point in points
+        for cost in estimate(SHAPE, KEEP, point, Setting(hardware("h200")), slow)
+    ]
+    write_table(tmp_path / "h200.csv", Costs(tuple(measured)), {})
+    chat = Workload("chat", 1000, 1000, (64,), device="h100")
+    plain, fitted = (estimates(tmp_path, chat, table=table) for table in (None, str(tmp_path / "h200.csv")))
+    truth = estimate(SHAPE, KEEP, GridPoint("prefill", 64, 1000), Setting(hardware("h100")), slow)
+
+    def error(costs: Costs) -> float:
+        table = CostTable.for_workload(costs, chat)
+        shapes = [cost for cost in truth if cost.shape_id != "rest"]
+        return max(abs(table.prefill_ms(cost.shape_id, 64, 1000) / cost.ms - 1) for cost in shapes)
+
+    assert error(fitted) < 0.05 < error(plain)
 
 
 def test_the_points_of_a_workload_span_its_contexts() -> None:
