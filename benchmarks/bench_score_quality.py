@@ -292,26 +292,29 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
 
 
 def context(options: argparse.Namespace) -> None:
-    results = Results(options.output or RESULTS / "scores_context.json", {"bld_tokens": options.bld_tokens})
+    settings = {"bld_tokens": options.bld_tokens, "sequences": options.context_sequences}
+    results = Results(options.output or RESULTS / "scores_context.json", settings)
     for seed in range(options.seeds):
         if all(f"{seed}/{share}" in results.figures for share in SHARES):
             continue
         library = Library.of(options, seed)
         for share in SHARES:
-            results.once(f"{seed}/{share}", lambda library=library, share=share: rounds(library, share))
+            found = functools.partial(rounds, library, share, options.context_sequences)
+            results.once(f"{seed}/{share}", found)
     for name, found in results.figures.items():
         print(name, _cells(found.values()), [f"predicted {row['predicted']:.4f}" for row in found.values()])
 
 
-def rounds(library: Library, share: float) -> dict[str, dict[str, float]]:
+def rounds(library: Library, share: float, sequences: int) -> dict[str, dict[str, float]]:
     """What each search finds: the first with scores of changes to the teacher, the others to what was found before."""
-    scores, paid = library.mean("kl"), 0.0
+    scores, paid = library.mean("kl", sequences), 0.0
     picks, predicted = [], []
-    for _ in range(3):
+    for left in reversed(range(3)):
         problem = library.problem(scores, share)
         picks.append(mip.solve([problem], {}).solutions[0].items)
         predicted.append(paid + float(problem.objective_of(picks[-1])))
-        scores, paid = on_top(library, picks[-1])
+        if left:
+            scores, paid = on_top(library, picks[-1], sequences)
     truth = dict(zip(dict.fromkeys(picks), library.truth(list(dict.fromkeys(picks)), "report", 128), strict=True))
     return {
         str(place): {**against(truth, chosen, picks[0]), "predicted": predicted[place]}
@@ -319,11 +322,11 @@ def rounds(library: Library, share: float) -> dict[str, dict[str, float]]:
     }
 
 
-def on_top(library: Library, chosen: Sequence[str]) -> tuple[dict[str, float], float]:
+def on_top(library: Library, chosen: Sequence[str], sequences: int) -> tuple[dict[str, float], float]:
     """By item, what putting it into the architecture changes; and what the architecture itself costs."""
     in_place = tuple(item for item in library.items if item.id in set(chosen))
     base = Base(library.base.teacher, library.base.read_weights, in_place)
-    batches = sequences_of(library.run, "score", SEQUENCES)
+    batches = sequences_of(library.run, "score", sequences)
     scorer = Scorer(base, batches, finals_of(library.base, batches), 16)
     own = float(scorer.base_values()["kl"].mean())
     touched = {item.sites for item in in_place}
@@ -349,6 +352,7 @@ def main() -> None:
     parser.add_argument("what", choices=["cheap", "objectives", "additivity", "context"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bld-tokens", type=int, default=131072)
+    parser.add_argument("--context-sequences", type=int, default=16, help="of the split that scores are taken on")
     parser.add_argument("--architectures", type=int, default=120)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-library")
     parser.add_argument("--output", type=Path)
