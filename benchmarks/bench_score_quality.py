@@ -30,7 +30,7 @@ from demo_runs import Results, make_library, problem_of
 
 from puzzle.blocks.stream import Stream
 from puzzle.run import Run
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.design import singles
 from puzzle.scoring.draws import draw
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
@@ -55,7 +55,7 @@ class Library:
     """One run's library, and its exact scores by item and metric: (sequences,)."""
 
     run: Run
-    base: Base
+    context: ScoringContext
     items: tuple[Item, ...]
     exact: Mapping[str, Values]
 
@@ -70,9 +70,9 @@ class Library:
             until="distill",
         )
         teacher = streamed_teacher(run, torch.float32, held=True)
-        base = Base(teacher, functools.cache(functools.partial(item_weights, run)))
+        context = ScoringContext(teacher, functools.cache(functools.partial(item_weights, run)))
         items = tuple(item for item in run.items if not is_teacher(item))
-        return cls(run, base, items, scored(scorer_of(run, base, "score", SEQUENCES), items))
+        return cls(run, context, items, scored(scorer_of(run, context, "score", SEQUENCES), items))
 
     def mean(self, metric: str, sequences: int = SEQUENCES) -> dict[str, float]:
         return {name: float(values[metric][:sequences].mean()) for name, values in self.exact.items()}
@@ -84,7 +84,7 @@ class Library:
             Change(str(place), tuple(by_id[name] for name in chosen if name in by_id))
             for place, chosen in enumerate(architectures)
         ]
-        scorer = scorer_of(self.run, self.base, split, sequences)
+        scorer = scorer_of(self.run, self.context, split, sequences)
         groups = itertools.groupby(sorted(changes, key=lambda one: one.first_layer), lambda one: one.first_layer)
         found = {change.name: values for _, group in groups for change, values in scorer.scores(list(group))}
         return [found[change.name] for change in changes]
@@ -98,26 +98,26 @@ class Library:
         return mip.solve([self.problem(scores, share)], {}).solutions[0].items
 
 
-def scorer_of(run: Run, base: Base, split: str, sequences: int) -> Scorer:
+def scorer_of(run: Run, context: ScoringContext, split: str, sequences: int) -> Scorer:
     batches = sequences_of(run, split, sequences)
-    return Scorer(base, batches, finals_of(base, batches), 16)
+    return Scorer(context, batches, finals_of(context, batches), 16)
 
 
 def anchored_scores(library: Library, sequences: int) -> dict[str, float]:
     """KL(skip) times the local error."""
-    base, batches = library.base, sequences_of(library.run, "score", sequences)
-    stream, errors = Stream.of(base.teacher, batches, torch.float32), {}
-    for index in range(base.teacher.num_layers):
+    context, batches = library.context, sequences_of(library.run, "score", sequences)
+    stream, errors = Stream.of(context.teacher, batches, torch.float32), {}
+    for index in range(context.teacher.num_layers):
         here = [item for item in library.items if item.sites[0].layer == index]
-        errors |= local_errors(base, here, stream.passes(base.layer(index)))
-        stream.advance(base.layer(index))
+        errors |= local_errors(context, here, stream.passes(context.layer(index)))
+        stream.advance(context.layer(index))
     anchor = {item.id: library.exact[f"{item.sites[0]}.skip"]["kl"][:sequences] for item in library.items}
     return {item.id: float((anchor[item.id] * errors[item.id]).mean()) for item in library.items}
 
 
 def one_pass(library: Library, sequences: int, draws: int) -> dict[str, float]:
     by_layer = {layer: [one for one in library.items if one.sites[0].layer == layer] for layer in range(8)}
-    found = one_pass_scores(library.base, by_layer, sequences_of(library.run, "score", sequences), draws, 0)
+    found = one_pass_scores(library.context, by_layer, sequences_of(library.run, "score", sequences), draws, 0)
     return {name: float(values.mean()) for name, values in found.items()}
 
 
@@ -264,7 +264,7 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     layers = [by_layer(library, one.items) for one in draws]
     wanted = sorted({pair for of in layers for pair in of}, key=lambda pair: pair[0].sites[0].layer)
     changes = [Change(name_of(pair), pair) for pair in wanted]
-    scorer = scorer_of(library.run, library.base, "score", SEQUENCES)
+    scorer = scorer_of(library.run, library.context, "score", SEQUENCES)
     groups = itertools.groupby(changes, lambda change: change.first_layer)
     pairs = {change.name: float(v["kl"].mean()) for _, group in groups for change, v in scorer.scores(list(group))}
     as_items = [
@@ -325,10 +325,10 @@ def rounds(library: Library, share: float, sequences: int) -> dict[str, dict[str
 def on_top(library: Library, chosen: Sequence[str], sequences: int) -> tuple[dict[str, float], float]:
     """By item, what putting it into the architecture changes; and what the architecture itself costs."""
     in_place = tuple(item for item in library.items if item.id in set(chosen))
-    base = Base(library.base.teacher, library.base.read_weights, in_place)
+    context = ScoringContext(library.context.teacher, library.context.read_weights, in_place)
     batches = sequences_of(library.run, "score", sequences)
-    scorer = Scorer(base, batches, finals_of(library.base, batches), 16)
-    own = float(scorer.base_values()["kl"].mean())
+    scorer = Scorer(context, batches, finals_of(library.context, batches), 16)
+    own = float(scorer.context_values()["kl"].mean())
     touched = {item.sites for item in in_place}
     others = [
         item for item in library.run.items if item not in in_place and (item.sites in touched or not is_teacher(item))

@@ -1,8 +1,8 @@
 """One-pass scores: what a change costs to second order, from a forward and a few backward passes of the teacher.
 
 Near the teacher KL is quadratic in what changes, ``KL = 1/2 delta' F delta``, delta what a site adds beyond what the
-base's does, F the Fisher information of the output distribution. With labels y drawn from the model's own predictions
-and g the gradient of ``sum_t log p(y_t)`` with respect to what the site adds,
+context's does, F the Fisher information of the output distribution. With labels y drawn from the model's own
+predictions and g the gradient of ``sum_t log p(y_t)`` with respect to what the site adds,
 
     v = sum over tokens of g . delta,      KL per token = 1/2 mean over draws of v^2 / T
 
@@ -25,7 +25,7 @@ from puzzle.data.batches import Batch
 from puzzle.memory_plan import LOGIT_TOKENS
 from puzzle.metrics import prediction_weights
 from puzzle.modeling import PuzzleDecoderLayer
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.teacher import Context, Teacher, attention_delta
 from puzzle.types import Item, Part
 
@@ -33,7 +33,7 @@ SATURATED_NATS = 0.3  # from here on the quadratic term is off by more than its 
 
 
 def one_pass_scores(
-    base: Base,
+    context: ScoringContext,
     items_of_layer: Mapping[int, Sequence[Item]],
     batches: Sequence[Batch],
     draws: int,
@@ -46,14 +46,14 @@ def one_pass_scores(
     The labels depend on ``seed`` and the batch's place alone, of which ``first`` is that of the first one.
     ``on_layer`` is called when a layer is done.
     """
-    teacher = base.teacher
+    teacher = context.teacher
     stream = Stream.of(teacher, batches, torch.float32)
     lowest = min(items_of_layer)
     inputs: list[list[Tensor]] = []
     for index in range(teacher.num_layers):
         if index >= lowest:
             inputs.append([stream.hidden(place).cpu() for place in range(len(batches))])
-        stream.advance(base.layer(index))
+        stream.advance(context.layer(index))
     seeds = (1_000_003 * seed + first + place for place in range(len(batches)))
     gradients = [
         _at_output(teacher, stream.hidden(place), batch, draws, own).cpu()
@@ -61,8 +61,8 @@ def one_pass_scores(
     ]
     found: dict[str, list[Tensor]] = {item.id: [] for items in items_of_layer.values() for item in items}
     for index in reversed(range(lowest, teacher.num_layers)):
-        layer, items = base.layer(index), items_of_layer.get(index, [])
-        own = {item.id: base.layer(index, [item]) for item in items}
+        layer, items = context.layer(index), items_of_layer.get(index, [])
+        own = {item.id: context.layer(index, [item]) for item in items}
         before = inputs.pop()
         for place, batch in enumerate(batches):
             start, at_output = before[place].to(teacher.device), gradients[place].to(teacher.device)
