@@ -116,7 +116,7 @@ def anchored_scores(library: Library, sequences: int) -> dict[str, float]:
 
 
 def one_pass(library: Library, sequences: int, draws: int) -> dict[str, float]:
-    by_layer = {layer: [one for one in library.items if one.sites[0].layer == layer] for layer in range(8)}
+    by_layer = [[one for one in library.items if one.sites[0].layer == layer] for layer in range(8)]
     found = one_pass_scores(library.context, by_layer, sequences_of(library.run, "score", sequences), draws, 0)
     return {name: float(values.mean()) for name, values in found.items()}
 

@@ -191,7 +191,7 @@ def times_of(
 ) -> dict[str, float]:
     finals, draws = finals_of(context, batches), num_draws(sum(len(batch.ids) for batch in batches))
     groups = itertools.groupby(items, lambda item: item.sites[0].layer)
-    by_layer = {layer: list(group) for layer, group in groups}
+    by_layer = [list(group) for _, group in groups]
 
     def timed(score: Callable[[], Any]) -> float:
         def whole() -> None:

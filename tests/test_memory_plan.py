@@ -16,6 +16,7 @@ from puzzle.memory_plan import (
     check_init,
     init_bytes,
     plan_bld,
+    plan_one_pass,
     plan_scores,
 )
 from puzzle.space import SearchSpace
@@ -117,6 +118,36 @@ def test_scoring_shares_what_is_left_over_among_changes() -> None:
     assert tight.together == 1 and 1 <= tight.chunk < 64
     with pytest.raises(ConfigError, match="score: one change on one batch needs .* raise memory_budget_gib"):
         plan_scores(LLAMA_70B, sequences, Machine(8 * GIB, 200 * GIB, 1e12, False))
+
+
+def test_one_pass_plans_the_device_and_the_host() -> None:
+    """What enters each layer is the host's, the variants of a layer and one batch's gradients are the device's."""
+    sequences = Batches(8, 8 * 2048, 2)
+    sizes = [params(spec, LLAMA_70B) for spec in sorted(variants_of_a_layer(LLAMA_70B), key=str)]
+    roomy = plan_one_pass(LLAMA_70B, sequences, 4, Machine(400e9, 2000 * GIB, 0, shared=False))
+    assert roomy.chunk == 8 and roomy.groups(sizes) == [range(len(sizes))]
+    assert plan_one_pass(LLAMA_70B, sequences, 4, Machine(400e9, 200 * GIB, 0, shared=False)).chunk == 2
+    tight = plan_one_pass(LLAMA_70B, sequences, 4, Machine(45e9, 2000 * GIB, 0, shared=False))
+    groups = tight.groups(sizes)
+    assert len(groups) > 1 and [place for group in groups for place in group] == list(range(len(sizes)))
+    assert all(4 * sum(sizes[place] for place in group) <= tight.variant_bytes for group in groups)
+    assert max(sizes) <= tight.variant_bytes < 45e9 - activation_bytes(LLAMA_70B, sequences.tokens)
+    with pytest.raises(ConfigError, match="score: one variant on one batch needs .* raise memory_budget_gib"):
+        plan_one_pass(LLAMA_70B, sequences, 4, Machine(20e9, 2000 * GIB, 0, shared=False))
+    with pytest.raises(ConfigError, match="score: one batch needs .* of the host's memory .* lower data"):
+        plan_one_pass(LLAMA_70B, sequences, 4, Machine(400e9, 20 * GIB, 0, shared=False))
+
+
+def test_one_pass_on_a_cpu_shares_one_budget() -> None:
+    small = ModelShape("llama", 16, 1024, 16, 8, 64, 4096, 32000, 8192, tied_embeddings=False)
+    sequences = Batches(32, 2048, 4)
+    a_batch = 4 * 2048 * 1024 * (16 + 1 + 4)  # as it is kept between the layers
+    for gib in (1.6, 2.0, 4.0, 32.0):
+        found = plan_one_pass(small, sequences, 4, Machine(gib * GIB, 0, 0, shared=True))
+        assert found.variant_bytes + found.chunk * a_batch < gib * GIB
+    assert found.chunk == 32
+    least = plan_one_pass(small, sequences, 4, Machine(1.6 * GIB, 0, 0, shared=True))
+    assert 1 <= least.chunk < 32 and least.variant_bytes > 0
 
 
 def variants_of_a_layer(shape: ModelShape) -> set[Spec]:

@@ -12,13 +12,15 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from puzzle.memory_plan import MOST_DRAWS
+
 SURE = 2.0  # standard errors
 RELATIVE_ERROR = 0.1  # of a one-pass score, that the draws are to reach
 
 
 def num_draws(num_sequences: int) -> int:
     """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16."""
-    return max(1, min(16, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
+    return max(1, min(MOST_DRAWS, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
 
 
 def rounds(first: int, available: int) -> Iterator[range]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from puzzle import artifacts
+from puzzle.data.batches import Batch
 from puzzle.memory_plan import Batches, plan_one_pass, plan_scores
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
@@ -26,7 +27,7 @@ from puzzle.scoring.sampling import num_draws, rounds, undecided
 from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
 from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, Item, Score, to_json
-from puzzle.variants import has_weights, is_teacher
+from puzzle.variants import has_weights, is_teacher, params
 
 
 def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -82,9 +83,8 @@ class ScoreJob:
     def __init__(self, run: Run) -> None:
         self._run, settings, compute = run, run.config.score, compute_of(run)
         first = sequences_of(run, "score", settings.sequences)
-        self._plan = plan_scores(
-            run.shape, Batches(len(first), first[0].ids.numel(), compute.dtype.itemsize), machine_of(run)
-        )
+        self._machine = machine_of(run)
+        self._plan = plan_scores(run.shape, self._sizes_of(first), self._machine)
         teacher = streamed_teacher(run, compute.dtype, self._plan.hold_teacher)
         self._context = ScoringContext(teacher, functools.partial(item_weights, run), run.context)
         self._tasks = {name: _task(name, where) for name, where in settings.tasks.items()}
@@ -94,6 +94,9 @@ class ScoreJob:
         self._context_values: list[Values] = []
         if self._context.items:
             self._scorer(0)  # what the context itself comes to is part of every unit
+
+    def _sizes_of(self, batches: Sequence[Batch]) -> Batches:
+        return Batches(len(batches), batches[0].ids.numel(), compute_of(self._run).dtype.itemsize)
 
     def _scorer(self, index: int) -> Scorer:
         """That of one round, made when first needed."""
@@ -172,16 +175,18 @@ class ScoreJob:
         run = self._run
         batches = sequences_of(run, "score", sequences.stop, sequences.start)
         draws = num_draws(run.config.score.sequences)
-        chunk = plan_one_pass(run.shape, Batches(len(batches), batches[0].ids.numel(), 4), draws, machine_of(run))
-        by_layer: dict[int, list[Item]] = {}
-        for item in items:
-            by_layer.setdefault(item.sites[0].layer, []).append(item)
+        plan = plan_one_pass(run.shape, self._sizes_of(batches), draws, self._machine)
+        groups: list[list[Item]] = []
+        for _, at in itertools.groupby(sorted(items, key=_layer), _layer):
+            here = list(at)
+            sizes = [sum(params(spec, run.shape) for spec in item.specs) for item in here]
+            groups += [[here[place] for place in group] for group in plan.groups(sizes)]
         parts: dict[str, list[Tensor]] = {item.id: [] for item in items}
-        starts = range(0, len(batches), chunk)
+        starts = range(0, len(batches), plan.chunk)
         done = functools.partial(advance, share / len(starts) / run.shape.num_layers)
         for start in starts:
-            part, first = batches[start : start + chunk], sequences.start + start
-            for name, kl in one_pass_scores(self._context, by_layer, part, draws, run.config.seed, first, done).items():
+            part, first = batches[start : start + plan.chunk], sequences.start + start
+            for name, kl in one_pass_scores(self._context, groups, part, draws, run.config.seed, first, done).items():
                 parts[name].append(kl)
         return {name: torch.cat(of) for name, of in parts.items()}
 
@@ -245,6 +250,10 @@ class ScoreJob:
 
 def _layers(item: Item) -> set[int]:
     return {site.layer for site in item.sites}
+
+
+def _layer(item: Item) -> int:
+    return item.sites[0].layer
 
 
 def _changes(items: Sequence[Item]) -> list[Change]:

@@ -10,7 +10,7 @@ import pytest
 
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
-from puzzle.memory_plan import ScorePlan
+from puzzle.memory_plan import OnePassPlan, ScorePlan
 from puzzle.report import additivity
 from puzzle.run import Run
 from puzzle.scoring.interactions import InteractionModel
@@ -170,14 +170,17 @@ def test_estimated_scores_and_what_decides_a_search_measured_again(copy: Project
             assert measured.score(item_id, "kl") == exact.score(item_id, "kl")
 
 
-def test_how_many_batches_a_pass_takes_changes_no_bit(copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_batches_and_variants_a_pass_takes_changes_no_bit(
+    copy: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from puzzle.stages import common, score
 
     monkeypatch.setattr(common, "BATCH_SEQUENCES", 1)
     settings = [str(copy.config), "--set", "score.mode=one-pass", "--redo"]
     found = []
-    for chunk in (1, 3, 4):
-        monkeypatch.setattr(score, "plan_one_pass", lambda *_, chunk=chunk: chunk)
+    for chunk, variant_bytes in ((1, 0.0), (3, 10_000.0), (4, 1e9)):
+        plan = OnePassPlan(chunk, variant_bytes)
+        monkeypatch.setattr(score, "plan_one_pass", lambda *_, plan=plan: plan)
         assert main(["--debug", "score", *settings]) == 0
         found.append(scores(copy.run / "scores"))
     assert found[0] == found[1] == found[2]

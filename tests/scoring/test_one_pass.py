@@ -19,6 +19,7 @@ from tests.scoring.test_exact import read_weights
 
 WIDE, WHOLE = FfnSpec("narrow", intermediate_size=96), AttentionSpec("gqa", num_kv_heads=4)
 SMALL = [site_item(Site(1, "attention"), WHOLE), site_item(Site(2, "ffn"), WIDE), layer_item(1, WHOLE, WIDE)]
+TOGETHER = [[SMALL[0], SMALL[2]], [SMALL[1]]]
 
 
 def nearly(teacher: Teacher, item: Item, off: float = 0.01) -> dict[str, torch.Tensor]:
@@ -42,8 +43,7 @@ def batches() -> list[Batch]:
 
 
 def estimates(context: ScoringContext, batches: list[Batch], draws: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    by_layer = {index: [item for item in SMALL if item.sites[0].layer == index] for index in range(4)}
-    return one_pass_scores(context, by_layer, batches, draws, seed)
+    return one_pass_scores(context, TOGETHER, batches, draws, seed)
 
 
 def test_small_changes_cost_what_they_cost(context: ScoringContext, batches: list[Batch]) -> None:
@@ -61,7 +61,7 @@ def test_small_changes_cost_what_they_cost(context: ScoringContext, batches: lis
 def test_what_is_there_costs_nothing(teacher: Teacher, batches: list[Batch]) -> None:
     context = ScoringContext(teacher, lambda item: {})
     keep = site_item(Site(2, "ffn"), FfnSpec("keep"))
-    assert one_pass_scores(context, {2: [keep]}, batches, 2, 0)[keep.id].abs().max() < 1e-12
+    assert one_pass_scores(context, [[keep]], batches, 2, 0)[keep.id].abs().max() < 1e-12
 
 
 def test_gradients_are_those_of_the_whole_layer(teacher: Teacher, batches: list[Batch]) -> None:
@@ -93,12 +93,20 @@ def test_what_a_change_is_multiplied_with(teacher: Teacher, batches: list[Batch]
 
 def test_labels_depend_on_the_batch_alone(context: ScoringContext, batches: list[Batch]) -> None:
     together = estimates(context, batches, 2)
-    by_layer = {index: [item for item in SMALL if item.sites[0].layer == index] for index in range(4)}
-    apart = [one_pass_scores(context, by_layer, [batch], 2, 0, first) for first, batch in enumerate(batches)]
+    apart = [one_pass_scores(context, TOGETHER, [batch], 2, 0, first) for first, batch in enumerate(batches)]
     for item in SMALL:
         assert torch.equal(torch.cat([part[item.id] for part in apart]), together[item.id])
     other = estimates(context, batches, 2, seed=1)
     assert not torch.equal(other[SMALL[0].id], together[SMALL[0].id])
+
+
+def test_which_variants_are_held_together_changes_no_bit(context: ScoringContext, batches: list[Batch]) -> None:
+    more = [site_item(Site(1, "ffn"), WIDE), site_item(Site(3, "ffn"), WIDE), *SMALL]
+    layers = [[item for item in more if item.sites[0].layer == layer] for layer in (1, 2, 3)]
+    together = one_pass_scores(context, layers, batches, 2, 0)
+    apart = one_pass_scores(context, [[item] for item in reversed(more)], batches, 2, 0)
+    assert apart.keys() == together.keys() == {item.id for item in more}
+    assert all(torch.equal(apart[name], kl) for name, kl in together.items())
 
 
 @pytest.mark.gpu
