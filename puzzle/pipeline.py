@@ -44,7 +44,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation", True),
     Stage("score", ("distill",), Run.plan_score, "score the variants, each alone in the teacher", True),
     Stage("profile", (), Run.plan_profile, "measure what every block shape costs on this device"),
-    Stage("rescore", ("score", "profile"), Run.plan_rescore, "measure exactly what decides the search"),
+    Stage("rescore", ("score", "profile"), Run.plan_rescore, "measure exactly what decides the search", True),
     Stage("search", ("score", "profile", "rescore"), Run.plan_search, "find the best architecture that fits"),
     Stage("build", ("search", "distill"), Run.plan_build, "put the student together"),
     Stage("kd", ("build",), Run.plan_kd, "distil the student globally"),
