@@ -1,11 +1,13 @@
 """What scores are worth: the architectures they pick, and when sums lie. On BLD-trained libraries of the demo teacher.
 
-    python benchmarks/bench_score_quality.py cheap | objectives | additivity | context
+    python benchmarks/bench_score_quality.py cheap | draws | objectives | additivity | context
 
 ``cheap``: exact, anchored and one-pass scores: rank, scale, and the true KL of what a search picks at three budgets,
-against what they cost. ``objectives``: KL, CE and the distance of hidden states as the score (REFERENCE.md, claim 5).
-``additivity``: sums of scores, of scores of both parts of a layer together, and models of the difference, against the
-truth; trained and untrained variants. ``context``: search, score changes to what was found, search again, twice.
+against what they cost. ``draws``: the error that labels make in one-pass scores, measured, against what it is taken for
+before (sampling.num_draws), and what more draws bring. ``objectives``: KL, CE and the distance of hidden states as the
+score (REFERENCE.md, claim 5). ``additivity``: sums of scores, of scores of both parts of a layer together, and models
+of the difference, against the truth; trained and untrained variants. ``context``: search, score changes to what was
+found, search again, twice.
 
 Costs are in forwards of the whole teacher over one sequence; figures are on ``report``, which nothing was chosen on.
 """
@@ -36,6 +38,7 @@ from puzzle.scoring.draws import draw
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
 from puzzle.scoring.interactions import KINDS, Evaluation, best_of, cross_validated, spearman
 from puzzle.scoring.one_pass import one_pass_scores
+from puzzle.scoring.sampling import RELATIVE_ERROR
 from puzzle.search import mip
 from puzzle.search.problem import Problem
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
@@ -46,6 +49,7 @@ from puzzle.variants import is_teacher, params
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.85, 0.65, 0.45)
 DRAWS, SEQUENCES, FEW = 4, 32, 8
+MANY_DRAWS, FIRST_DRAWS, DRAW_SEQUENCES = 16, 4, 16
 CLOSE = math.log(1.3)
 OBJECTIVES = ("kl", "ce_delta", "hidden_distance")
 
@@ -222,6 +226,52 @@ def agreement(exact: Mapping[str, float], scores: Mapping[str, float], library: 
     }
 
 
+def draws(options: argparse.Namespace) -> None:
+    results = Results(options.output or RESULTS / "scores_draws.json", {"bld_tokens": options.bld_tokens})
+    if not results.figures:
+        library = Library.of(options, 0)
+        columns = {item.id: [] for item in library.items}
+        for seed in range(MANY_DRAWS):
+            by_layer = [[one for one in library.items if one.sites[0].layer == layer] for layer in range(8)]
+            batches = sequences_of(library.run, "score", DRAW_SEQUENCES)
+            for name, kl in one_pass_scores(library.context, by_layer, batches, 1, seed).items():
+                columns[name].append(kl)
+        found = {name: torch.stack(of) for name, of in columns.items()}  # (draws, sequences)
+        results.once("errors", lambda: of_draws(found))
+        exact = library.mean("kl", DRAW_SEQUENCES)
+        for count in (1, 2, 4, 8, MANY_DRAWS):
+            parts = range(0, MANY_DRAWS, count)
+            each = [
+                agreement(exact, {name: float(of[part : part + count].mean()) for name, of in found.items()}, library)
+                for part in parts
+            ]
+            means = {key: statistics.fmean(one[key] for one in each) for key in each[0]}
+            results.once(f"{count} draws", lambda means=means: means)
+    for name, row in results.figures.items():
+        print(f"{name:<10}", {key: round(value, 4) for key, value in row.items()})
+
+
+def of_draws(found: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Over items: a draw's variance over a squared normal's, the error of a score, and draws that bring it to 10 %."""
+    kurtosis, error, wanted, few = [], [], [], []
+    for values in found.values():
+        variance, mean = values.var(0), values.mean(0)
+        kurtosis.append(float(variance.sum() / (2 * (mean**2 - variance / len(values)).sum())))
+        error.append(float(variance.sum().sqrt() / mean.sum()))  # of one draw on each sequence
+        wanted.append(error[-1] ** 2 / RELATIVE_ERROR**2)
+        starts = range(0, len(values), FIRST_DRAWS)
+        parts = [values[start : start + FIRST_DRAWS] for start in starts]
+        few += [float(of.var(0).sum() / of.mean(0).sum() ** 2) / RELATIVE_ERROR**2 for of in parts]
+    assumed = math.sqrt(2 / DRAW_SEQUENCES)
+    ways = {"variance_over_normal": kurtosis, "error_of_a_draw": error, "draws_wanted": wanted, "by_the_first": few}
+    quantiles = {
+        f"{way}_{place}": torch.tensor(of).quantile(place / 100).item()
+        for way, of in ways.items()
+        for place in (10, 50, 90)
+    }
+    return {"assumed_error": assumed, "assumed_draws": (assumed / RELATIVE_ERROR) ** 2, **quantiles}
+
+
 def objectives(options: argparse.Namespace) -> None:
     results = Results(options.output or RESULTS / "scores_objectives.json", {"bld_tokens": options.bld_tokens})
     counts = (4, FEW, SEQUENCES)
@@ -259,9 +309,9 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     """Cross-validated figures of every model, on single scores and on scores of both parts of a layer together."""
     sizes = {item.id: sum(params(spec, library.run.shape) for spec in item.specs) for item in library.run.items}
     scores = {item.id: 0.0 for item in library.run.items} | library.mean("kl")
-    draws = draw(library.run.items, scores, sizes, count)
-    truth = [values["kl"] for values in library.truth([one.items for one in draws], "score", SEQUENCES)]
-    layers = [by_layer(library, one.items) for one in draws]
+    drawn = draw(library.run.items, scores, sizes, count)
+    truth = [values["kl"] for values in library.truth([one.items for one in drawn], "score", SEQUENCES)]
+    layers = [by_layer(library, one.items) for one in drawn]
     wanted = sorted({pair for of in layers for pair in of}, key=lambda pair: pair[0].sites[0].layer)
     changes = [Change(name_of(pair), pair) for pair in wanted]
     scorer = scorer_of(library.run, library.context, "score", SEQUENCES)
@@ -270,7 +320,7 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     as_items = [
         Item(name_of(pair), tuple(one.sites[0] for one in pair), tuple(one.specs[0] for one in pair)) for pair in wanted
     ]
-    changed = [tuple(name for name in one.items if name in library.exact) for one in draws]
+    changed = [tuple(name for name in one.items if name in library.exact) for one in drawn]
     ways = {
         "singles": (singles(library.items, library.mean("kl")), changed),
         "pairs": (singles(as_items, pairs), [tuple(map(name_of, of)) for of in layers]),
@@ -280,7 +330,7 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     for (way, (parts, names)), (regime, chosen) in itertools.product(ways.items(), regimes.items()):
         known = [
             Evaluation(items, float(kl.mean()), float(kl.std() / math.sqrt(len(kl))))
-            for one, items, kl in zip(draws, names, truth, strict=True)
+            for one, items, kl in zip(drawn, names, truth, strict=True)
             if chosen(one) and len(items) > 1
         ]
         fits = [cross_validated(kind, known, parts) for kind in KINDS]
@@ -349,7 +399,7 @@ def name_of(pair: Sequence[Item]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cheap", "objectives", "additivity", "context"])
+    parser.add_argument("what", choices=["cheap", "draws", "objectives", "additivity", "context"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bld-tokens", type=int, default=131072)
     parser.add_argument("--context-sequences", type=int, default=16, help="of the split that scores are taken on")
@@ -357,7 +407,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-library")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    commands: dict[str, Any] = {"cheap": cheap, "objectives": objectives, "additivity": additivity, "context": context}
+    commands: dict[str, Any] = {
+        "cheap": cheap, "draws": draws, "objectives": objectives, "additivity": additivity, "context": context,
+    }  # fmt: skip
     commands[options.what](options)
 
 
