@@ -46,13 +46,24 @@ def undecided(scores: Mapping[str, Sequence[float]], until_se: float) -> list[tu
     ]
 
 
+def may_reach(values: Sequence[float], limit: float) -> bool:
+    """Whether the mean that a score's values per sequence stand for may be ``limit`` or more; so too for no numbers."""
+    mean, error = _mean_and_error(values)
+    return not mean + SURE * error < limit
+
+
 def _open(differences: Sequence[float], until_se: float) -> bool:
-    count = len(differences)
-    if count < 2:
-        return True
-    mean = math.fsum(differences) / count
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
+    mean, error = _mean_and_error(differences)
     return error > until_se and abs(mean) < SURE * error
 
 
-__all__ = ["num_draws", "rounds", "undecided"]
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Of a single value the error is unknown: infinite."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.inf
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+__all__ = ["may_reach", "num_draws", "rounds", "undecided"]

@@ -23,7 +23,7 @@ from puzzle.run import Planned, Run
 from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
 from puzzle.scoring.one_pass import SATURATED_NATS, one_pass_scores
-from puzzle.scoring.sampling import num_draws, rounds, undecided
+from puzzle.scoring.sampling import may_reach, num_draws, rounds, undecided
 from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
 from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, Item, Score, to_json
@@ -69,8 +69,8 @@ class Measured:
 
     @property
     def trusted(self) -> bool:
-        """Whether an estimate lies where the second order is enough; not so where it is no number."""
-        return self.method == "exact" or bool(self.values["kl"].mean() < SATURATED_NATS)
+        """Whether an estimate lies, for sure, where the second order is enough; not so where it is no number."""
+        return self.method == "exact" or not may_reach(self.values["kl"].tolist(), SATURATED_NATS)
 
     def joined(self, more: Values) -> Measured:
         values = {metric: torch.cat([column, more[metric]]) for metric, column in self.values.items()}
