@@ -8,7 +8,8 @@ the number of layers, so the need is that of a layer:
     bytes = layer + Σ_units 26 · params + activations(batch) + [residual: batches · B · T · D · bytes of the dtype]
 
 Scoring holds the teacher, or one layer of it, the head with one chunk of logits, and for every change under way its
-own layer and its residual streams in fp32; in the host's memory two streams more, the context's and the teacher's last:
+own layer and its residual streams in fp32; in the host's memory, or in files, two streams more for all sequences that
+may come to be asked for, the context's and the teacher's last:
 
     bytes = (teacher | layer) + 4 · V · D + 16 · min(1024, B · T) · V + changes · 4 · (params + batches · B · T · D)
 
@@ -112,23 +113,31 @@ def plan_bld(
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """``together`` changes are under way at once, on ``chunk`` batches at a time."""
+    """``together`` changes are under way at once, on ``chunk`` batches at a time.
+
+    What changes begin from is in memory for the first ``in_memory`` batches, in files for those of further rounds.
+    """
 
     hold_teacher: bool
     together: int
     chunk: int
+    in_memory: int
 
 
-def plan_scores(shape: ModelShape, batches: Batches, machine: Machine) -> ScorePlan:
-    """The most changes at once that fit, up to 16. ConfigError where not even one does, with one batch at a time."""
-    hold = _holds_teacher(shape, batches, machine)
+def plan_scores(shape: ModelShape, batches: Batches, machine: Machine, most: int) -> ScorePlan:
+    """The most changes at once that fit, up to 16. ConfigError where not even one does, with one batch at a time.
+
+    ``batches`` are those that scores begin with, ``most`` how many there are if all further rounds are asked for.
+    """
     one_batch = 4.0 * batches.tokens * shape.hidden_size
-    fixed = _standing_bytes(shape, batches, hold) + 16.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size
-    fixed += 2 * one_batch * batches.count if machine.shared else 0.0
+    in_memory = _batches_in_memory(one_batch, most, machine)
+    kept = 2 * one_batch * in_memory if machine.shared else 0.0
+    hold = _holds_teacher(shape, batches, machine, kept)
+    fixed = _standing_bytes(shape, batches, hold) + 16.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size + kept
     room, own = machine.budget_bytes - fixed, 4.0 * _largest_layer(shape)
     together = int(min(MOST_TOGETHER, room // (own + one_batch * batches.count)))
     if together >= 1:
-        return ScorePlan(hold, together, batches.count)
+        return ScorePlan(hold, together, batches.count, in_memory)
     chunk = int((room - own) // one_batch)
     if chunk < 1:
         raise ConfigError(
@@ -136,7 +145,21 @@ def plan_scores(shape: ModelShape, batches: Batches, machine: Machine) -> ScoreP
             f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, "
             "or lower score.sequences or data.sequence_tokens"
         )
-    return ScorePlan(hold, 1, chunk)
+    return ScorePlan(hold, 1, chunk, in_memory)
+
+
+def _batches_in_memory(one_batch: float, most: int, machine: Machine) -> int:
+    """Of how many batches two streams take up to half of the room; ConfigError where files have none for the rest."""
+    room = RESIDUAL_SHARE * (machine.budget_bytes if machine.shared else machine.host_bytes)
+    in_memory = int(min(most, room // (2 * one_batch)))
+    on_disk = 2 * one_batch * (most - in_memory)
+    if on_disk > RESIDUAL_SHARE * machine.disk_bytes:
+        raise ConfigError(
+            f"score: the streams of {most} batches take {2 * one_batch * most / GIB:.2f} GiB, of which memory has room "
+            f"for {room / GIB:.2f} GiB and the disk for {RESIDUAL_SHARE * machine.disk_bytes / GIB:.2f} GiB; lower "
+            "score.sequences, or leave out score.until_se, with which all sequences of the split may be asked for"
+        )
+    return in_memory
 
 
 def check_init(shape: ModelShape, specs: Mapping[int, Collection[Spec]], batches: Batches, machine: Machine) -> None:
@@ -204,13 +227,13 @@ class OnePassPlan:
         return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(num_params)], strict=True)]
 
 
-def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Machine) -> OnePassPlan:
+def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Machine, hold_teacher: bool) -> OnePassPlan:
     """The most batches a pass, up to half of the host's room, and then the most variants of a layer at once.
 
     ConfigError where not even one of either fits.
     """
     one_batch, own = 4.0 * batches.tokens * shape.hidden_size, 4.0 * _largest_layer(shape)
-    fixed = _standing_bytes(shape, batches, _holds_teacher(shape, batches, machine)) + 4 * draws * one_batch
+    fixed = _standing_bytes(shape, batches, hold_teacher) + 4 * draws * one_batch
     fixed += 20.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size
     held = one_batch * (shape.num_layers + 1 + draws)
     least = fixed + own + (held if machine.shared else 0.0)
@@ -232,11 +255,11 @@ def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Mach
     return OnePassPlan(int(min(batches.count, room // held)), machine.budget_bytes - fixed)
 
 
-def _holds_teacher(shape: ModelShape, batches: Batches, machine: Machine) -> bool:
+def _holds_teacher(shape: ModelShape, batches: Batches, machine: Machine, kept: float) -> bool:
     """Whether scoring keeps all layers: where they fit in half of the budget, and one change beside them."""
     teacher = batches.dtype_bytes * _largest_layer(shape) * shape.num_layers
     one_batch = 4.0 * batches.tokens * shape.hidden_size
-    exact = one_batch * (1 + (2 * batches.count if machine.shared else 0))
+    exact = one_batch + kept
     one_pass = one_batch * (4 * MOST_DRAWS + (shape.num_layers + 1 + MOST_DRAWS if machine.shared else 0))
     least = _standing_bytes(shape, batches, hold=True) + 4.0 * _largest_layer(shape) + max(exact, one_pass)
     least += 20.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size

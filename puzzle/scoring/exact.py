@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from puzzle.blocks.stream import Stream
+from puzzle.blocks.stream import InMemory, Store, Stream
 from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleDecoderLayer
@@ -56,12 +56,15 @@ class Change:
         return any(site.layer == layer and site.part == "attention" for item in self.items for site in item.sites)
 
 
-def finals_of(context: ScoringContext, batches: Sequence[Batch]) -> list[Tensor]:
-    """Per batch (B, T, D) after the final norm, in fp32 on the CPU."""
-    stream = Stream.of(context.teacher, batches, torch.float32)
+def finals_of(context: ScoringContext, batches: Sequence[Batch], store: Store | None = None) -> Store:
+    """Per batch (B, T, D) after the final norm, in fp32; in ``store``, or in memory."""
+    store = store or InMemory()
+    stream = Stream.of(context.teacher, batches, torch.float32, store)
     for index in range(context.teacher.num_layers):
         stream.advance(context.layer(index))
-    return [_final(context, stream.hidden(index)).cpu() for index in range(len(batches))]
+    for index in range(len(batches)):
+        store.write(index, _final(context, stream.hidden(index)))
+    return store
 
 
 @torch.no_grad()
@@ -73,27 +76,32 @@ def _final(context: ScoringContext, hidden: Tensor) -> Tensor:
 class Scorer:
     """Scores changes to ``context`` on ``batches``, in the order of the layers they begin at.
 
-    ``finals`` are the teacher's (:func:`finals_of`). At most ``together`` changes are under way at once, on ``chunk``
-    batches at a time (memory_plan.plan_scores); neither alters a result.
+    ``finals`` are the teacher's (:func:`finals_of`); the context's stream is kept in ``store``. At most ``together``
+    changes are under way at once, on ``chunk`` batches at a time (memory_plan.plan_scores); none of these alters a
+    result.
     """
 
     context: ScoringContext
     batches: Sequence[Batch]
-    finals: Sequence[Tensor]
+    finals: Store
     together: int = 8
     chunk: int = 1_000_000
     tasks: Mapping[str, Task] = field(default_factory=dict)
+    store: Store = field(default_factory=InMemory)
 
     def __post_init__(self) -> None:
         self._stream = self._started()
 
     def _started(self) -> Stream:
-        return Stream.of(self.context.teacher, self.batches, torch.float32)
+        return Stream.of(self.context.teacher, self.batches, torch.float32, self.store)
 
     def context_values(self) -> Values:
         """What the context itself comes to; nothing but zeros and full agreement where it is the teacher."""
-        finals = finals_of(self.context, self.batches)
-        each = [self._compare([final.to(self.context.teacher.device)], index)[0] for index, final in enumerate(finals)]
+        self._go_to(self.context.teacher.num_layers)
+        each = [
+            self._compare([_final(self.context, self._stream.hidden(index))], index)[0]
+            for index in range(len(self.batches))
+        ]
         return {metric: torch.cat([values[metric] for values in each]) for metric in each[0]}
 
     def scores(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Values]]:
@@ -161,7 +169,7 @@ class Scorer:
     def _compare(self, finals: Sequence[Tensor], index: int) -> list[Values]:
         """For each of ``finals``, values per sequence of batch ``index`` by metric."""
         batch, top = self.batches[index].to(self.context.teacher.device), self.context.teacher.top
-        reference = self.finals[index].to(self.context.teacher.device)
+        reference = self.finals.read(index).to(self.context.teacher.device)
         own = {name: task(reference, top.lm_head, batch) for name, task in self.tasks.items()}
         found = []
         for final, tokens in zip(finals, token_metrics(finals, reference, (top.lm_head,) * 2, batch), strict=True):

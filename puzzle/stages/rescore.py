@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -26,15 +27,16 @@ def make_rescore(run: Run, missing: Sequence[Planned], progress: Progress) -> No
     """
     (unit,) = missing
     ranks = Ranks.current()
-    make_job = functools.cache(lambda: ScoreJob(run))
     table, used = run.read_scores(), dict[str, Planned]()
-    while wanted := _agreed(run, ranks, _deciding(run, table)):
-        planned = {item.id: run.exact_unit(item) for item in wanted}
-        to_do = [item for item in wanted if not _is_there(planned[item.id])]
-        _measure(run, _own(run, ranks, _agreed(run, ranks, to_do)), make_job, progress)
-        ranks.wait(run.folder, "rescore")
-        used |= planned
-        table = table.replaced(read_scores(run.folder / "rescored", [f"{item_id}.json" for item_id in planned]))
+    with contextlib.ExitStack() as stack:
+        make_job = functools.cache(lambda: stack.enter_context(ScoreJob(run)))
+        while wanted := _agreed(run, ranks, _deciding(run, table)):
+            planned = {item.id: run.exact_unit(item) for item in wanted}
+            to_do = [item for item in wanted if not _is_there(planned[item.id])]
+            _measure(run, _own(run, ranks, _agreed(run, ranks, to_do)), make_job, progress)
+            ranks.wait(run.folder, "rescore")
+            used |= planned
+            table = table.replaced(read_scores(run.folder / "rescored", [f"{item_id}.json" for item_id in planned]))
     if ranks.first:
         contents = {item_id: artifacts.read_unit(used[item_id].path).content for item_id in sorted(used)}
         artifacts.publish_json(unit.path, unit.inputs, {"items": contents})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puzzle import artifacts
-from puzzle.data.batches import Batch
+from puzzle.blocks.stream import InMemory, OnDisk, Store
 from puzzle.memory_plan import Batches, plan_one_pass, plan_scores
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
@@ -24,7 +24,16 @@ from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
 from puzzle.scoring.one_pass import SATURATED_NATS, one_pass_scores
 from puzzle.scoring.sampling import may_reach, num_draws, rounds, undecided
-from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
+from puzzle.stages.common import (
+    batch_sizes,
+    compute_of,
+    item_weights,
+    machine_of,
+    num_batches,
+    sequences_of,
+    streamed_teacher,
+    tokens_of,
+)
 from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, Item, Score, to_json
 from puzzle.variants import has_weights, is_teacher, params
@@ -38,16 +47,16 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     pieces = shares({name: _cost(run, name) for name in names}, ranks.count, 1)[ranks.rank].pieces
     if not pieces:
         return
-    job = ScoreJob(run)
-    units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
-    known = job.estimates(units, progress.fraction) if run.estimated else {}
-    for _, group in itertools.groupby(units, lambda name: _first_layer(run, name)):
-        here = {name: units[name] for name in group}
-        found = job.scores(here, known, progress.fraction)
-        for name, items in here.items():
-            payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
-            artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
-            progress.done(name)
+    with ScoreJob(run) as job:
+        units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
+        known = job.estimates(units, progress.fraction) if run.estimated else {}
+        for _, group in itertools.groupby(units, lambda name: _first_layer(run, name)):
+            here = {name: units[name] for name in group}
+            found = job.scores(here, known, progress.fraction)
+            for name, items in here.items():
+                payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
+                artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
+                progress.done(name)
 
 
 def _first_layer(run: Run, name: str) -> int:
@@ -82,29 +91,48 @@ class ScoreJob:
 
     def __init__(self, run: Run) -> None:
         self._run, settings, compute = run, run.config.score, compute_of(run)
-        first = sequences_of(run, "score", settings.sequences)
+        most = settings.sequences if settings.until_se is None else tokens_of(run).num_sequences("score")
+        self._rounds = list(rounds(settings.sequences, most))
         self._machine = machine_of(run)
-        self._plan = plan_scores(run.shape, self._sizes_of(first), self._machine)
+        counts = [num_batches(len(sequences)) for sequences in self._rounds]
+        self._plan = plan_scores(run.shape, self._sizes(counts[0]), self._machine, sum(counts))
+        self._in_memory = [total <= self._plan.in_memory for total in itertools.accumulate(counts)]
         teacher = streamed_teacher(run, compute.dtype, self._plan.hold_teacher)
         self._context = ScoringContext(teacher, functools.partial(item_weights, run), run.context)
         self._tasks = {name: _task(name, where) for name, where in settings.tasks.items()}
-        most = settings.sequences if settings.until_se is None else tokens_of(run).num_sequences("score")
-        self._rounds = list(rounds(settings.sequences, most))
+        self._files: list[Path] = []
         self._scorers: list[Scorer] = []
         self._context_values: list[Values] = []
         if self._context.items:
             self._scorer(0)  # what the context itself comes to is part of every unit
 
-    def _sizes_of(self, batches: Sequence[Batch]) -> Batches:
-        return Batches(len(batches), batches[0].ids.numel(), compute_of(self._run).dtype.itemsize)
+    def __enter__(self) -> ScoreJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in self._files:
+            path.unlink(missing_ok=True)
+
+    def _sizes(self, count: int) -> Batches:
+        """Of ``count`` batches, each as large as the largest of any round."""
+        return batch_sizes(self._run, count, max(len(sequences) for sequences in self._rounds))
+
+    def _store(self, in_memory: bool) -> Store:
+        """Where one stream is kept; a file that a crash leaves is swept away with other half-written things."""
+        if in_memory:
+            return InMemory()
+        path = self._run.folder / f"{artifacts.ASIDE}score-{Ranks.current().rank}-{len(self._files)}"
+        self._files.append(path)
+        return OnDisk(path)
 
     def _scorer(self, index: int) -> Scorer:
         """That of one round, made when first needed."""
         while index >= len(self._scorers):
-            sequences = self._rounds[len(self._scorers)]
-            batches = sequences_of(self._run, "score", sequences.stop, sequences.start)
-            finals = finals_of(ScoringContext(self._context.teacher, self._context.read_weights), batches)
-            scorer = Scorer(self._context, batches, finals, self._plan.together, self._plan.chunk, self._tasks)
+            place, plan = len(self._scorers), self._plan
+            batches = sequences_of(self._run, "score", self._rounds[place].stop, self._rounds[place].start)
+            stores = [self._store(self._in_memory[place]) for _ in ("the teacher's last", "the context's stream")]
+            finals = finals_of(ScoringContext(self._context.teacher, self._context.read_weights), batches, stores[0])
+            scorer = Scorer(self._context, batches, finals, plan.together, plan.chunk, self._tasks, stores[1])
             self._scorers.append(scorer)
             self._context_values.append(scorer.context_values() if self._context.items else {})
         return self._scorers[index]
@@ -175,7 +203,7 @@ class ScoreJob:
         run = self._run
         batches = sequences_of(run, "score", sequences.stop, sequences.start)
         draws = num_draws(run.config.score.sequences)
-        plan = plan_one_pass(run.shape, self._sizes_of(batches), draws, self._machine)
+        plan = plan_one_pass(run.shape, self._sizes(len(batches)), draws, self._machine, self._plan.hold_teacher)
         groups: list[list[Item]] = []
         for _, at in itertools.groupby(sorted(items, key=_layer), _layer):
             here = list(at)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from puzzle.artifacts import read_unit
+from puzzle.blocks.stream import OnDisk
 from puzzle.cli import main
 from puzzle.memory_plan import OnePassPlan, ScorePlan
 from puzzle.report import additivity
@@ -37,17 +38,21 @@ def lengths(project: Project) -> dict[str, set[int]]:
     return {name: {len(score["per_sequence"]) for score in unit.payload["scores"]} for name, unit in units.items()}
 
 
-@pytest.mark.parametrize("plan", [ScorePlan(False, 1, 1), ScorePlan(True, 3, 3)])
+@pytest.mark.parametrize("plan", [ScorePlan(False, 1, 1, 0), ScorePlan(True, 3, 3, 2)])
 def test_how_much_may_be_held_changes_no_bit(copy: Project, plan: ScorePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     from puzzle.stages import common, score
 
     monkeypatch.setattr(common, "BATCH_SEQUENCES", 1)
-    settings = [str(copy.config), "--redo"]
+    settings = [str(copy.config), "--redo", "--set", "score={sequences: 2, until_se: 1e-9}"]
     assert main(["--debug", "score", *settings]) == 0
     before = scores(copy.run / "scores")
+    assert max(map(max, lengths(copy).values())) > 2
+    files = []
     monkeypatch.setattr(score, "plan_scores", lambda *_: plan)
+    monkeypatch.setattr(score, "OnDisk", lambda path: (files.append(path), OnDisk(path))[1])
     assert main(["--debug", "score", *settings]) == 0
     assert scores(copy.run / "scores") == before
+    assert len(files) >= 2 and not any(path.exists() for path in files)
 
 
 def test_the_budget_is_a_flag(copy: Project) -> None:

@@ -165,10 +165,10 @@ def test_a_task_of_the_users_own(context: ScoringContext, batches: list[Batch]) 
 
     scorer = Scorer(context, batches, finals_of(context, batches), tasks={"last": surprise_at_last})
     (found,) = measured(scorer, [Change("none", (run_item(0, 3),))]).values()
-    norm, head, teacher = context.teacher.top.model.norm, context.teacher.top.lm_head, finals_of(context, batches)
+    norm, head, finals = context.teacher.top.model.norm, context.teacher.top.lm_head, finals_of(context, batches)
     expected = [
-        surprise_at_last(norm(context.teacher.embed(one)), head, one) - surprise_at_last(final, head, one)
-        for one, final in zip(batches, teacher, strict=True)
+        surprise_at_last(norm(context.teacher.embed(one)), head, one) - surprise_at_last(finals.read(place), head, one)
+        for place, one in enumerate(batches)
     ]
     torch.testing.assert_close(found["last"].float(), torch.cat(expected))
 
