@@ -19,7 +19,11 @@ RELATIVE_ERROR = 0.1  # of a one-pass score, that the draws are to reach
 
 
 def num_draws(num_sequences: int) -> int:
-    """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16."""
+    """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16.
+
+    A draw's value is the square of a sum over many tokens, hence of a normal: its relative variance is 2. Measured, it
+    is (benchmarks/LOG.md), so a first pass could not tell more than the number of sequences does.
+    """
     return max(1, min(MOST_DRAWS, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
 
 
