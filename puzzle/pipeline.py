@@ -25,6 +25,7 @@ from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
     from puzzle.progress import Progress
+    from puzzle.search.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,12 @@ def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
     conflicts = run.space.conflicts()
     tables = run.read_scores(), run.read_costs()
     return search.search(run.shape, run.items, *tables, run.constraint_file, inputs, conflicts)
+
+
+def first_problem(run: Run) -> Problem:
+    """The search on the run's tables as a programme, at the workloads' first batch sizes."""
+    tables = run.read_scores(), run.read_costs()
+    return search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())[0]
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

@@ -130,6 +130,25 @@ def test_runs_of_layers_are_scored_and_chosen_as_one(copy: Project) -> None:
     (solution,) = Run.open(copy.config).solutions()
     assert solution.items == ("L000-L001.skip",)  # not its parts, whose sum may be less
     assert solution.objective_nats == pytest.approx(both.mean)
+    assert main(["--debug", "pareto", str(copy.config)]) == 0
+    smallest = (copy.run / "pareto" / "pareto.csv").read_text().splitlines()[1].split(",")
+    assert float(smallest[2]) == pytest.approx(both.mean)
+    assert (
+        main(
+            [
+                "--debug",
+                "shrink",
+                str(copy.config),
+                str(copy.folder / "pairs.yaml"),
+                "--within",
+                "10",
+                "--least-share",
+                "0",
+            ]
+        )
+        == 0
+    )
+    assert "runs: 2" in (copy.folder / "pairs.yaml").read_text()
 
 
 def test_a_task_of_the_users_own_is_scored(copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
