@@ -17,29 +17,29 @@ import torch
 from torch import Tensor
 
 from puzzle.modeling import PuzzleDecoderLayer
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.teacher import LayerPass, attention_delta
 from puzzle.types import Item, Part
 
 
 @torch.no_grad()
-def local_errors(base: Base, items: Sequence[Item], passes: Iterable[LayerPass]) -> dict[str, Tensor]:
+def local_errors(context: ScoringContext, items: Sequence[Item], passes: Iterable[LayerPass]) -> dict[str, Tensor]:
     """Per sequence (sequences,) fp64, the normalised error of each item; all are in the layer that ``passes`` are of.
 
-    0 for what the base has there, 1 for skip. The first token does not count (teacher.Context.weights).
+    0 for what the context has there, 1 for skip. The first token does not count (teacher.Context.weights).
     """
-    layers = {item.id: base.layer(item.sites[0].layer, [item]) for item in items}
+    layers = {item.id: context.layer(item.sites[0].layer, [item]) for item in items}
     parts = {item.id: {site.part for site in item.sites} for item in items}
     found: dict[str, list[Tensor]] = {item.id: [] for item in items}
     for one in passes:
-        with base.teacher.autocast():
+        with context.teacher.autocast():
             for name, layer in layers.items():
                 found[name].append(_error(layer, one, parts[name]).cpu().double())
     return {name: torch.cat(columns) for name, columns in found.items()}
 
 
 def _error(layer: PuzzleDecoderLayer, one: LayerPass, parts: set[Part]) -> Tensor:
-    """(B,): of what the layer's ``parts`` add, against what the base's do."""
+    """(B,): of what the layer's ``parts`` add, against what the context's do."""
     if parts == {"ffn"}:
         own, reference = layer.ffn_delta(one.middle), one.after - one.middle
     elif parts == {"attention"}:

@@ -1,7 +1,7 @@
 """How well predicted times come true on whole models that nothing was fitted to.
 
-Builds a teacher with random weights (50M parameters by default; or ``--model``'s config), and at every point measures in
-the same rounds all shapes in place, the teacher, ``--held-out`` random architectures, those that `puzzle fit-costs`
+Builds a teacher with random weights (50M parameters by default; or ``--model``'s config), and at every point measures
+in the same rounds all shapes in place, the teacher, ``--held-out`` random architectures, those that `puzzle fit-costs`
 corrects by, and the incumbent's way: per shape, ten equal blocks in a row, less a model without blocks, over ten.
 Writes ``benchmarks/results/profile_accuracy.json``: per point and model the time measured and predicted by each way.
 Errors: of the time; and of the *saving* against the teacher, over the saving that was measured.

@@ -1,11 +1,13 @@
 """What scores are worth: the architectures they pick, and when sums lie. On BLD-trained libraries of the demo teacher.
 
-    python benchmarks/bench_score_quality.py cheap | objectives | additivity | context
+    python benchmarks/bench_score_quality.py cheap | draws | objectives | additivity | context
 
 ``cheap``: exact, anchored and one-pass scores: rank, scale, and the true KL of what a search picks at three budgets,
-against what they cost. ``objectives``: KL, CE and the distance of hidden states as the score (REFERENCE.md, claim 5).
-``additivity``: sums of scores, of scores of both parts of a layer together, and models of the difference, against the
-truth; trained and untrained variants. ``context``: search, score changes to what was found, search again, twice.
+against what they cost. ``draws``: the error that labels make in one-pass scores, measured, against what it is taken for
+before (sampling.num_draws), and what more draws bring. ``objectives``: KL, CE and the distance of hidden states as the
+score (REFERENCE.md, claim 5). ``additivity``: sums of scores, of scores of both parts of a layer together, and models
+of the difference, against the truth; trained and untrained variants. ``context``: search, score changes to what was
+found, search again, twice.
 
 Costs are in forwards of the whole teacher over one sequence; figures are on ``report``, which nothing was chosen on.
 """
@@ -30,12 +32,13 @@ from demo_runs import Results, make_library, problem_of
 
 from puzzle.blocks.stream import Stream
 from puzzle.run import Run
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.design import singles
 from puzzle.scoring.draws import draw
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
 from puzzle.scoring.interactions import KINDS, Evaluation, best_of, cross_validated, spearman
 from puzzle.scoring.one_pass import one_pass_scores
+from puzzle.scoring.sampling import RELATIVE_ERROR
 from puzzle.search import mip
 from puzzle.search.problem import Problem
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
@@ -46,6 +49,7 @@ from puzzle.variants import is_teacher, params
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.85, 0.65, 0.45)
 DRAWS, SEQUENCES, FEW = 4, 32, 8
+MANY_DRAWS, FIRST_DRAWS, DRAW_SEQUENCES = 16, 4, 16
 CLOSE = math.log(1.3)
 OBJECTIVES = ("kl", "ce_delta", "hidden_distance")
 
@@ -55,7 +59,7 @@ class Library:
     """One run's library, and its exact scores by item and metric: (sequences,)."""
 
     run: Run
-    base: Base
+    context: ScoringContext
     items: tuple[Item, ...]
     exact: Mapping[str, Values]
 
@@ -70,9 +74,9 @@ class Library:
             until="distill",
         )
         teacher = streamed_teacher(run, torch.float32, held=True)
-        base = Base(teacher, functools.cache(functools.partial(item_weights, run)))
+        context = ScoringContext(teacher, functools.cache(functools.partial(item_weights, run)))
         items = tuple(item for item in run.items if not is_teacher(item))
-        return cls(run, base, items, scored(scorer_of(run, base, "score", SEQUENCES), items))
+        return cls(run, context, items, scored(scorer_of(run, context, "score", SEQUENCES), items))
 
     def mean(self, metric: str, sequences: int = SEQUENCES) -> dict[str, float]:
         return {name: float(values[metric][:sequences].mean()) for name, values in self.exact.items()}
@@ -84,7 +88,7 @@ class Library:
             Change(str(place), tuple(by_id[name] for name in chosen if name in by_id))
             for place, chosen in enumerate(architectures)
         ]
-        scorer = scorer_of(self.run, self.base, split, sequences)
+        scorer = scorer_of(self.run, self.context, split, sequences)
         groups = itertools.groupby(sorted(changes, key=lambda one: one.first_layer), lambda one: one.first_layer)
         found = {change.name: values for _, group in groups for change, values in scorer.scores(list(group))}
         return [found[change.name] for change in changes]
@@ -98,26 +102,26 @@ class Library:
         return mip.solve([self.problem(scores, share)], {}).solutions[0].items
 
 
-def scorer_of(run: Run, base: Base, split: str, sequences: int) -> Scorer:
+def scorer_of(run: Run, context: ScoringContext, split: str, sequences: int) -> Scorer:
     batches = sequences_of(run, split, sequences)
-    return Scorer(base, batches, finals_of(base, batches), 16)
+    return Scorer(context, batches, finals_of(context, batches), 16)
 
 
 def anchored_scores(library: Library, sequences: int) -> dict[str, float]:
     """KL(skip) times the local error."""
-    base, batches = library.base, sequences_of(library.run, "score", sequences)
-    stream, errors = Stream.of(base.teacher, batches, torch.float32), {}
-    for index in range(base.teacher.num_layers):
+    context, batches = library.context, sequences_of(library.run, "score", sequences)
+    stream, errors = Stream.of(context.teacher, batches, torch.float32), {}
+    for index in range(context.teacher.num_layers):
         here = [item for item in library.items if item.sites[0].layer == index]
-        errors |= local_errors(base, here, stream.passes(base.layer(index)))
-        stream.advance(base.layer(index))
+        errors |= local_errors(context, here, stream.passes(context.layer(index)))
+        stream.advance(context.layer(index))
     anchor = {item.id: library.exact[f"{item.sites[0]}.skip"]["kl"][:sequences] for item in library.items}
     return {item.id: float((anchor[item.id] * errors[item.id]).mean()) for item in library.items}
 
 
 def one_pass(library: Library, sequences: int, draws: int) -> dict[str, float]:
-    by_layer = {layer: [one for one in library.items if one.sites[0].layer == layer] for layer in range(8)}
-    found = one_pass_scores(library.base, by_layer, sequences_of(library.run, "score", sequences), draws, 0)
+    by_layer = [[one for one in library.items if one.sites[0].layer == layer] for layer in range(8)]
+    found = one_pass_scores(library.context, by_layer, sequences_of(library.run, "score", sequences), draws, 0)
     return {name: float(values.mean()) for name, values in found.items()}
 
 
@@ -222,6 +226,52 @@ def agreement(exact: Mapping[str, float], scores: Mapping[str, float], library: 
     }
 
 
+def draws(options: argparse.Namespace) -> None:
+    results = Results(options.output or RESULTS / "scores_draws.json", {"bld_tokens": options.bld_tokens})
+    if not results.figures:
+        library = Library.of(options, 0)
+        columns = {item.id: [] for item in library.items}
+        for seed in range(MANY_DRAWS):
+            by_layer = [[one for one in library.items if one.sites[0].layer == layer] for layer in range(8)]
+            batches = sequences_of(library.run, "score", DRAW_SEQUENCES)
+            for name, kl in one_pass_scores(library.context, by_layer, batches, 1, seed).items():
+                columns[name].append(kl)
+        found = {name: torch.stack(of) for name, of in columns.items()}  # (draws, sequences)
+        results.once("errors", lambda: of_draws(found))
+        exact = library.mean("kl", DRAW_SEQUENCES)
+        for count in (1, 2, 4, 8, MANY_DRAWS):
+            parts = range(0, MANY_DRAWS, count)
+            each = [
+                agreement(exact, {name: float(of[part : part + count].mean()) for name, of in found.items()}, library)
+                for part in parts
+            ]
+            means = {key: statistics.fmean(one[key] for one in each) for key in each[0]}
+            results.once(f"{count} draws", lambda means=means: means)
+    for name, row in results.figures.items():
+        print(f"{name:<10}", {key: round(value, 4) for key, value in row.items()})
+
+
+def of_draws(found: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Over items: a draw's variance over a squared normal's, the error of a score, and draws that bring it to 10 %."""
+    kurtosis, error, wanted, few = [], [], [], []
+    for values in found.values():
+        variance, mean = values.var(0), values.mean(0)
+        kurtosis.append(float(variance.sum() / (2 * (mean**2 - variance / len(values)).sum())))
+        error.append(float(variance.sum().sqrt() / mean.sum()))  # of one draw on each sequence
+        wanted.append(error[-1] ** 2 / RELATIVE_ERROR**2)
+        starts = range(0, len(values), FIRST_DRAWS)
+        parts = [values[start : start + FIRST_DRAWS] for start in starts]
+        few += [float(of.var(0).sum() / of.mean(0).sum() ** 2) / RELATIVE_ERROR**2 for of in parts]
+    assumed = math.sqrt(2 / DRAW_SEQUENCES)
+    ways = {"variance_over_normal": kurtosis, "error_of_a_draw": error, "draws_wanted": wanted, "by_the_first": few}
+    quantiles = {
+        f"{way}_{place}": torch.tensor(of).quantile(place / 100).item()
+        for way, of in ways.items()
+        for place in (10, 50, 90)
+    }
+    return {"assumed_error": assumed, "assumed_draws": (assumed / RELATIVE_ERROR) ** 2, **quantiles}
+
+
 def objectives(options: argparse.Namespace) -> None:
     results = Results(options.output or RESULTS / "scores_objectives.json", {"bld_tokens": options.bld_tokens})
     counts = (4, FEW, SEQUENCES)
@@ -259,18 +309,18 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     """Cross-validated figures of every model, on single scores and on scores of both parts of a layer together."""
     sizes = {item.id: sum(params(spec, library.run.shape) for spec in item.specs) for item in library.run.items}
     scores = {item.id: 0.0 for item in library.run.items} | library.mean("kl")
-    draws = draw(library.run.items, scores, sizes, count)
-    truth = [values["kl"] for values in library.truth([one.items for one in draws], "score", SEQUENCES)]
-    layers = [by_layer(library, one.items) for one in draws]
+    drawn = draw(library.run.items, scores, sizes, count)
+    truth = [values["kl"] for values in library.truth([one.items for one in drawn], "score", SEQUENCES)]
+    layers = [by_layer(library, one.items) for one in drawn]
     wanted = sorted({pair for of in layers for pair in of}, key=lambda pair: pair[0].sites[0].layer)
     changes = [Change(name_of(pair), pair) for pair in wanted]
-    scorer = scorer_of(library.run, library.base, "score", SEQUENCES)
+    scorer = scorer_of(library.run, library.context, "score", SEQUENCES)
     groups = itertools.groupby(changes, lambda change: change.first_layer)
     pairs = {change.name: float(v["kl"].mean()) for _, group in groups for change, v in scorer.scores(list(group))}
     as_items = [
         Item(name_of(pair), tuple(one.sites[0] for one in pair), tuple(one.specs[0] for one in pair)) for pair in wanted
     ]
-    changed = [tuple(name for name in one.items if name in library.exact) for one in draws]
+    changed = [tuple(name for name in one.items if name in library.exact) for one in drawn]
     ways = {
         "singles": (singles(library.items, library.mean("kl")), changed),
         "pairs": (singles(as_items, pairs), [tuple(map(name_of, of)) for of in layers]),
@@ -280,7 +330,7 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
     for (way, (parts, names)), (regime, chosen) in itertools.product(ways.items(), regimes.items()):
         known = [
             Evaluation(items, float(kl.mean()), float(kl.std() / math.sqrt(len(kl))))
-            for one, items, kl in zip(draws, names, truth, strict=True)
+            for one, items, kl in zip(drawn, names, truth, strict=True)
             if chosen(one) and len(items) > 1
         ]
         fits = [cross_validated(kind, known, parts) for kind in KINDS]
@@ -292,26 +342,29 @@ def of_sums(library: Library, count: int) -> dict[str, dict[str, float]]:
 
 
 def context(options: argparse.Namespace) -> None:
-    results = Results(options.output or RESULTS / "scores_context.json", {"bld_tokens": options.bld_tokens})
+    settings = {"bld_tokens": options.bld_tokens, "sequences": options.context_sequences}
+    results = Results(options.output or RESULTS / "scores_context.json", settings)
     for seed in range(options.seeds):
         if all(f"{seed}/{share}" in results.figures for share in SHARES):
             continue
         library = Library.of(options, seed)
         for share in SHARES:
-            results.once(f"{seed}/{share}", lambda library=library, share=share: rounds(library, share))
+            found = functools.partial(rounds, library, share, options.context_sequences)
+            results.once(f"{seed}/{share}", found)
     for name, found in results.figures.items():
         print(name, _cells(found.values()), [f"predicted {row['predicted']:.4f}" for row in found.values()])
 
 
-def rounds(library: Library, share: float) -> dict[str, dict[str, float]]:
+def rounds(library: Library, share: float, sequences: int) -> dict[str, dict[str, float]]:
     """What each search finds: the first with scores of changes to the teacher, the others to what was found before."""
-    scores, paid = library.mean("kl"), 0.0
+    scores, paid = library.mean("kl", sequences), 0.0
     picks, predicted = [], []
-    for _ in range(3):
+    for left in reversed(range(3)):
         problem = library.problem(scores, share)
         picks.append(mip.solve([problem], {}).solutions[0].items)
         predicted.append(paid + float(problem.objective_of(picks[-1])))
-        scores, paid = on_top(library, picks[-1])
+        if left:
+            scores, paid = on_top(library, picks[-1], sequences)
     truth = dict(zip(dict.fromkeys(picks), library.truth(list(dict.fromkeys(picks)), "report", 128), strict=True))
     return {
         str(place): {**against(truth, chosen, picks[0]), "predicted": predicted[place]}
@@ -319,13 +372,13 @@ def rounds(library: Library, share: float) -> dict[str, dict[str, float]]:
     }
 
 
-def on_top(library: Library, chosen: Sequence[str]) -> tuple[dict[str, float], float]:
+def on_top(library: Library, chosen: Sequence[str], sequences: int) -> tuple[dict[str, float], float]:
     """By item, what putting it into the architecture changes; and what the architecture itself costs."""
     in_place = tuple(item for item in library.items if item.id in set(chosen))
-    base = Base(library.base.teacher, library.base.read_weights, in_place)
-    batches = sequences_of(library.run, "score", SEQUENCES)
-    scorer = Scorer(base, batches, finals_of(library.base, batches), 16)
-    own = float(scorer.base_values()["kl"].mean())
+    context = ScoringContext(library.context.teacher, library.context.read_weights, in_place)
+    batches = sequences_of(library.run, "score", sequences)
+    scorer = Scorer(context, batches, finals_of(library.context, batches), 16)
+    own = float(scorer.context_values()["kl"].mean())
     touched = {item.sites for item in in_place}
     others = [
         item for item in library.run.items if item not in in_place and (item.sites in touched or not is_teacher(item))
@@ -346,14 +399,17 @@ def name_of(pair: Sequence[Item]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cheap", "objectives", "additivity", "context"])
+    parser.add_argument("what", choices=["cheap", "draws", "objectives", "additivity", "context"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bld-tokens", type=int, default=131072)
+    parser.add_argument("--context-sequences", type=int, default=16, help="of the split that scores are taken on")
     parser.add_argument("--architectures", type=int, default=120)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-library")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    commands: dict[str, Any] = {"cheap": cheap, "objectives": objectives, "additivity": additivity, "context": context}
+    commands: dict[str, Any] = {
+        "cheap": cheap, "draws": draws, "objectives": objectives, "additivity": additivity, "context": context,
+    }  # fmt: skip
     commands[options.what](options)
 
 

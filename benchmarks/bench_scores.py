@@ -38,7 +38,7 @@ from puzzle.checkpoint import DEMO_TEACHER
 from puzzle.data.batches import Batch
 from puzzle.metrics import token_metrics
 from puzzle.run import Run
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
 from puzzle.scoring.one_pass import one_pass_scores
 from puzzle.scoring.sampling import num_draws
@@ -73,24 +73,26 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 @torch.no_grad()
-def floor(base: Base, items: Sequence[Item], batches: Sequence[Batch], finals: Sequence[Tensor], repeats: int) -> float:
+def floor(
+    context: ScoringContext, items: Sequence[Item], batches: Sequence[Batch], finals: Sequence[Tensor], repeats: int
+) -> float:
     """Seconds of what no exact scorer can avoid, summed over the items; everything they start from is at hand."""
-    teacher = base.teacher
+    teacher = context.teacher
     total = 0.0
     streams = [teacher.embed(batch) for batch in batches]
-    contexts = [teacher.context(batch) for batch in batches]
+    beside = [teacher.context(batch) for batch in batches]
     heads = (teacher.top.lm_head,) * 2
     metrics = seconds(
         lambda: [token_metrics([f] * 8, f, heads, b) for f, b in zip(finals, batches, strict=True)], repeats
     )
     for index in range(teacher.num_layers):
         for item in [item for item in items if item.sites[0].layer == index]:
-            own = base.layer(index, [item])
+            own = context.layer(index, [item])
 
             def site(own: Any = own, part: str = item.sites[0].part) -> None:
-                for hidden, context in zip(streams, contexts, strict=True):
+                for hidden, other in zip(streams, beside, strict=True):
                     if part == "attention":
-                        own(hidden, position_embeddings=context.position, attention_mask=context.masks)
+                        own(hidden, position_embeddings=other.position, attention_mask=other.masks)
                     else:
                         own.ffn_delta(hidden)
 
@@ -98,9 +100,9 @@ def floor(base: Base, items: Sequence[Item], batches: Sequence[Batch], finals: S
         after = [teacher.layer(later) for later in range(index + 1, teacher.num_layers)]
 
         def suffix(after: Sequence[Any] = after) -> None:
-            for hidden, context in zip(streams, contexts, strict=True):
+            for hidden, other in zip(streams, beside, strict=True):
                 for layer in after:
-                    hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
+                    hidden = layer(hidden, position_embeddings=other.position, attention_mask=other.masks)
 
         total += seconds(suffix, repeats) * sum(item.sites[0].layer == index for item in items)
     return total
@@ -112,15 +114,18 @@ def exact(options: argparse.Namespace) -> dict[str, Any]:
     read_weights = functools.cache(functools.partial(item_weights, run))
     batches = sequences_of(run, "score", options.sequences)
 
-    def ours(base: Base) -> dict[str, Values]:
-        return scored(Scorer(base, batches, finals_of(base, batches), options.together), items)
+    def ours(context: ScoringContext) -> dict[str, Values]:
+        return scored(Scorer(context, batches, finals_of(context, batches), options.together), items)
 
-    base, rounded = (
-        Base(streamed_teacher(run, dtype, held=True), read_weights) for dtype in (torch.float32, torch.bfloat16)
+    context, rounded = (
+        ScoringContext(streamed_teacher(run, dtype, held=True), read_weights)
+        for dtype in (torch.float32, torch.bfloat16)
     )
-    values, in_bf16 = ours(base), ours(rounded)
-    took, took_bf16 = (seconds(functools.partial(ours, one), options.repeats) for one in (base, rounded))
-    least = floor(base, items, batches, finals_of(base, batches), options.repeats)
+    values, in_bf16 = ours(context), ours(rounded)
+    took, took_bf16 = (seconds(functools.partial(ours, one), options.repeats) for one in (context, rounded))
+    kept = finals_of(context, batches)
+    finals = [kept.read(place) for place in range(len(batches))]
+    least = floor(context, items, batches, finals, options.repeats)
     off = {name: abs(float(in_bf16[name]["kl"].mean() - of["kl"].mean())) for name, of in values.items()}
     found = {
         "items": len(items), "sequences": options.sequences, "sequence_tokens": run.config.data.sequence_tokens,
@@ -183,22 +188,24 @@ def compared(
     }
 
 
-def times_of(base: Base, items: Sequence[Item], batches: Sequence[Batch], repeats: int) -> dict[str, float]:
-    finals, draws = finals_of(base, batches), num_draws(sum(len(batch.ids) for batch in batches))
+def times_of(
+    context: ScoringContext, items: Sequence[Item], batches: Sequence[Batch], repeats: int
+) -> dict[str, float]:
+    finals, draws = finals_of(context, batches), num_draws(sum(len(batch.ids) for batch in batches))
     groups = itertools.groupby(items, lambda item: item.sites[0].layer)
-    by_layer = {layer: list(group) for layer, group in groups}
+    by_layer = [list(group) for _, group in groups]
 
     def timed(score: Callable[[], Any]) -> float:
         def whole() -> None:
             score()
-            if base.teacher.device.type == "cuda":
+            if context.teacher.device.type == "cuda":
                 torch.cuda.synchronize()
 
         return seconds(whole, repeats)
 
     return {
-        "exact_s": timed(lambda: scored(Scorer(base, batches, finals, 16), items)),
-        "one_pass_s": timed(lambda: one_pass_scores(base, by_layer, batches, draws, 0)),
+        "exact_s": timed(lambda: scored(Scorer(context, batches, finals, 16), items)),
+        "one_pass_s": timed(lambda: one_pass_scores(context, by_layer, batches, draws, 0)),
     }
 
 
@@ -209,12 +216,12 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             random_teacher(Path(folder), num_layers, vocab_size=2048, **sizes)
             teacher = Teacher(Path(folder), torch.device("cpu"), torch.float32, held=True)
-            base = Base(teacher, lambda item, teacher=teacher: start_of(teacher, item).weights)
+            context = ScoringContext(teacher, lambda item, teacher=teacher: start_of(teacher, item).weights)
             ids = torch.randint(2000, (4, 128), generator=torch.Generator().manual_seed(0))
             for variants in VARIANTS:
                 widths = [FfnSpec("narrow", 1024 * (place + 1) // (variants + 1)) for place in range(variants)]
                 items = [site_item(Site(layer, "ffn"), width) for layer in range(num_layers) for width in widths]
-                times = times_of(base, items, [Batch(ids, None, None)], options.repeats)
+                times = times_of(context, items, [Batch(ids, None, None)], options.repeats)
                 found.append({"layers": num_layers, "variants": variants, **times})
                 print(found[-1], flush=True)
     return {"growth": found}
@@ -225,14 +232,14 @@ def shape(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sizes = random_teacher(Path(folder), options.layers, **SHAPES[options.shape])
         teacher = Teacher(Path(folder), device, dtype, held=True)
-        base = Base(teacher, lambda item: start_of(teacher, item).weights if has_weights(item) else {})
+        context = ScoringContext(teacher, lambda item: start_of(teacher, item).weights if has_weights(item) else {})
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(4000, (options.sequences, options.sequence_tokens), generator=generator)
         batches = [Batch(part, None, None).to(device) for part in ids.split(8)]
         space = SearchSpace.parse({"attention": [*ATTENTION, "skip"], "ffn": [*FFN, "skip"]}, sizes)
         items = [item for item in space.items() if not is_teacher(item)]
         found = {"shape": options.shape, "layers": options.layers, "items": len(items), "sequences": options.sequences}
-        found |= {"sequence_tokens": options.sequence_tokens, **times_of(base, items, batches, 1)}
+        found |= {"sequence_tokens": options.sequence_tokens, **times_of(context, items, batches, 1)}
         if device.type == "cuda":
             found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found

@@ -296,12 +296,12 @@ def _additivity(options: argparse.Namespace) -> None:
 
 
 def _pareto(options: argparse.Namespace) -> None:
-    from puzzle import search
+    from puzzle import pipeline
+    from puzzle.search.pareto import front as front_of
     from puzzle.search.pareto import plot
 
     run = _open(options)
-    scores, costs = run.read_scores(), run.read_costs()
-    front = search.pareto_front(run.shape, run.items, scores, costs, run.constraint_file, options.cost)
+    front = front_of(pipeline.first_problem(run), options.cost)
     print(front.frame(options.points).to_string(index=False))
     folder = options.output or run.folder / "pareto"
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,15 +311,16 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    from puzzle import config, pipeline, search
+    from puzzle import config, pipeline
+    from puzzle.search.pareto import front as front_of
     from puzzle.search.shrink import popular
 
     run = _open(options)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
     (solution, *_) = pipeline.solve(run, {})
-    problem, *_ = search.problems(run.shape, run.items, run.read_scores(), run.read_costs(), run.constraint_file)
-    front = search.pareto.front(problem, options.cost)
+    problem = pipeline.first_problem(run)
+    front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))
     space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)
     options.output.write_text(config.dump(space), encoding="utf-8")

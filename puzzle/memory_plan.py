@@ -8,9 +8,15 @@ the number of layers, so the need is that of a layer:
     bytes = layer + Σ_units 26 · params + activations(batch) + [residual: batches · B · T · D · bytes of the dtype]
 
 Scoring holds the teacher, or one layer of it, the head with one chunk of logits, and for every change under way its
-own layer and its residual streams in fp32; in the host's memory two streams more, the base's and the teacher's last:
+own layer and its residual streams in fp32; in the host's memory, or in files, two streams more for all sequences that
+may come to be asked for, the context's and the teacher's last:
 
     bytes = (teacher | layer) + 4 · V · D + 16 · min(1024, B · T) · V + changes · 4 · (params + batches · B · T · D)
+
+One-pass scores hold, beside the teacher and the head, one batch's activations and gradients, and a group of variants;
+in the host's memory what enters every layer and the gradients of the batches that a pass takes:
+
+    bytes = (teacher | layer) + 4 · V · D + 20 · min(1024, B · T) · V + 16 · draws · B · T · D + Σ_variants 4 · params
 
 Starting points (``init``) cannot be laid out in another way, only refused: see :func:`init_bytes`.
 """
@@ -27,6 +33,7 @@ from puzzle.variants import keep_spec, params, rest_params
 BYTES_PER_TRAINED_PARAM = 26  # weight, gradient, two moments: 16; start and best: 8; copy in bf16: 2
 RESIDUAL_SHARE = 0.5  # of the budget that a residual stream in memory may take
 MOST_TOGETHER = 16  # changes; more would share little more
+MOST_DRAWS = 16  # of labels a sequence, for one-pass scores
 LOGIT_TOKENS = 1024  # whose logits are held at once
 NUM_FITS = {"gqa": 2, "window": 1}  # an attention's candidates whose last matrix is fitted, all in one pass
 NUM_COPIES = {"narrow": 8, "experts": 2, "active": 1, "linear": 4}  # of an FFN's weights while candidates are compared
@@ -106,26 +113,31 @@ def plan_bld(
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """``together`` changes are under way at once, on ``chunk`` batches at a time."""
+    """``together`` changes are under way at once, on ``chunk`` batches at a time.
+
+    What changes begin from is in memory for the first ``in_memory`` batches, in files for those of further rounds.
+    """
 
     hold_teacher: bool
     together: int
     chunk: int
+    in_memory: int
 
 
-def plan_scores(shape: ModelShape, batches: Batches, machine: Machine) -> ScorePlan:
-    """The most changes at once that fit, up to 16. ConfigError where not even one does, with one batch at a time."""
-    largest = max(_layer_params(shape, layer) for layer in range(shape.num_layers))
-    layer_bytes = batches.dtype_bytes * largest
-    hold = layer_bytes * shape.num_layers <= RESIDUAL_SHARE * machine.budget_bytes
+def plan_scores(shape: ModelShape, batches: Batches, machine: Machine, most: int) -> ScorePlan:
+    """The most changes at once that fit, up to 16. ConfigError where not even one does, with one batch at a time.
+
+    ``batches`` are those that scores begin with, ``most`` how many there are if all further rounds are asked for.
+    """
     one_batch = 4.0 * batches.tokens * shape.hidden_size
-    fixed = layer_bytes * (shape.num_layers if hold else 1) + 4.0 * rest_params(shape)
-    fixed += activation_bytes(shape, batches.tokens) + 16.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size
-    fixed += 2 * one_batch * batches.count if machine.shared else 0.0
-    room, own = machine.budget_bytes - fixed, 4.0 * largest
+    in_memory = _batches_in_memory(one_batch, most, machine)
+    kept = 2 * one_batch * in_memory if machine.shared else 0.0
+    hold = _holds_teacher(shape, batches, machine, kept)
+    fixed = _standing_bytes(shape, batches, hold) + 16.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size + kept
+    room, own = machine.budget_bytes - fixed, 4.0 * _largest_layer(shape)
     together = int(min(MOST_TOGETHER, room // (own + one_batch * batches.count)))
     if together >= 1:
-        return ScorePlan(hold, together, batches.count)
+        return ScorePlan(hold, together, batches.count, in_memory)
     chunk = int((room - own) // one_batch)
     if chunk < 1:
         raise ConfigError(
@@ -133,7 +145,21 @@ def plan_scores(shape: ModelShape, batches: Batches, machine: Machine) -> ScoreP
             f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, "
             "or lower score.sequences or data.sequence_tokens"
         )
-    return ScorePlan(hold, 1, chunk)
+    return ScorePlan(hold, 1, chunk, in_memory)
+
+
+def _batches_in_memory(one_batch: float, most: int, machine: Machine) -> int:
+    """Of how many batches two streams take up to half of the room; ConfigError where files have none for the rest."""
+    room = RESIDUAL_SHARE * (machine.budget_bytes if machine.shared else machine.host_bytes)
+    in_memory = int(min(most, room // (2 * one_batch)))
+    on_disk = 2 * one_batch * (most - in_memory)
+    if on_disk > RESIDUAL_SHARE * machine.disk_bytes:
+        raise ConfigError(
+            f"score: the streams of {most} batches take {2 * one_batch * most / GIB:.2f} GiB, of which memory has room "
+            f"for {room / GIB:.2f} GiB and the disk for {RESIDUAL_SHARE * machine.disk_bytes / GIB:.2f} GiB; lower "
+            "score.sequences, or leave out score.until_se, with which all sequences of the split may be asked for"
+        )
+    return in_memory
 
 
 def check_init(shape: ModelShape, specs: Mapping[int, Collection[Spec]], batches: Batches, machine: Machine) -> None:
@@ -183,19 +209,67 @@ def _solving_bytes(size: int, width: int, narrow: int) -> float:
     return max(8 * ordering, 28 * narrow * size + 8 * max(refitting, mixing))
 
 
-def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Machine) -> int:
-    """How many batches a pass of the teacher and back takes: what enters each layer is kept in the host's memory.
+@dataclass(frozen=True)
+class OnePassPlan:
+    """``chunk`` batches go through the teacher and back together; of a layer's variants ``variant_bytes`` are held."""
 
-    ConfigError where not even one does.
+    chunk: int
+    variant_bytes: float
+
+    def groups(self, num_params: Sequence[int]) -> list[range]:
+        """Places in ``num_params``, variants of one layer, as many together as fit; each fits alone."""
+        starts, held = [0], 0.0
+        for place, size in enumerate(num_params):
+            if held and held + 4.0 * size > self.variant_bytes:
+                starts.append(place)
+                held = 0.0
+            held += 4.0 * size
+        return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(num_params)], strict=True)]
+
+
+def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Machine, hold_teacher: bool) -> OnePassPlan:
+    """The most batches a pass, up to half of the host's room, and then the most variants of a layer at once.
+
+    ConfigError where not even one of either fits.
     """
-    held = 4.0 * batches.tokens * shape.hidden_size * (shape.num_layers + draws)
-    room = RESIDUAL_SHARE * (machine.budget_bytes if machine.shared else machine.host_bytes)
-    if room < held:
+    one_batch, own = 4.0 * batches.tokens * shape.hidden_size, 4.0 * _largest_layer(shape)
+    fixed = _standing_bytes(shape, batches, hold_teacher) + 4 * draws * one_batch
+    fixed += 20.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size
+    held = one_batch * (shape.num_layers + 1 + draws)
+    least = fixed + own + (held if machine.shared else 0.0)
+    if least > machine.budget_bytes:
+        raise ConfigError(
+            f"score: one variant on one batch needs {least / GIB:.2f} GiB where "
+            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, or lower data.sequence_tokens"
+        )
+    if machine.shared:
+        room = min(RESIDUAL_SHARE * machine.budget_bytes, machine.budget_bytes - fixed - own)
+        chunk = int(min(batches.count, max(1, room // held)))
+        return OnePassPlan(chunk, machine.budget_bytes - fixed - chunk * held)
+    room = RESIDUAL_SHARE * machine.host_bytes
+    if held > room:
         raise ConfigError(
             f"score: one batch needs {held / GIB:.2f} GiB of the host's memory where {room / GIB:.2f} GiB may be used; "
-            "raise memory_budget_gib, or lower data.sequence_tokens"
+            "lower data.sequence_tokens"
         )
-    return int(min(batches.count, room // held))
+    return OnePassPlan(int(min(batches.count, room // held)), machine.budget_bytes - fixed)
+
+
+def _holds_teacher(shape: ModelShape, batches: Batches, machine: Machine, kept: float) -> bool:
+    """Whether scoring keeps all layers: where they fit in half of the budget, and one change beside them."""
+    teacher = batches.dtype_bytes * _largest_layer(shape) * shape.num_layers
+    one_batch = 4.0 * batches.tokens * shape.hidden_size
+    exact = one_batch + kept
+    one_pass = one_batch * (4 * MOST_DRAWS + (shape.num_layers + 1 + MOST_DRAWS if machine.shared else 0))
+    least = _standing_bytes(shape, batches, hold=True) + 4.0 * _largest_layer(shape) + max(exact, one_pass)
+    least += 20.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size
+    return teacher <= RESIDUAL_SHARE * machine.budget_bytes and least <= machine.budget_bytes
+
+
+def _standing_bytes(shape: ModelShape, batches: Batches, hold: bool) -> float:
+    """What scoring holds on the device in any case: the teacher or a layer, the head, one batch's activations."""
+    layers = batches.dtype_bytes * _largest_layer(shape) * (shape.num_layers if hold else 1)
+    return layers + 4.0 * rest_params(shape) + activation_bytes(shape, batches.tokens)
 
 
 def activation_bytes(shape: ModelShape, tokens: int) -> float:
@@ -220,6 +294,10 @@ def _groups(units: Sequence[Unit], room: float, layer_bytes: float) -> tuple[tup
 def _group_bytes(group: Sequence[Unit], layer_bytes: float) -> float:
     layers = group[-1].layer - group[0].layer + 1
     return layers * layer_bytes + BYTES_PER_TRAINED_PARAM * sum(unit.num_params for unit in group)
+
+
+def _largest_layer(shape: ModelShape) -> int:
+    return max(_layer_params(shape, layer) for layer in range(shape.num_layers))
 
 
 def _layer_params(shape: ModelShape, layer: int) -> int:

@@ -25,6 +25,7 @@ from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
     from puzzle.progress import Progress
+    from puzzle.search.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation", True),
     Stage("score", ("distill",), Run.plan_score, "score the variants, each alone in the teacher", True),
     Stage("profile", (), Run.plan_profile, "measure what every block shape costs on this device"),
-    Stage("rescore", ("score", "profile"), Run.plan_rescore, "measure exactly what decides the search"),
+    Stage("rescore", ("score", "profile"), Run.plan_rescore, "measure exactly what decides the search", True),
     Stage("search", ("score", "profile", "rescore"), Run.plan_search, "find the best architecture that fits"),
     Stage("build", ("search", "distill"), Run.plan_build, "put the student together"),
     Stage("kd", ("build",), Run.plan_kd, "distil the student globally"),
@@ -236,6 +237,12 @@ def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
     conflicts = run.space.conflicts()
     tables = run.read_scores(), run.read_costs()
     return search.search(run.shape, run.items, *tables, run.constraint_file, inputs, conflicts)
+
+
+def first_problem(run: Run) -> Problem:
+    """The search on the run's tables as a programme, at the workloads' first batch sizes."""
+    tables = run.read_scores(), run.read_costs()
+    return search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())[0]
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

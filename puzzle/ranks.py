@@ -69,8 +69,25 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        try:
+        with self._naming_the_dead(folder, what):
             dist.barrier()
+
+    def agreed(self, folder: Path, what: str, marks: Sequence[bool]) -> list[bool]:
+        """Those of rank 0, on every rank; ``marks`` has one length on all. PuzzleError as in :meth:`wait`."""
+        if self.count == 1:
+            return list(marks)
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor(marks, dtype=torch.uint8)
+        with self._naming_the_dead(folder, what):
+            dist.broadcast(told, 0)
+        return [bool(mark) for mark in told.tolist()]
+
+    @contextlib.contextmanager
+    def _naming_the_dead(self, folder: Path, what: str) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError:
             artifacts.remove(note_path(folder, self.rank))  # this rank lives: the next start must not name it
             dead = ", ".join(str(note) for note in notes(folder) if note.died) or "another rank"

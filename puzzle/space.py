@@ -8,7 +8,6 @@ Puzzle section 2.2); it needs ``layers`` to stay affordable.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -86,21 +85,17 @@ class SearchSpace:
         """What a run of layers says better: both parts of a layer left out one by one, or two runs that meet."""
         if not self.runs:
             return ()
-        items = {item.id: item for item in self.items()}
-        layers = sorted({site.layer for site in self.on_offer})
-        alone = [run_item(layer, layer) for layer in layers]
-        found = [(run.id, *(f"{site}.skip" for site in run.sites)) for run in alone]
-        meeting = [
-            (run_item(first, last).id, run_item(first, middle).id, run_item(middle + 1, last).id)
-            for first, last in itertools.combinations(layers, 2)
-            if last - first < self.runs
-            for middle in range(first, last)
-        ]
-        return tuple(
-            Conflict(apart, f"{' and '.join(apart)} are {whole}")
-            for whole, *parts in (*found, *meeting)
-            if whole in items and items.keys() >= set(apart := tuple(parts))
-        )
+        offered = {item.id for item in self.items()}
+        # by first and last layer; that of one layer may be a pair, or not be there
+        runs = {(item.sites[0].layer, item.sites[-1].layer): item for item in self.items() if _leaves_layers_out(item)}
+        found = []
+        for (first, last), run in runs.items():
+            ways = [tuple(f"{site}.skip" for site in run.sites)] if first == last else []
+            for middle in range(first, last):
+                if (first, middle) in runs and (middle + 1, last) in runs:
+                    ways.append((runs[first, middle].id, runs[middle + 1, last].id))
+            found += [Conflict(parts, f"{' and '.join(parts)} are {run.id}") for parts in ways]
+        return tuple(conflict for conflict in found if offered.issuperset(conflict.item_ids))
 
     def items_of(self, architecture: Mapping[str, str]) -> tuple[Item, ...]:
         """The items that an architecture (variant names by site) is made of, but for the teacher's own blocks.
@@ -121,6 +116,11 @@ class SearchSpace:
         for site, name in wanted.items():
             raise ConfigError(f"{site}: {name} is not on offer in the search space")
         return tuple(chosen)
+
+
+def _leaves_layers_out(item: Item) -> bool:
+    """Whether it covers whole layers, and nothing of them is left."""
+    return len(item.sites) > 1 and all(spec.kind == "skip" for spec in item.specs)
 
 
 def hardware_multiple(shape: ModelShape) -> int:

@@ -16,6 +16,7 @@ from puzzle.memory_plan import (
     check_init,
     init_bytes,
     plan_bld,
+    plan_one_pass,
     plan_scores,
 )
 from puzzle.space import SearchSpace
@@ -24,6 +25,7 @@ from puzzle.variants import WEIGHTLESS, has_weights, params
 
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
 EIGHT_B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)
+EIGHT_B_LAYER = 4 * 218_103_808  # bytes in fp32
 BATCHES = Batches(count=6000, tokens=8 * 2048, dtype_bytes=2)  # 98M tokens
 
 
@@ -110,13 +112,62 @@ def test_scoring_shares_what_is_left_over_among_changes() -> None:
     """8B on 80 GB holds the teacher and has room for several variants; 70B is read a layer at a time."""
     sequences = Batches(64, 2048, 2)
     machine = Machine(72 * GIB, 200 * GIB, 1e12, False)
-    small, large = (plan_scores(shape, sequences, machine) for shape in (EIGHT_B, LLAMA_70B))
-    assert small == ScorePlan(True, 16, 64)
+    small, large = (plan_scores(shape, sequences, machine, 64) for shape in (EIGHT_B, LLAMA_70B))
+    assert small == ScorePlan(True, 16, 64, 64)
     assert not large.hold_teacher and 4 <= large.together < 16 and large.chunk == 64
-    tight = plan_scores(LLAMA_70B, sequences, Machine(20 * GIB, 200 * GIB, 1e12, False))
+    tight = plan_scores(LLAMA_70B, sequences, Machine(20 * GIB, 200 * GIB, 1e12, False), 64)
     assert tight.together == 1 and 1 <= tight.chunk < 64
     with pytest.raises(ConfigError, match="score: one change on one batch needs .* raise memory_budget_gib"):
-        plan_scores(LLAMA_70B, sequences, Machine(8 * GIB, 200 * GIB, 1e12, False))
+        plan_scores(LLAMA_70B, sequences, Machine(8 * GIB, 200 * GIB, 1e12, False), 64)
+
+
+def test_further_rounds_of_sequences_are_part_of_the_plan() -> None:
+    """What changes begin from is kept for all rounds: in memory up to half of the room, the rest in files."""
+    first, most = Batches(8, 8 * 2048, 2), 1000
+    a_batch = 2 * 4 * 8 * 2048 * 4096  # two streams: half a GiB
+    found = plan_scores(EIGHT_B, first, Machine(72 * GIB, 200 * GIB, 4000 * GIB, False), most)
+    assert (found.in_memory, found.chunk) == (200, 8)
+    assert a_batch == GIB / 2
+    few = plan_scores(EIGHT_B, first, Machine(72 * GIB, 200 * GIB, 0, False), 200)
+    assert few.in_memory == 200 and few.together == found.together  # how many there may be costs the device nothing
+    with pytest.raises(
+        ConfigError, match=r"1000 batches take 500\.00 GiB, .* memory has room for 100\.00 GiB and the disk"
+    ):
+        plan_scores(EIGHT_B, first, Machine(72 * GIB, 200 * GIB, 700 * GIB, False), most)
+    alone, many = (plan_scores(EIGHT_B, first, Machine(64 * GIB, 0, 4000 * GIB, True), count) for count in (8, most))
+    assert (alone.in_memory, many.in_memory) == (8, 64)
+    assert many.together * (EIGHT_B_LAYER + 8 * a_batch / 2) + 64 * a_batch < 64 * GIB
+    assert alone.together > many.together >= 1
+
+
+def test_one_pass_plans_the_device_and_the_host() -> None:
+    """What enters each layer is the host's, the variants of a layer and one batch's gradients are the device's."""
+    sequences = Batches(8, 8 * 2048, 2)
+    sizes = [params(spec, LLAMA_70B) for spec in sorted(variants_of_a_layer(LLAMA_70B), key=str)]
+    roomy = plan_one_pass(LLAMA_70B, sequences, 4, Machine(400e9, 2000 * GIB, 0, shared=False), False)
+    assert roomy.chunk == 8 and roomy.groups(sizes) == [range(len(sizes))]
+    assert plan_one_pass(LLAMA_70B, sequences, 4, Machine(400e9, 200 * GIB, 0, shared=False), False).chunk == 2
+    tight = plan_one_pass(LLAMA_70B, sequences, 4, Machine(45e9, 2000 * GIB, 0, shared=False), False)
+    groups = tight.groups(sizes)
+    assert len(groups) > 1 and [place for group in groups for place in group] == list(range(len(sizes)))
+    assert all(4 * sum(sizes[place] for place in group) <= tight.variant_bytes for group in groups)
+    assert max(sizes) <= tight.variant_bytes < 45e9 - activation_bytes(LLAMA_70B, sequences.tokens)
+    with pytest.raises(ConfigError, match="score: one variant on one batch needs .* raise memory_budget_gib"):
+        plan_one_pass(LLAMA_70B, sequences, 4, Machine(20e9, 2000 * GIB, 0, shared=False), False)
+    with pytest.raises(ConfigError, match="score: one batch needs .* of the host's memory .* lower data"):
+        plan_one_pass(LLAMA_70B, sequences, 4, Machine(400e9, 20 * GIB, 0, shared=False), False)
+
+
+def test_one_pass_on_a_cpu_shares_one_budget() -> None:
+    small = ModelShape("llama", 16, 1024, 16, 8, 64, 4096, 32000, 8192, tied_embeddings=False)
+    sequences = Batches(32, 2048, 4)
+    a_batch = 4 * 2048 * 1024 * (16 + 1 + 4)  # as it is kept between the layers
+    for gib in (1.6, 2.0, 4.0, 32.0):
+        found = plan_one_pass(small, sequences, 4, Machine(gib * GIB, 0, 0, shared=True), False)
+        assert found.variant_bytes + found.chunk * a_batch < gib * GIB
+    assert found.chunk == 32
+    least = plan_one_pass(small, sequences, 4, Machine(1.6 * GIB, 0, 0, shared=True), False)
+    assert 1 <= least.chunk < 32 and least.variant_bytes > 0
 
 
 def variants_of_a_layer(shape: ModelShape) -> set[Spec]:

@@ -86,3 +86,24 @@ def test_what_no_layer_can_have_is_an_error(attention: list[str], ffn: list[str]
 def test_widths_are_rounded_to_what_hardware_likes() -> None:
     multiples = {width: hardware_multiple(replace(SHAPE, intermediate_size=width)) for width in (512, 1024, 14336)}
     assert multiples == {512: 8, 1024: 64, 14336: 256}
+
+
+def test_what_a_run_of_layers_says_is_not_said_by_its_parts() -> None:
+    """Single sites and pairs alike; where nothing can be left out alone, nothing meets."""
+    skips = {"attention": ["skip"], "ffn": ["skip"]}
+    single = SearchSpace.parse(skips, SHAPE, runs=2)
+    assert {conflict.item_ids for conflict in single.conflicts()} == {
+        *((f"L00{layer}.attention.skip", f"L00{layer}.ffn.skip") for layer in range(3)),
+        ("L000-L000.skip", "L001-L001.skip"),
+        ("L001-L001.skip", "L002-L002.skip"),
+    }
+    pairs = SearchSpace.parse(skips, SHAPE, pairs=True, runs=3)
+    assert {conflict.item_ids for conflict in pairs.conflicts()} == {
+        ("L000.skip+skip", "L001.skip+skip"),
+        ("L001.skip+skip", "L002.skip+skip"),
+        ("L000.skip+skip", "L001-L002.skip"),
+        ("L000-L001.skip", "L002.skip+skip"),
+    }
+    only = {"attention": ["linear"], "ffn": ["skip"]}
+    assert SearchSpace.parse(only, SHAPE, pairs=True, runs=3).conflicts() == ()
+    assert SearchSpace.parse(skips, SHAPE).conflicts() == ()

@@ -22,7 +22,7 @@ from puzzle.teacher import Context, LayerPass, Teacher, run_layer
 
 
 class Store(Protocol):
-    """Where one tensor per batch is kept; all have the same shape and dtype."""
+    """Where one tensor per batch is kept; none is larger than the first, and each batch's are of one size."""
 
     def write(self, index: int, hidden: Tensor) -> None: ...
 
@@ -49,26 +49,27 @@ class OnDisk:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
         self._path = path
-        self._like: Tensor | None = None
+        self._like: dict[int, Tensor] = {}
+        self._stride = 0
 
     def write(self, index: int, hidden: Tensor) -> None:
-        self._like = torch.empty_like(hidden, device="meta") if self._like is None else self._like
-        assert hidden.shape == self._like.shape
+        self._like[index] = torch.empty_like(hidden, device="meta")
         data = _bytes_of(hidden.cpu().contiguous())
+        self._stride = self._stride or len(data)
+        assert len(data) <= self._stride
         try:
             with open(self._path, "r+b") as file:
-                file.seek(index * len(data))
+                file.seek(index * self._stride)
                 file.write(data)
         except OSError as error:
             error.filename = str(self._path)  # a write that fails names no file
             raise
 
     def read(self, index: int) -> Tensor:
-        assert self._like is not None, "nothing was written"
-        hidden = torch.empty(self._like.shape, dtype=self._like.dtype)
+        hidden = torch.empty(self._like[index].shape, dtype=self._like[index].dtype)
         data = _bytes_of(hidden)
         with open(self._path, "rb") as file:
-            file.seek(index * len(data))
+            file.seek(index * self._stride)
             count = file.readinto(data)
         assert count == len(data), "the file ended early"
         return hidden
@@ -96,9 +97,11 @@ class Stream:
     _recomputed: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, teacher: Teacher, batches: Sequence[Batch], dtype: torch.dtype | None = None) -> Stream:
-        """Over a few batches, in memory."""
-        return cls(teacher, batches.__getitem__, len(batches), InMemory(), dtype=dtype)
+    def of(
+        cls, teacher: Teacher, batches: Sequence[Batch], dtype: torch.dtype | None = None, store: Store | None = None
+    ) -> Stream:
+        """Over a few batches; in memory where no ``store`` is given."""
+        return cls(teacher, batches.__getitem__, len(batches), store or InMemory(), dtype=dtype)
 
     def context(self, index: int) -> Context:
         """What the layers need beside the residual stream of batch ``index``."""

@@ -54,7 +54,8 @@ class Summary:
     def of(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
         evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
-        found = search.problems(run.shape, run.items, run.read_scores(), run.read_costs(), run.constraint_file)
+        tables = run.read_scores(), run.read_costs()
+        found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
         problem = next(one for one in found if _at_batch_sizes_of(one, solution))
         keep = [item.id for item in run.items if is_teacher(item)]
         specs: dict[str, Spec] = {

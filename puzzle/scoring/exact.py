@@ -2,8 +2,8 @@
 
 A change is one item for a score, both parts of a layer, a run of layers, or a whole architecture for the truth about
 it. What lies before a change is never computed again; changes that begin at the same layer go on together, so that
-each later layer is loaded once for all of them, and so are the teacher's probabilities. Reads a base model layer by
-layer and batches of one split; holds the residual streams of the changes under way:
+each later layer is loaded once for all of them, and so are the teacher's probabilities. Reads a context layer by layer
+and batches of one split; holds the residual streams of the changes under way:
 
     changes * sequences * T * D * 4 bytes
 """
@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from puzzle.blocks.stream import Stream
+from puzzle.blocks.stream import InMemory, Store, Stream
 from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleDecoderLayer
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.teacher import Context, LayerPass, run_layer
 from puzzle.types import Item
 
@@ -56,44 +56,52 @@ class Change:
         return any(site.layer == layer and site.part == "attention" for item in self.items for site in item.sites)
 
 
-def finals_of(base: Base, batches: Sequence[Batch]) -> list[Tensor]:
-    """Per batch (B, T, D) after the final norm, in fp32 on the CPU."""
-    stream = Stream.of(base.teacher, batches, torch.float32)
-    for index in range(base.teacher.num_layers):
-        stream.advance(base.layer(index))
-    return [_final(base, stream.hidden(index)).cpu() for index in range(len(batches))]
+def finals_of(context: ScoringContext, batches: Sequence[Batch], store: Store | None = None) -> Store:
+    """Per batch (B, T, D) after the final norm, in fp32; in ``store``, or in memory."""
+    store = store or InMemory()
+    stream = Stream.of(context.teacher, batches, torch.float32, store)
+    for index in range(context.teacher.num_layers):
+        stream.advance(context.layer(index))
+    for index in range(len(batches)):
+        store.write(index, _final(context, stream.hidden(index)))
+    return store
 
 
 @torch.no_grad()
-def _final(base: Base, hidden: Tensor) -> Tensor:
-    return base.teacher.top.model.norm(hidden.float())  # type: ignore[no-any-return]
+def _final(context: ScoringContext, hidden: Tensor) -> Tensor:
+    return context.teacher.top.model.norm(hidden.float())  # type: ignore[no-any-return]
 
 
 @dataclass
 class Scorer:
-    """Scores changes of ``base`` on ``batches``, in the order of the layers they begin at.
+    """Scores changes to ``context`` on ``batches``, in the order of the layers they begin at.
 
-    ``finals`` are the teacher's (:func:`finals_of`). At most ``together`` changes are under way at once, on ``chunk``
-    batches at a time (memory_plan.plan_scores); neither alters a result.
+    ``finals`` are the teacher's (:func:`finals_of`); the context's stream is kept in ``store``. At most ``together``
+    changes are under way at once, on ``chunk`` batches at a time (memory_plan.plan_scores); none of these alters a
+    result.
     """
 
-    base: Base
+    context: ScoringContext
     batches: Sequence[Batch]
-    finals: Sequence[Tensor]
+    finals: Store
     together: int = 8
     chunk: int = 1_000_000
     tasks: Mapping[str, Task] = field(default_factory=dict)
+    store: Store = field(default_factory=InMemory)
 
     def __post_init__(self) -> None:
         self._stream = self._started()
 
     def _started(self) -> Stream:
-        return Stream.of(self.base.teacher, self.batches, torch.float32)
+        return Stream.of(self.context.teacher, self.batches, torch.float32, self.store)
 
-    def base_values(self) -> Values:
-        """What the base itself comes to; nothing but zeros and full agreement where it is the teacher."""
-        finals = finals_of(self.base, self.batches)
-        each = [self._compare([final.to(self.base.teacher.device)], index)[0] for index, final in enumerate(finals)]
+    def context_values(self) -> Values:
+        """What the context itself comes to; nothing but zeros and full agreement where it is the teacher."""
+        self._go_to(self.context.teacher.num_layers)
+        each = [
+            self._compare([_final(self.context, self._stream.hidden(index))], index)[0]
+            for index in range(len(self.batches))
+        ]
         return {metric: torch.cat([values[metric] for values in each]) for metric in each[0]}
 
     def scores(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Values]]:
@@ -108,31 +116,31 @@ class Scorer:
             yield from zip(wave, self._wave(wave), strict=True)
 
     def _go_to(self, depth: int) -> None:
-        """The base's residual stream at the input of layer ``depth``; going back means starting anew."""
+        """The context's residual stream at the input of layer ``depth``; going back means starting anew."""
         if self._stream.depth > depth:
             self._stream = self._started()
         while self._stream.depth < depth:
-            self._stream.advance(self.base.layer(self._stream.depth))
+            self._stream.advance(self.context.layer(self._stream.depth))
 
     @torch.no_grad()
     def _wave(self, changes: Sequence[Change]) -> list[Values]:
         """What changes that go on together come to."""
         columns: list[dict[str, list[Tensor]]] = [{} for _ in changes]
         first = changes[0].first_layer
-        layer, own = self.base.layer(first), self._own_layers(changes, first)
+        layer, own = self.context.layer(first), self._own_layers(changes, first)
         for start in range(0, len(self.batches), self.chunk):
             chunk = range(start, min(start + self.chunk, len(self.batches)))
-            contexts = {index: self._stream.context(index) for index in chunk}
+            beside = {index: self._stream.context(index) for index in chunk}
             under_way: list[dict[int, Tensor]] = [{} for _ in changes]  # by batch
-            with self.base.teacher.autocast():
+            with self.context.teacher.autocast():
                 for index in chunk:
                     one = self._stream.at(layer, index)
                     for place, change in enumerate(changes):
                         under_way[place][index] = _through(own[place], one, change.changes_attention(first))
-                for depth in range(first + 1, self.base.teacher.num_layers):
-                    self._advance(changes, under_way, contexts, depth)
+                for depth in range(first + 1, self.context.teacher.num_layers):
+                    self._advance(changes, under_way, beside, depth)
             for index in chunk:
-                finals = [_final(self.base, of.pop(index)) for of in under_way]
+                finals = [_final(self.context, of.pop(index)) for of in under_way]
                 for found, values in zip(columns, self._compare(finals, index), strict=True):
                     for metric, column in values.items():
                         found.setdefault(metric, []).append(column)
@@ -141,27 +149,27 @@ class Scorer:
     def _own_layers(self, changes: Sequence[Change], depth: int) -> dict[int, PuzzleDecoderLayer]:
         """The layers at ``depth`` of those changes that touch it, by their places."""
         touching = [place for place, change in enumerate(changes) if depth in change.layers]
-        return {place: self.base.layer(depth, changes[place].items) for place in touching}
+        return {place: self.context.layer(depth, changes[place].items) for place in touching}
 
     def _advance(
         self,
         changes: Sequence[Change],
         under_way: Sequence[dict[int, Tensor]],
-        contexts: Mapping[int, Context],
+        beside: Mapping[int, Context],
         depth: int,
     ) -> None:
         """One layer further, with all changes and batches."""
         own = self._own_layers(changes, depth)
-        shared = self.base.layer(depth)
+        shared = self.context.layer(depth)
         for place, hidden in enumerate(under_way):
             layer = own.get(place, shared)
-            for index, context in contexts.items():
-                hidden[index] = layer(hidden[index], position_embeddings=context.position, attention_mask=context.masks)
+            for index, other in beside.items():
+                hidden[index] = layer(hidden[index], position_embeddings=other.position, attention_mask=other.masks)
 
     def _compare(self, finals: Sequence[Tensor], index: int) -> list[Values]:
         """For each of ``finals``, values per sequence of batch ``index`` by metric."""
-        batch, top = self.batches[index].to(self.base.teacher.device), self.base.teacher.top
-        reference = self.finals[index].to(self.base.teacher.device)
+        batch, top = self.batches[index].to(self.context.teacher.device), self.context.teacher.top
+        reference = self.finals.read(index).to(self.context.teacher.device)
         own = {name: task(reference, top.lm_head, batch) for name, task in self.tasks.items()}
         found = []
         for final, tokens in zip(finals, token_metrics(finals, reference, (top.lm_head,) * 2, batch), strict=True):
@@ -173,7 +181,7 @@ class Scorer:
 
 
 def _through(layer: PuzzleDecoderLayer, one: LayerPass, changes_attention: bool) -> Tensor:
-    """After ``layer``; one that differs in its FFN alone starts after the base's attention."""
+    """After ``layer``; one that differs in its FFN alone starts after the context's attention."""
     if changes_attention:
         return run_layer(layer, one.before, one.context).after
     return one.middle + layer.ffn_delta(one.middle)

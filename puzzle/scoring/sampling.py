@@ -12,13 +12,19 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from puzzle.memory_plan import MOST_DRAWS
+
 SURE = 2.0  # standard errors
 RELATIVE_ERROR = 0.1  # of a one-pass score, that the draws are to reach
 
 
 def num_draws(num_sequences: int) -> int:
-    """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16."""
-    return max(1, min(16, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
+    """Draws of labels per sequence that bring the relative error of a score to 10 %; at least one, at most 16.
+
+    A draw's value is the square of a sum over many tokens, hence of a normal: its relative variance is 2. Measured, it
+    is (benchmarks/LOG.md), so a first pass could not tell more than the number of sequences does.
+    """
+    return max(1, min(MOST_DRAWS, math.ceil(2 / RELATIVE_ERROR**2 / num_sequences)))
 
 
 def rounds(first: int, available: int) -> Iterator[range]:
@@ -44,13 +50,24 @@ def undecided(scores: Mapping[str, Sequence[float]], until_se: float) -> list[tu
     ]
 
 
+def may_reach(values: Sequence[float], limit: float) -> bool:
+    """Whether the mean that a score's values per sequence stand for may be ``limit`` or more; so too for no numbers."""
+    mean, error = _mean_and_error(values)
+    return not mean + SURE * error < limit
+
+
 def _open(differences: Sequence[float], until_se: float) -> bool:
-    count = len(differences)
-    if count < 2:
-        return True
-    mean = math.fsum(differences) / count
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
+    mean, error = _mean_and_error(differences)
     return error > until_se and abs(mean) < SURE * error
 
 
-__all__ = ["num_draws", "rounds", "undecided"]
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Of a single value the error is unknown: infinite."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.inf
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+__all__ = ["may_reach", "num_draws", "rounds", "undecided"]

@@ -2,7 +2,8 @@
 
 Reads a Problem, computes a Front, writes at most a PNG. Sites are merged one after the other: from all non-dominated
 choices for the sites so far and all items for the next, keep what is not dominated. An item over several sites is taken
-at its first; until its last is passed, fronts are kept apart by which later sites are covered already.
+at its first; until its last is passed, fronts are kept apart by which later sites are covered already. So are choices
+that hold the first items of a conflict, until its last item is passed or taken, which is not allowed.
 """
 
 from __future__ import annotations
@@ -94,19 +95,18 @@ class Front:
 def front(problem: Problem, cost_name: str) -> Front:
     """The front of the problem's objective against the quantity ``cost_name``; its rows are not applied.
 
-    Raises ConfigError for a rate or under conflicts, neither of which is a plain sum, InfeasibleError where no choice
-    covers every site once, and PuzzleError past 5 million points.
+    Raises ConfigError for a rate, which is no plain sum, InfeasibleError where no choice covers every site once without
+    a conflict, and PuzzleError past 5 million points.
     """
     quantity = problem.quantity(cost_name)
     if quantity.numerator is not None:
         raise ConfigError(f"{cost_name} is a rate and does not add up over items; take the front over e2e_ms instead")
-    if problem.conflicts:
-        raise ConfigError("a front cannot be taken while items conflict; search with bounds instead")
     costs, cost_step = _on_grid({item.id: quantity.coefficients.get(item.id, 0.0) for item in problem.items})
     objectives, objective_step = _on_grid(problem.objective)
     steps = _merge(problem, costs, objectives)
     if not steps[-1]:
-        raise InfeasibleError("no choice of items covers every site exactly once")
+        without = " without a conflict" if problem.conflicts else ""
+        raise InfeasibleError(f"no choice of items covers every site exactly once{without}")
     (last,) = steps[-1]
     by_keeping = [item.id for item in problem.items if is_teacher(item)]
     all_kept = sum(len(problem.by_id[item_id].sites) for item_id in by_keeping) == len(problem.sites)
@@ -136,14 +136,16 @@ def _merge(
     starting: dict[Site, list[tuple[int, Item]]] = {site: [] for site in problem.sites}
     for index, item in enumerate(problem.items):
         starting[min(item.sites, key=place.__getitem__)].append((index, item))
-    starting = {site: _worth_taking(items, costs, objectives) for site, items in starting.items()}
+    links = _links(problem, place)
+    in_conflict = frozenset(link.item_id for at in links.values() for link in at)
+    starting = {site: _worth_taking(items, costs, objectives, in_conflict) for site, items in starting.items()}
     nothing: Indices = np.zeros(1, np.int32)
-    states = {frozenset[Site](): _Layer(np.zeros(1), np.zeros(1), nothing, nothing, nothing - 1)}
+    states = {_State(): _Layer(np.zeros(1), np.zeros(1), nothing, nothing, nothing - 1)}
     steps = []
     for site in problem.sites:
-        arriving: dict[frozenset[Site], list[_Layer]] = {}
-        for number, (ahead, layer) in enumerate(states.items()):
-            for after, item_index, item_id in _ways(site, ahead, starting[site]):
+        arriving: dict[_State, list[_Layer]] = {}
+        for number, (state, layer) in enumerate(states.items()):
+            for after, item_index, item_id in _ways(site, state, starting[site], links.get(site, ())):
                 cost, objective = (costs[item_id], objectives[item_id]) if item_id else (0.0, 0.0)
                 points = len(layer.cost)
                 moved = _Layer(
@@ -154,39 +156,98 @@ def _merge(
                     np.full(points, item_index, np.int32),
                 )
                 arriving.setdefault(after, []).append(moved)
-        states = {after: _non_dominated(layers) for after, layers in arriving.items()}
+        states = _worth_keeping({after: _non_dominated(layers) for after, layers in arriving.items()})
         if sum(len(layer.cost) for layer in states.values()) > MAX_POINTS:
             raise PuzzleError(f"the front has more than {MAX_POINTS:,} points; search with bounds instead")
         steps.append(tuple(states.values()))
     return tuple(steps)
 
 
+@dataclass(frozen=True)
+class _State:
+    """What the sites to come depend on: which of them are covered, and the conflicts whose items so far are taken."""
+
+    ahead: frozenset[Site] = frozenset()
+    open: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Link:
+    """An item of a conflict, at the item's first site: the first or the last one of the conflict, or between."""
+
+    conflict: int
+    item_id: str
+    first: bool
+    last: bool
+
+
+def _links(problem: Problem, place: Mapping[Site, int]) -> dict[Site, list[_Link]]:
+    """By site; of conflicts whose items are all there, and can all be taken as far as their first sites tell."""
+    links: dict[Site, list[_Link]] = {}
+    for number, conflict in enumerate(problem.conflicts):
+        items = [problem.by_id[item_id] for item_id in set(conflict.item_ids) if item_id in problem.by_id]
+        at = {min(item.sites, key=place.__getitem__): item.id for item in items}
+        if len(at) < len(set(conflict.item_ids)):
+            continue
+        sites = sorted(at, key=place.__getitem__)
+        for site in sites:
+            links.setdefault(site, []).append(_Link(number, at[site], site == sites[0], site == sites[-1]))
+    return links
+
+
 def _worth_taking(
-    items: Sequence[tuple[int, Item]], costs: Mapping[str, float], objectives: Mapping[str, float]
+    items: Sequence[tuple[int, Item]],
+    costs: Mapping[str, float],
+    objectives: Mapping[str, float],
+    in_conflict: frozenset[str],
 ) -> list[tuple[int, Item]]:
-    """The items that none with the same sites beats or equals: what is dominated here is dominated everywhere."""
+    """The items that none with the same sites and free of conflicts beats or equals: dominated here is everywhere."""
     best: dict[frozenset[Site], float] = {}
     kept = []
     for index, item in sorted(items, key=lambda pair: (costs[pair[1].id], objectives[pair[1].id])):
         sites = frozenset(item.sites)
         if objectives[item.id] < best.get(sites, math.inf):
-            best[sites] = objectives[item.id]
             kept.append((index, item))
+            if item.id not in in_conflict:
+                best[sites] = objectives[item.id]
     return kept
 
 
 def _ways(
-    site: Site, ahead: frozenset[Site], starting: Sequence[tuple[int, Item]]
-) -> list[tuple[frozenset[Site], int, str]]:
-    """How ``site`` can be covered: (sites ahead that are covered afterwards, index of the item or -1, its id)."""
-    if site in ahead:
-        return [(ahead - {site}, -1, "")]
+    site: Site, state: _State, starting: Sequence[tuple[int, Item]], links: Sequence[_Link]
+) -> list[tuple[_State, int, str]]:
+    """How ``site`` can be covered: (the state afterwards, index of the item or -1, its id)."""
+    if site in state.ahead:
+        return [(_State(state.ahead - {site}, state.open.difference(link.conflict for link in links)), -1, "")]
     ways = []
     for index, item in starting:
         rest = frozenset(item.sites) - {site}
-        if not rest & ahead:
-            ways.append((ahead | rest, index, item.id))
+        met = {link.conflict: link for link in links if link.item_id == item.id}
+        going_on = {number for number, link in met.items() if link.first or number in state.open}
+        if not rest & state.ahead and not any(met[number].last for number in going_on):
+            open_after = state.open.difference(link.conflict for link in links) | going_on
+            ways.append((_State(state.ahead | rest, open_after), index, item.id))
     return ways
+
+
+def _worth_keeping(states: Mapping[_State, _Layer]) -> dict[_State, _Layer]:
+    """Without the points that one equals or beats which has the same sites ahead and fewer conflicts open."""
+    kept: dict[_State, _Layer] = {}
+    for state, layer in sorted(states.items(), key=lambda pair: len(pair[0].open)):
+        for other, rival in kept.items():
+            if other.ahead == state.ahead and other.open < state.open:
+                layer = _beyond(layer, rival)
+        if len(layer.cost):
+            kept[state] = layer
+    return kept
+
+
+def _beyond(layer: _Layer, rival: _Layer) -> _Layer:
+    """The points of ``layer`` that no point of ``rival`` equals or beats."""
+    before = np.searchsorted(rival.cost, layer.cost, side="right") - 1
+    best = np.where(before >= 0, rival.objective[before], math.inf)
+    kept = layer.objective < best
+    return _Layer(*(of[kept] for of in vars(layer).values()))
 
 
 def _non_dominated(layers: Sequence[_Layer]) -> _Layer:

@@ -21,7 +21,8 @@ def popular(problem: Problem, front: Front, costs: tuple[float, float], least_sh
     """The space of pairs in which each layer keeps the variants that at least ``least_share`` of the points use.
 
     Points: up to 200 of the front, evenly spread, whose cost lies in ``costs`` (from, to). The teacher's own block is
-    always kept. InfeasibleError where the front has no point there.
+    always kept, and so are runs of layers up to the longest that as many points use. InfeasibleError where the front
+    has no point there.
     """
     points = [int(point) for point in front.thinned(len(front)) if costs[0] <= front.cost[point] <= costs[1]]
     if not points:
@@ -31,10 +32,15 @@ def popular(problem: Problem, front: Front, costs: tuple[float, float], least_sh
         )
     points = points[:: max(1, len(points) // NUM_POINTS)]
     used: Counter[tuple[int, Part, str]] = Counter()
+    longest: list[int] = []  # run of each point
     for point in points:
-        for item in (problem.by_id[item_id] for item_id in front.chosen(point)):
+        chosen = [problem.by_id[item_id] for item_id in front.chosen(point)]
+        longest.append(max(len({site.layer for site in item.sites}) for item in chosen))
+        for item in chosen:
             for site, spec in zip(item.sites, item.specs, strict=True):
                 used[site.layer, site.part, variant_name(spec)] += 1
+    popular_runs = [length for length in longest if sum(own >= length for own in longest) >= least_share * len(points)]
+    runs = max(popular_runs, default=1)
     layers = {}
     for layer in sorted({site.layer for site in problem.sites}):
         kept: dict[Part, tuple[str, ...]] = {}
@@ -43,4 +49,4 @@ def popular(problem: Problem, front: Front, costs: tuple[float, float], least_sh
             often = [name for name in names if used[layer, part, name] >= least_share * len(points)]
             kept[part] = tuple(dict.fromkeys(["keep", *sorted(often)]))
         layers[layer] = LayerSpaceFile(attention=kept["attention"], ffn=kept["ffn"])
-    return SpaceFile(attention=("keep",), ffn=("keep",), layers=layers, pairs=True)
+    return SpaceFile(attention=("keep",), ffn=("keep",), layers=layers, pairs=True, runs=runs if runs > 1 else 0)

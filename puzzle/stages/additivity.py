@@ -30,13 +30,13 @@ def make_additivity(run: Run, missing: Sequence[Planned], progress: Progress) ->
     by_name = {change.name: change for change in changes}
     costs = {change.name: float(run.shape.num_layers - change.first_layer) for change in changes}
     pieces = shares(costs, ranks.count, 1)[ranks.rank].pieces
-    job = ScoreJob(run)
     own = [change for change in changes if change.name in pieces]
-    for _, group in itertools.groupby(own, lambda change: change.first_layer):
-        for name, values in job.exact(list(group)):
-            unit, change = wanted[name], by_name[name]
-            finite = bool(torch.isfinite(values["kl"]).all())
-            kl = values["kl"].tolist() if finite else None
-            payload = {"items": [item.id for item in change.items], "kl": kl}
-            artifacts.publish_json(unit.path, unit.inputs, payload)
-            progress.done(name)
+    with ScoreJob(run) as job:
+        for _, group in itertools.groupby(own, lambda change: change.first_layer):
+            for name, values in job.exact(list(group)):
+                unit, change = wanted[name], by_name[name]
+                finite = bool(torch.isfinite(values["kl"]).all())
+                kl = values["kl"].tolist() if finite else None
+                payload = {"items": [item.id for item in change.items], "kl": kl}
+                artifacts.publish_json(unit.path, unit.inputs, payload)
+                progress.done(name)

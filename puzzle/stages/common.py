@@ -14,7 +14,7 @@ from torch import Tensor
 from puzzle import artifacts
 from puzzle.blocks import library
 from puzzle.data.batches import Batch, TokenData, read_tokens
-from puzzle.memory_plan import Machine
+from puzzle.memory_plan import Batches, Machine
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.ranks import Ranks
 from puzzle.run import Run
@@ -72,6 +72,17 @@ def machine_of(run: Run) -> Machine:
 
 def tokens_of(run: Run) -> TokenData:
     return read_tokens(run.data, artifacts.read_unit(run.data).payload, run.config.data)
+
+
+def num_batches(sequences: int) -> int:
+    """That so many sequences make, read together."""
+    return -(-sequences // BATCH_SEQUENCES)
+
+
+def batch_sizes(run: Run, count: int, sequences: int) -> Batches:
+    """Of ``count`` batches for scoring, where at most so many ``sequences`` are read at a time."""
+    tokens = min(BATCH_SEQUENCES, sequences) * run.config.data.sequence_tokens
+    return Batches(count, tokens, compute_of(run).dtype.itemsize)
 
 
 def sequences_of(run: Run, split: str, count: int, first: int = 0) -> list[Batch]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from puzzle import artifacts, search
 from puzzle.progress import Progress
+from puzzle.ranks import Ranks, shares
 from puzzle.run import Planned, Run
 from puzzle.search import mip
 from puzzle.stages.score import ScoreJob
 from puzzle.tables import ScoreTable, read_scores
+from puzzle.types import Item
 
 LEAST_CONTENDERS = 3  # architectures whose items are measured
 
@@ -19,39 +22,66 @@ LEAST_CONTENDERS = 3  # architectures whose items are measured
 def make_rescore(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     """Exact scores, in place of estimates, of what the best architectures are made of; again until none is left.
 
-    Each is a unit of its own that does not depend on the constraint file; which of them decide is what is published.
+    Each is a unit of its own that does not depend on the constraint file; which of them decide is what rank 0 publishes
+    in the end. Ranks share what a search asks for, and what it asks for is what rank 0 found.
     """
     (unit,) = missing
-    by_id = {item.id: item for item in run.items}
-    make_job = functools.cache(lambda: ScoreJob(run))
-    table, used = run.read_scores(), set[str]()
-    while wanted := _deciding(run, table):
-        planned = {item_id: run.exact_unit(by_id[item_id]) for item_id in wanted}
-        to_do = [name for name, one in planned.items() if not artifacts.is_current(one.path, one.inputs, "rescore")]
-        for _, layer in itertools.groupby(sorted(to_do, key=_layer), _layer):
-            items = {item_id: [by_id[item_id]] for item_id in layer}
-            found = make_job().scores(items, {}, lambda _: None)
-            for item_id in items:
-                payload = make_job().payload(items[item_id], {item_id: found[item_id]})
-                artifacts.publish_json(planned[item_id].path, planned[item_id].inputs, payload)
-                progress.fraction(0.0, item_id)
-        used |= planned.keys()
-        table = table.replaced(read_scores(run.folder / "rescored", [f"{item_id}.json" for item_id in planned]))
-    contents = {item_id: artifacts.read_unit(run.exact_unit(by_id[item_id]).path).content for item_id in sorted(used)}
-    artifacts.publish_json(unit.path, unit.inputs, {"items": contents})
-    progress.done(unit.path.stem)
+    ranks = Ranks.current()
+    table, used = run.read_scores(), dict[str, Planned]()
+    with contextlib.ExitStack() as stack:
+        make_job = functools.cache(lambda: stack.enter_context(ScoreJob(run)))
+        while wanted := _agreed(run, ranks, _deciding(run, table)):
+            planned = {item.id: run.exact_unit(item) for item in wanted}
+            to_do = [item for item in wanted if not _is_there(planned[item.id])]
+            _measure(run, _own(run, ranks, _agreed(run, ranks, to_do)), make_job, progress)
+            ranks.wait(run.folder, "rescore")
+            used |= planned
+            table = table.replaced(read_scores(run.folder / "rescored", [f"{item_id}.json" for item_id in planned]))
+    if ranks.first:
+        contents = {item_id: artifacts.read_unit(used[item_id].path).content for item_id in sorted(used)}
+        artifacts.publish_json(unit.path, unit.inputs, {"items": contents})
+        progress.done(unit.path.stem)
 
 
-def _layer(item_id: str) -> str:
-    """What the names of items begin with."""
-    return item_id[: len("L000")]
+def _measure(run: Run, items: Sequence[Item], make_job: Callable[[], ScoreJob], progress: Progress) -> None:
+    """Publishes the items' exact scores, layer by layer."""
+    for _, group in itertools.groupby(items, _layer):
+        here = {item.id: [item] for item in group}
+        found = make_job().scores(here, {}, lambda _: None)
+        for item_id, items_of in here.items():
+            planned = run.exact_unit(items_of[0])
+            payload = make_job().payload(items_of, {item_id: found[item_id]})
+            artifacts.publish_json(planned.path, planned.inputs, payload)
+            progress.fraction(0.0, item_id)
 
 
-def _deciding(run: Run, table: ScoreTable) -> list[str]:
+def _agreed(run: Run, ranks: Ranks, items: Sequence[Item]) -> list[Item]:
+    """What rank 0 found, in the order of the layers: solvers and folders may differ from machine to machine."""
+    chosen = {item.id for item in items}
+    marks = ranks.agreed(run.folder, "rescore", [item.id in chosen for item in run.items])
+    return sorted(itertools.compress(run.items, marks), key=_layer)
+
+
+def _own(run: Run, ranks: Ranks, items: Sequence[Item]) -> list[Item]:
+    """This rank's share; an item costs the layers that it goes through."""
+    costs = {item.id: float(run.shape.num_layers - _layer(item)) for item in items}
+    pieces = set(shares(costs, ranks.count, 1)[ranks.rank].pieces)
+    return [item for item in items if item.id in pieces]
+
+
+def _is_there(planned: Planned) -> bool:
+    return artifacts.is_current(planned.path, planned.inputs, "rescore")
+
+
+def _layer(item: Item) -> int:
+    return item.sites[0].layer
+
+
+def _deciding(run: Run, table: ScoreTable) -> list[Item]:
     """Items of the best architectures under the constraint file whose KL is an estimate."""
     conflicts = run.space.conflicts()
     problems = search.problems(run.shape, run.items, table, run.read_costs(), run.constraint_file, conflicts)
     wanted = run.constraint_file.solutions
     solutions = mip.solve(problems, {}, max(wanted.count, LEAST_CONTENDERS), wanted.min_difference).solutions
     chosen = {item_id for solution in solutions for item_id in solution.items if (item_id, "kl") in table.scores}
-    return [item.id for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]
+    return [item for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]

@@ -15,18 +15,28 @@ import torch
 from torch import Tensor
 
 from puzzle import artifacts
+from puzzle.blocks.stream import InMemory, OnDisk, Store
 from puzzle.memory_plan import Batches, plan_one_pass, plan_scores
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
 from puzzle.run import Planned, Run
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
 from puzzle.scoring.one_pass import SATURATED_NATS, one_pass_scores
-from puzzle.scoring.sampling import num_draws, rounds, undecided
-from puzzle.stages.common import compute_of, item_weights, machine_of, sequences_of, streamed_teacher, tokens_of
+from puzzle.scoring.sampling import may_reach, num_draws, rounds, undecided
+from puzzle.stages.common import (
+    batch_sizes,
+    compute_of,
+    item_weights,
+    machine_of,
+    num_batches,
+    sequences_of,
+    streamed_teacher,
+    tokens_of,
+)
 from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, Item, Score, to_json
-from puzzle.variants import has_weights, is_teacher
+from puzzle.variants import has_weights, is_teacher, params
 
 
 def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -37,16 +47,16 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     pieces = shares({name: _cost(run, name) for name in names}, ranks.count, 1)[ranks.rank].pieces
     if not pieces:
         return
-    job = ScoreJob(run)
-    units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
-    known = job.estimates(units, progress.fraction) if run.estimated else {}
-    for _, group in itertools.groupby(units, lambda name: _first_layer(run, name)):
-        here = {name: units[name] for name in group}
-        found = job.scores(here, known, progress.fraction)
-        for name, items in here.items():
-            payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
-            artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
-            progress.done(name)
+    with ScoreJob(run) as job:
+        units = {name: job.items_to_score(run.scored_together[name]) for name in pieces}
+        known = job.estimates(units, progress.fraction) if run.estimated else {}
+        for _, group in itertools.groupby(units, lambda name: _first_layer(run, name)):
+            here = {name: units[name] for name in group}
+            found = job.scores(here, known, progress.fraction)
+            for name, items in here.items():
+                payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
+                artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
+                progress.done(name)
 
 
 def _first_layer(run: Run, name: str) -> int:
@@ -68,8 +78,8 @@ class Measured:
 
     @property
     def trusted(self) -> bool:
-        """Whether an estimate lies where the second order is enough; not so where it is no number."""
-        return self.method == "exact" or bool(self.values["kl"].mean() < SATURATED_NATS)
+        """Whether an estimate lies, for sure, where the second order is enough; not so where it is no number."""
+        return self.method == "exact" or not may_reach(self.values["kl"].tolist(), SATURATED_NATS)
 
     def joined(self, more: Values) -> Measured:
         values = {metric: torch.cat([column, more[metric]]) for metric, column in self.values.items()}
@@ -77,33 +87,54 @@ class Measured:
 
 
 class ScoreJob:
-    """One base model, and the rounds of sequences that changes to it are scored on."""
+    """One context, and the rounds of sequences that changes to it are scored on."""
 
     def __init__(self, run: Run) -> None:
         self._run, settings, compute = run, run.config.score, compute_of(run)
-        first = sequences_of(run, "score", settings.sequences)
-        self._plan = plan_scores(
-            run.shape, Batches(len(first), first[0].ids.numel(), compute.dtype.itemsize), machine_of(run)
-        )
-        teacher = streamed_teacher(run, compute.dtype, self._plan.hold_teacher)
-        self._base = Base(teacher, functools.partial(item_weights, run), run.context)
-        self._tasks = {name: _task(name, where) for name, where in settings.tasks.items()}
         most = settings.sequences if settings.until_se is None else tokens_of(run).num_sequences("score")
         self._rounds = list(rounds(settings.sequences, most))
+        self._machine = machine_of(run)
+        counts = [num_batches(len(sequences)) for sequences in self._rounds]
+        self._plan = plan_scores(run.shape, self._sizes(counts[0]), self._machine, sum(counts))
+        self._in_memory = [total <= self._plan.in_memory for total in itertools.accumulate(counts)]
+        teacher = streamed_teacher(run, compute.dtype, self._plan.hold_teacher)
+        self._context = ScoringContext(teacher, functools.partial(item_weights, run), run.context)
+        self._tasks = {name: _task(name, where) for name, where in settings.tasks.items()}
+        self._files: list[Path] = []
         self._scorers: list[Scorer] = []
-        self._base_values: list[Values] = []
-        if self._base.items:
-            self._scorer(0)  # what the base itself comes to is part of every unit
+        self._context_values: list[Values] = []
+        if self._context.items:
+            self._scorer(0)  # what the context itself comes to is part of every unit
+
+    def __enter__(self) -> ScoreJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in self._files:
+            path.unlink(missing_ok=True)
+
+    def _sizes(self, count: int) -> Batches:
+        """Of ``count`` batches, each as large as the largest of any round."""
+        return batch_sizes(self._run, count, max(len(sequences) for sequences in self._rounds))
+
+    def _store(self, in_memory: bool) -> Store:
+        """Where one stream is kept; a file that a crash leaves is swept away with other half-written things."""
+        if in_memory:
+            return InMemory()
+        path = self._run.folder / f"{artifacts.ASIDE}score-{Ranks.current().rank}-{len(self._files)}"
+        self._files.append(path)
+        return OnDisk(path)
 
     def _scorer(self, index: int) -> Scorer:
         """That of one round, made when first needed."""
         while index >= len(self._scorers):
-            sequences = self._rounds[len(self._scorers)]
-            batches = sequences_of(self._run, "score", sequences.stop, sequences.start)
-            finals = finals_of(Base(self._base.teacher, self._base.read_weights), batches)
-            scorer = Scorer(self._base, batches, finals, self._plan.together, self._plan.chunk, self._tasks)
+            place, plan = len(self._scorers), self._plan
+            batches = sequences_of(self._run, "score", self._rounds[place].stop, self._rounds[place].start)
+            stores = [self._store(self._in_memory[place]) for _ in ("the teacher's last", "the context's stream")]
+            finals = finals_of(ScoringContext(self._context.teacher, self._context.read_weights), batches, stores[0])
+            scorer = Scorer(self._context, batches, finals, plan.together, plan.chunk, self._tasks, stores[1])
             self._scorers.append(scorer)
-            self._base_values.append(scorer.base_values() if self._base.items else {})
+            self._context_values.append(scorer.context_values() if self._context.items else {})
         return self._scorers[index]
 
     def exact(self, changes: Sequence[Change]) -> Iterator[tuple[str, Values]]:
@@ -112,8 +143,8 @@ class ScoreJob:
 
     def items_to_score(self, items: Sequence[Item]) -> list[Item]:
         """What is in place already changes nothing, nor do the teacher's own blocks in the teacher."""
-        in_place = {item.id for item in self._base.items}
-        touched = {site for item in self._base.items for site in item.sites}
+        in_place = {item.id for item in self._context.items}
+        touched = {site for item in self._context.items for site in item.sites}
         return [
             item
             for item in items
@@ -172,16 +203,18 @@ class ScoreJob:
         run = self._run
         batches = sequences_of(run, "score", sequences.stop, sequences.start)
         draws = num_draws(run.config.score.sequences)
-        chunk = plan_one_pass(run.shape, Batches(len(batches), batches[0].ids.numel(), 4), draws, machine_of(run))
-        by_layer: dict[int, list[Item]] = {}
-        for item in items:
-            by_layer.setdefault(item.sites[0].layer, []).append(item)
+        plan = plan_one_pass(run.shape, self._sizes(len(batches)), draws, self._machine, self._plan.hold_teacher)
+        groups: list[list[Item]] = []
+        for _, at in itertools.groupby(sorted(items, key=_layer), _layer):
+            here = list(at)
+            sizes = [sum(params(spec, run.shape) for spec in item.specs) for item in here]
+            groups += [[here[place] for place in group] for group in plan.groups(sizes)]
         parts: dict[str, list[Tensor]] = {item.id: [] for item in items}
-        starts = range(0, len(batches), chunk)
+        starts = range(0, len(batches), plan.chunk)
         done = functools.partial(advance, share / len(starts) / run.shape.num_layers)
         for start in starts:
-            part, first = batches[start : start + chunk], sequences.start + start
-            for name, kl in one_pass_scores(self._base, by_layer, part, draws, run.config.seed, first, done).items():
+            part, first = batches[start : start + plan.chunk], sequences.start + start
+            for name, kl in one_pass_scores(self._context, groups, part, draws, run.config.seed, first, done).items():
                 parts[name].append(kl)
         return {name: torch.cat(of) for name, of in parts.items()}
 
@@ -190,26 +223,29 @@ class ScoreJob:
         until, scores = self._run.config.score.until_se, [one.values["kl"] for one in measured]
         if until is None or not scores:
             return False
-        base = self._of_base(len(scores[0])).get("kl", torch.zeros(()))
-        finite = {str(place): (kl - base).tolist() for place, kl in enumerate(scores) if torch.isfinite(kl).all()}
+        context = self._of_context(len(scores[0])).get("kl", torch.zeros(()))
+        finite = {str(place): (kl - context).tolist() for place, kl in enumerate(scores) if torch.isfinite(kl).all()}
         return bool(undecided(finite, until))
 
     def payload(self, items: Sequence[Item], found: Mapping[str, Measured]) -> dict[str, Any]:
-        """Of one unit: scores, as differences to the base where that is no teacher; why some items have none; the base.
+        """Of one unit: scores, as differences to the context where that is no teacher; why some items have none; what
+        the context itself comes to.
 
-        What is in place already costs nothing. ConfigError where the base's own outputs are not finite.
+        What is in place already costs nothing. ConfigError where the context's own outputs are not finite.
         """
         reasons = {item.id: self._failure(item, found[item.id]) for item in items if item.id in found}
         length = max((len(one.values["kl"]) for one in found.values()), default=len(self._rounds[0]))
-        base = self._of_base(length)
-        if not all(torch.isfinite(column).all() for column in base.values()):
+        context = self._of_context(length)
+        if not all(torch.isfinite(column).all() for column in context.values()):
             raise ConfigError(
                 f"{self._run.context_file}: this model's outputs are not finite; score changes to another"
             )
-        in_place = {item.id for item in self._base.items}
-        none = {metric: torch.zeros_like(column) for metric, column in base.items()}
+        in_place = {item.id for item in self._context.items}
+        none = {metric: torch.zeros_like(column) for metric, column in context.items()}
         scores = [
-            self._score(name, metric, column - base[metric][: len(column)] if base else column, found[name].method)
+            self._score(
+                name, metric, column - context[metric][: len(column)] if context else column, found[name].method
+            )
             for name, reason in reasons.items()
             for metric, column in found[name].values.items()
             if reason is None
@@ -218,13 +254,13 @@ class ScoreJob:
         return {
             "scores": [to_json(score) for score in scores],
             "failed": [{"item_id": name, "reason": reason} for name, reason in reasons.items() if reason is not None],
-            "base": [to_json(self._score(CONTEXT, *of, "exact")) for of in base.items()],
+            "base": [to_json(self._score(CONTEXT, *of, "exact")) for of in context.items()],
         }
 
-    def _of_base(self, length: int) -> Values:
-        """On the first ``length`` sequences; nothing where the base is the teacher."""
-        metrics = self._base_values[0] if self._base_values else {}
-        return {metric: torch.cat([values[metric] for values in self._base_values])[:length] for metric in metrics}
+    def _of_context(self, length: int) -> Values:
+        """On the first ``length`` sequences; nothing where the context is the teacher."""
+        metrics = self._context_values[0] if self._context_values else {}
+        return {metric: torch.cat([values[metric] for values in self._context_values])[:length] for metric in metrics}
 
     def _score(self, name: str, metric: str, column: Tensor, method: Literal["exact", "one-pass"]) -> Score:
         tokens, context = self._run.config.data.sequence_tokens, self._run.context_id
@@ -242,6 +278,10 @@ class ScoreJob:
 
 def _layers(item: Item) -> set[int]:
     return {site.layer for site in item.sites}
+
+
+def _layer(item: Item) -> int:
+    return item.sites[0].layer
 
 
 def _changes(items: Sequence[Item]) -> list[Change]:

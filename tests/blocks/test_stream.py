@@ -111,3 +111,12 @@ def test_a_layer_without_its_tensors_is_named(tiny_llama: LlamaForCausalLM, tmp_
     teacher.layer(1)
     with pytest.raises(CorruptFileError, match=r"layer 2.*mlp\.up_proj\.weight"):
         teacher.layer(2)
+
+
+def test_on_disk_the_last_batch_may_be_smaller(tmp_path: Path) -> None:
+    store = OnDisk(tmp_path / "stream")
+    for scale in (1.0, 2.0):
+        for index, rows in enumerate((4, 4, 1)):
+            store.write(index, scale * torch.full((rows, 3, 2), float(index)))
+    assert [store.read(index).shape[0] for index in range(3)] == [4, 4, 1]
+    assert [float(store.read(index).mean()) for index in range(3)] == [0.0, 2.0, 4.0]

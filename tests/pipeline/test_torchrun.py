@@ -99,6 +99,24 @@ def test_two_ranks_score_what_one_does(finished: Project, tmp_path: Path, settin
     assert found[0] == found[1]
 
 
+def test_two_ranks_measure_what_decides_a_search_as_one_does(finished: Project, tmp_path: Path) -> None:
+    settings = ["--set", "score.mode=one-pass"]
+    found = []
+    for name in ("alone", "two"):
+        project = finished.copy_to(tmp_path / name)
+        shutil.copytree(finished.run, project.run)
+        assert main(["--debug", "score", str(project.config), *settings, "--redo"]) == 0
+        if name == "alone":
+            assert main(["--debug", "rescore", str(project.config), *settings]) == 0
+        else:
+            done = torchrun("-m", "puzzle", "--debug", "rescore", str(project.config), *settings)
+            assert done.returncode == 0, done.stderr
+        rescored = project.run / "rescored"
+        found.append({path.relative_to(rescored): path.read_text() for path in rescored.rglob("*.json")})
+    assert found[0] == found[1]
+    assert len(found[0]) > 2  # what decides, and more than one item for two ranks to share
+
+
 def test_a_dead_rank_is_named_and_its_units_are_taken_up(
     unfinished: Project, finished: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from puzzle.build import build_student
 from puzzle.data.batches import Batch
 from puzzle.evaluate import evaluate
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.scoring.base import Base
+from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, Values, finals_of
 from puzzle.space import PARTS
 from puzzle.teacher import Compute, Teacher, final_hidden, load_model
@@ -47,8 +47,8 @@ def read_weights(teacher: Teacher, item: Item) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def base(teacher: Teacher) -> Base:
-    return Base(teacher, functools.partial(read_weights, teacher))
+def context(teacher: Teacher) -> ScoringContext:
+    return ScoringContext(teacher, functools.partial(read_weights, teacher))
 
 
 @pytest.fixture(scope="module")
@@ -110,61 +110,65 @@ def plain(teacher: PuzzleForCausalLM, student: PuzzleForCausalLM, batches: Seque
     return found
 
 
-def test_scores_are_those_of_the_whole_student(model: PuzzleForCausalLM, base: Base, batches: list[Batch]) -> None:
+def test_scores_are_those_of_the_whole_student(
+    model: PuzzleForCausalLM, context: ScoringContext, batches: list[Batch]
+) -> None:
     changes = changes_of()
-    found = measured(Scorer(base, batches, finals_of(base, batches)), changes)
+    found = measured(Scorer(context, batches, finals_of(context, batches)), changes)
     assert list(found) == [change.name for change in changes]
     for change in changes:
-        student = build_student(model, [*keeps_beside(change.items), *change.items], base.read_weights)
+        student = build_student(model, [*keeps_beside(change.items), *change.items], context.read_weights)
         for metric, values in plain(model, student, batches).items():
             assert found[change.name][metric].tolist() == pytest.approx(values, rel=1e-3, abs=1e-5), (change, metric)
 
 
 @pytest.mark.parametrize(("together", "chunk", "held"), [(1, 9, True), (3, 1, False), (100, 2, True)])
 def test_how_much_is_under_way_at_once_changes_no_bit(
-    teacher_folder: Path, base: Base, batches: list[Batch], together: int, chunk: int, held: bool
+    teacher_folder: Path, context: ScoringContext, batches: list[Batch], together: int, chunk: int, held: bool
 ) -> None:
-    finals = finals_of(base, batches)
-    expected = measured(Scorer(base, batches, finals), changes_of())
-    other = Base(Teacher(teacher_folder, torch.device("cpu"), torch.float32, held), base.read_weights)
+    finals = finals_of(context, batches)
+    expected = measured(Scorer(context, batches, finals), changes_of())
+    other = ScoringContext(Teacher(teacher_folder, torch.device("cpu"), torch.float32, held), context.read_weights)
     found = measured(Scorer(other, batches, finals, together, chunk), changes_of())
     for name, values in expected.items():
         assert all(torch.equal(found[name][metric], column) for metric, column in values.items()), name
 
 
-def test_a_context_is_what_changes_are_made_to(model: PuzzleForCausalLM, base: Base, batches: list[Batch]) -> None:
+def test_a_context_is_what_changes_are_made_to(
+    model: PuzzleForCausalLM, context: ScoringContext, batches: list[Batch]
+) -> None:
     """The context's own values, a change beside it, and one in the place of what it has there: back to the teacher."""
     narrow, gqa = site_item(Site(1, "ffn"), NARROW), site_item(Site(2, "attention"), GQA)
-    context = Base(base.teacher, base.read_weights, (narrow, gqa))
-    scorer = Scorer(context, batches, finals_of(base, batches))
-    own = build_student(model, [*keeps_beside([narrow, gqa]), narrow, gqa], base.read_weights)
+    compressed = ScoringContext(context.teacher, context.read_weights, (narrow, gqa))
+    scorer = Scorer(compressed, batches, finals_of(context, batches))
+    own = build_student(model, [*keeps_beside([narrow, gqa]), narrow, gqa], context.read_weights)
     kl = plain(model, own, batches)["kl"]
-    assert scorer.base_values()["kl"].tolist() == pytest.approx(kl, rel=1e-3, abs=1e-5)
+    assert scorer.context_values()["kl"].tolist() == pytest.approx(kl, rel=1e-3, abs=1e-5)
     linear, kept = site_item(Site(1, "attention"), AttentionSpec("linear")), site_item(Site(2, "attention"), KEEP)
     beside, back = measured(scorer, [Change("beside", (linear,)), Change("back", (kept,))]).values()
-    more = build_student(model, [*keeps_beside([narrow, gqa, linear]), narrow, gqa, linear], base.read_weights)
+    more = build_student(model, [*keeps_beside([narrow, gqa, linear]), narrow, gqa, linear], context.read_weights)
     assert beside["kl"].tolist() == pytest.approx(plain(model, more, batches)["kl"], rel=1e-3, abs=1e-5)
-    less = build_student(model, [*keeps_beside([narrow]), narrow], base.read_weights)
+    less = build_student(model, [*keeps_beside([narrow]), narrow], context.read_weights)
     assert back["kl"].tolist() == pytest.approx(plain(model, less, batches)["kl"], rel=1e-3, abs=1e-5)
 
 
-def test_the_teacher_in_its_own_place_costs_nothing(base: Base, batches: list[Batch]) -> None:
-    values = Scorer(base, batches, finals_of(base, batches)).base_values()
+def test_the_teacher_in_its_own_place_costs_nothing(context: ScoringContext, batches: list[Batch]) -> None:
+    values = Scorer(context, batches, finals_of(context, batches)).context_values()
     assert values["kl"].abs().max() < 1e-6
     assert values["hidden_distance"].abs().max() < 1e-6
     assert values["agreement"].min() == 1.0
 
 
-def test_a_task_of_the_users_own(base: Base, batches: list[Batch]) -> None:
+def test_a_task_of_the_users_own(context: ScoringContext, batches: list[Batch]) -> None:
     def surprise_at_last(final: torch.Tensor, head: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(head(final[:, -2]), batch.ids[:, -1], reduction="none")
 
-    scorer = Scorer(base, batches, finals_of(base, batches), tasks={"last": surprise_at_last})
+    scorer = Scorer(context, batches, finals_of(context, batches), tasks={"last": surprise_at_last})
     (found,) = measured(scorer, [Change("none", (run_item(0, 3),))]).values()
-    norm, head, teacher = base.teacher.top.model.norm, base.teacher.top.lm_head, finals_of(base, batches)
+    norm, head, finals = context.teacher.top.model.norm, context.teacher.top.lm_head, finals_of(context, batches)
     expected = [
-        surprise_at_last(norm(base.teacher.embed(one)), head, one) - surprise_at_last(final, head, one)
-        for one, final in zip(batches, teacher, strict=True)
+        surprise_at_last(norm(context.teacher.embed(one)), head, one) - surprise_at_last(finals.read(place), head, one)
+        for place, one in enumerate(batches)
     ]
     torch.testing.assert_close(found["last"].float(), torch.cat(expected))
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from puzzle.scoring.sampling import num_draws, rounds, undecided
+import math
+
+from puzzle.scoring.sampling import may_reach, num_draws, rounds, undecided
+
+
+def test_a_score_reaches_what_lies_within_two_standard_errors() -> None:
+    around = [0.2, 0.3] * 8  # 0.25, standard error 0.0129
+    assert may_reach(around, 0.27) and may_reach(around, 0.24)
+    assert not may_reach(around, 0.28)
+    assert may_reach([0.25], 100.0)  # its error is not known
+    assert may_reach([*around, math.nan], 100.0) and may_reach([*around, math.inf], 100.0)
 
 
 def test_rounds_double_up_to_what_there_is() -> None:

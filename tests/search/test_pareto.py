@@ -14,15 +14,18 @@ from search_factories import all_choices, make_costs, make_file, make_items, mak
 
 from puzzle.search import pareto_front, search
 from puzzle.search.mip import solve
-from puzzle.search.pareto import front, plot
-from puzzle.search.problem import Problem
+from puzzle.search.pareto import Front, front, plot
+from puzzle.search.problem import Problem, Quantity
+from puzzle.space import SearchSpace
 from puzzle.types import ConfigError, Conflict, InfeasibleError, Item, ModelShape
+from puzzle.variants import params
 
 
 def non_dominated(problem: Problem) -> list[tuple[Fraction, Fraction]]:
     """By definition: the points that no other point equals or beats in both."""
     quantity = problem.quantity("cost0")
-    points = sorted({(quantity.value(chosen), problem.objective_of(chosen)) for chosen in all_choices(problem)})
+    allowed = [chosen for chosen in all_choices(problem) if not replace(problem, rows=()).violations(chosen)]
+    points = sorted({(quantity.value(chosen), problem.objective_of(chosen)) for chosen in allowed})
     kept: list[tuple[Fraction, Fraction]] = []
     for cost, objective in points:
         if not kept or objective < kept[-1][1]:
@@ -30,10 +33,39 @@ def non_dominated(problem: Problem) -> list[tuple[Fraction, Fraction]]:
     return kept
 
 
-@pytest.mark.parametrize("wide", [0, 3])
+@pytest.mark.parametrize(("wide", "conflicts"), [(0, 0), (3, 0), (0, 6), (4, 8), (4, 30)])
 @pytest.mark.parametrize("seed", range(6))
-def test_front_is_that_of_brute_force(seed: int, wide: int) -> None:
-    problem = make_problem(random.Random(seed), num_sites=5, choices=3, wide=wide)
+def test_front_is_that_of_brute_force(seed: int, wide: int, conflicts: int) -> None:
+    problem = make_problem(random.Random(seed), num_sites=5, choices=3, wide=wide, conflicts=conflicts)
+    assert_front_is_exact(problem)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_conflicts_of_any_number_of_items_hold(seed: int, size: int) -> None:
+    """Of one item, of several far apart, of some that cannot go together anyway, and of one that is not on offer."""
+    rng = random.Random(seed)
+    problem = make_problem(rng, num_sites=5, choices=2, wide=3)
+    ids = [item.id for item in problem.items]
+    conflicts = [Conflict(tuple(rng.sample(ids, size)), "no") for _ in range(3 if size == 1 else 12)]
+    assert_front_is_exact(replace(problem, conflicts=(*conflicts, Conflict((ids[0], "elsewhere"), "no"))))
+
+
+@pytest.mark.parametrize(("pairs", "runs"), [(False, 1), (False, 3), (True, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_of_layers_are_not_spelt_as_sums(shape: ModelShape, seed: int, pairs: bool, runs: int) -> None:
+    """Where a run costs more than its parts, as where it costs less."""
+    space = SearchSpace.parse({"attention": ("linear", "skip"), "ffn": ("skip",)}, shape, pairs=pairs, runs=runs)
+    items, rng = space.items(), random.Random(seed)
+    objective = {item.id: rng.uniform(0, 1) * len(item.sites) ** rng.uniform(0.5, 1.5) for item in items}
+    sizes = {item.id: sum(params(spec, shape) for spec in item.specs) for item in items}
+    quantity = Quantity("cost0", "params", sizes, whole=True)
+    problem = Problem(items, shape.sites, objective, (), (quantity,), space.conflicts())
+    found = assert_front_is_exact(problem)
+    assert found.chosen(0) == ("L000-L002.skip",) if runs == 3 else len(found.chosen(0)) == 3
+
+
+def assert_front_is_exact(problem: Problem) -> Front:
     expected = non_dominated(problem)
     found = front(problem, "cost0")
     assert found.cost == pytest.approx([float(cost) for cost, _ in expected], rel=1e-12)
@@ -44,6 +76,7 @@ def test_front_is_that_of_brute_force(seed: int, wide: int) -> None:
         assert replace(problem, rows=()).violations(chosen) == ()
         assert float(problem.quantity("cost0").value(chosen)) == pytest.approx(found.cost[point])
         assert float(problem.objective_of(chosen)) == pytest.approx(found.objective[point])
+    return found
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -114,17 +147,16 @@ def test_what_is_no_plain_sum_is_refused(shape: ModelShape) -> None:
         pareto_front(shape, items, make_scores(items), make_costs(shape), chat, "chat.req_per_s")
     with pytest.raises(ConfigError, match="nothing is known of 'speed'; known: params, "):
         pareto_front(shape, items, make_scores(items), (), make_file(), "speed")
-    problem = make_problem(random.Random(0), num_sites=2, choices=2)
-    with pytest.raises(ConfigError, match="conflict"):
-        front(replace(problem, conflicts=(Conflict((problem.items[0].id,), "no"),)), "cost0")
 
 
 def test_sites_that_cannot_be_covered_are_infeasible() -> None:
     problem = make_problem(random.Random(0), num_sites=3, choices=1)
     pairs = tuple(Item(f"pair{k}", problem.sites[k : k + 2], problem.items[0].specs * 2) for k in range(2))
     overlapping = replace(problem, items=pairs, objective={"pair0": 0.0, "pair1": 0.0}, rows=())
-    with pytest.raises(InfeasibleError, match="covers every site exactly once"):
+    with pytest.raises(InfeasibleError, match="covers every site exactly once$"):
         front(overlapping, "cost0")
+    with pytest.raises(InfeasibleError, match="without a conflict"):
+        front(replace(problem, conflicts=(Conflict((problem.items[0].id,), "no"),)), "cost0")
 
 
 def test_plot_writes_a_png_with_and_without_a_chosen_point(shape: ModelShape, tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ from puzzle.types import Item, Part, Spec
 ReadWeights = Callable[[Item], Mapping[str, Tensor]]
 
 
-class Base:
-    """``teacher`` with ``items``, those of the context, in place; ``read_weights`` gives an item's trained tensors."""
+class ScoringContext:
+    """``teacher`` with ``items`` in place; ``read_weights`` gives an item's trained tensors."""
 
     def __init__(self, teacher: Teacher, read_weights: ReadWeights, items: Sequence[Item] = ()) -> None:
         self.teacher, self.items = teacher, tuple(items)
         self.read_weights = read_weights
 
     def layer(self, index: int, changed: Sequence[Item] = ()) -> PuzzleDecoderLayer:
-        """Layer ``index``, in which ``changed`` items take the place of what the base has there."""
+        """Layer ``index``, in which ``changed`` items take the place of what the context has there."""
         specs: dict[Part, Spec] = {}
         owner: dict[Part, Item] = {}
         for item in (*self.items, *changed):
@@ -45,4 +45,4 @@ class Base:
         return layer_with(layer, specs, weights)
 
 
-__all__ = ["Base", "ReadWeights"]
+__all__ = ["ReadWeights", "ScoringContext"]
