@@ -29,7 +29,7 @@ evaluate: {{sequences: 4}}
 """
 FILES = {
     "space.yaml": "attention: [keep, gqa-2, linear, skip]\nffn: [keep, narrow-50%, linear, skip]\nffn_multiple_of: 8\n",
-    "grid.yaml": "batch_sizes: [1]\nprefill_tokens: [8]\ndecode_context_tokens: [8, 16]\nrepeats: 1\n",
+    "grid.yaml": "batch_sizes: [1]\nprefill_tokens: [8]\ndecode_context_tokens: [8, 16]\nrepeats: 5\n",
     "limit.yaml": (
         "workloads:\n  chat: {isl: 8, osl: 8, weights: fp32, kv: fp32, device: cpu}\nconstraints:\n  memory_gib: 80%\n"
     ),
