@@ -10,7 +10,8 @@ if [ -n "${WHEELS:-}" ]; then
         ortools ruamel.yaml pydantic rich pytest matplotlib pandas psutil
 fi
 python3 -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log"
-python3 benchmarks/bench_profile_accuracy.py --device cuda --dtype bf16 --grid demo --out "$OUT/profile_accuracy_gpu.json"
+python3 benchmarks/make_tables.py --device cuda --out "$OUT/tables"
+python3 benchmarks/bench_profile_accuracy.py --device cuda --dtype bf16 --out "$OUT/profile_accuracy_gpu.json"
 for dtype in bf16 fp32; do
     python3 benchmarks/bench_bld.py efficiency --device cuda --shape 8b --dtype $dtype --layers 2 --batch-size 8 \
         --sequence-tokens 2048 --output "$OUT/bld_efficiency_gpu_$dtype.json"
