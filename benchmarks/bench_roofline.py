@@ -30,10 +30,10 @@ from environment import environment
 
 from puzzle import variants
 from puzzle.profiling import hardware, roofline
-from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.roofline import Efficiency
+from puzzle.profiling.source import points_of
 from puzzle.search.metrics import Setting, quantity
-from puzzle.types import GIB, AttentionSpec, Cost, FfnSpec, Item, ModelShape, Phase, Workload
+from puzzle.types import GIB, AttentionSpec, Costs, FfnSpec, Item, ModelShape, Workload
 
 RESULTS = Path(__file__).parent / "results" / "roofline_51b.json"
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
@@ -49,7 +49,7 @@ NEMOTRON_51B = """
 """.split()  # noqa: SIM905
 ASSUMPTIONS = (
     "a batch runs as one: all prompts in one forward, then osl - 1 decode steps, then the next batch",
-    "as many sequences as fit: weights + KV cache at isl + osl + workspace of a prefill in one piece, by the memory "
+    "as many sequences as fit: weights + KV cache at isl + osl + workspace of a prefill in chunks, by the memory "
     "model, in the data sheet's 80e9 bytes of each GPU",
     "embedding and head in FP8 too; attention computed in bf16 from the FP8 cache",
     "tokens per second: generated ones of one copy of the model, divided by its number of GPUs",
@@ -140,14 +140,11 @@ def largest_batch(model: Sequence[Item], workload: Workload) -> int:
     return small
 
 
-def estimates(model: Sequence[Item], workload: Workload, batch_size: int, efficiency: Efficiency) -> tuple[Cost, ...]:
+def estimates(model: Sequence[Item], workload: Workload, batch_size: int, efficiency: Efficiency) -> Costs:
     specs = list(dict.fromkeys(spec for item in model for spec in item.specs))
-    last = max(workload.isl + 1, workload.context_tokens)
-    lengths: list[tuple[Phase, int]] = [("prefill", workload.isl)]
-    lengths += [("decode", workload.isl + (last - workload.isl) * eighth // 8) for eighth in range(9)]
-    setting = hardware.Setting.of(workload)
-    points = (GridPoint(phase, batch_size, tokens) for phase, tokens in lengths)
-    return tuple(cost for point in points for cost in roofline.estimate(LLAMA_70B, specs, point, setting, efficiency))
+    setting, points = hardware.Setting.of(workload), points_of(workload, batch_size)
+    rows = [cost for point in points for cost in roofline.estimate(LLAMA_70B, specs, point, setting, efficiency)]
+    return Costs(tuple(rows))
 
 
 def serve(

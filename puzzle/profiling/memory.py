@@ -12,6 +12,8 @@ from puzzle import formats, variants
 from puzzle.types import GIB, AttentionSpec, ModelShape, Spec, Workload
 
 LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
+# tokens of all prompts that one forward takes by default (max_num_batched_tokens, chunked_prefill_size, max_num_tokens)
+CHUNK_TOKENS = {"vllm": 8192, "sglang": 8192, "tensorrt-llm": 8192}
 
 
 def weight_bytes(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> float:
@@ -45,22 +47,23 @@ def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size
 def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> float:
     """Bytes that a forward needs besides weights and KV cache on one GPU; the same for all variants.
 
-    The widest moment of a prefill in one piece, per prompt token, in the weights' dtype (16 bits where they are
+    The widest moment of a prefill, per prompt token, in the weights' dtype (16 bits where they are
     quantised), with the teacher's sizes::
 
-        residual and normed input + max(attention: q, its three rotary temporaries, k, v; FFN: act(gate), up, product)
+        4 hidden + rotary table + max(attention: q, its three rotary temporaries, k, v; FFN: act(gate), up, product)
 
-    plus fp32 logits of one token per sequence. A layer with experts has, in place of the FFN, for each expert that a
-    token goes to, the token's normed input and the expert's act(gate), up, product. An upper bound for runtimes that
-    split prompts into chunks.
+    where the four are the layer's input, the last block's output, their sum and its norm; plus fp32 logits of one token
+    per sequence. A layer with experts has, in place of the FFN, for each expert that a token goes to, the token's
+    normed input and the expert's act(gate), up, product. Runtimes that cut prompts into chunks hold one chunk's.
     """
     local = shape_per_gpu(shape, workload.tp)
     attention = (4 * local.num_attention_heads + 2 * local.num_kv_heads) * local.head_dim
     ffn = 3 * local.intermediate_size if len(shape.moe_layers) < shape.num_layers else 0
     per_expert = local.hidden_size + 3 * shape.moe_intermediate_size
     experts = _share(shape.num_active_experts, workload.tp) * per_expert if shape.moe_layers else 0
-    widest = 2 * local.hidden_size + max(attention, ffn, experts)
-    activations = batch_size * workload.isl * widest * formats.activation_bytes(workload.weights)
+    widest = 4 * local.hidden_size + 2 * shape.head_dim + max(attention, ffn, experts)
+    tokens = min(batch_size * workload.isl, CHUNK_TOKENS.get(workload.runtime, batch_size * workload.isl))
+    activations = tokens * widest * formats.activation_bytes(workload.weights)
     return activations + batch_size * shape.vocab_size * LOGIT_BYTES
 
 

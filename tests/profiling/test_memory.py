@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from puzzle.modeling import PuzzleConfig
+from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.memory import kv_cache_bytes, rest_weight_bytes, to_gib, weight_bytes, workspace_bytes
-from puzzle.profiling.stack import random_model
+from puzzle.profiling.stack import Dtype, ForwardStep, random_model
 from puzzle.types import AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec, Workload
 from puzzle.variants import block_part, keep_spec
 
@@ -100,7 +105,7 @@ def test_experts_are_shared_out_over_gpus_as_they_are(shape: ModelShape) -> None
 
     def workspace(changed: ModelShape, tp: int = 1) -> float:
         whole = workspace_bytes(changed, Workload("w", isl=1, osl=1, tp=tp), 1)
-        return (whole - changed.vocab_size * 4) / 2 - 2 * changed.hidden_size
+        return (whole - changed.vocab_size * 4) / 2 - 4 * changed.hidden_size - 2 * changed.head_dim
 
     wide = replace(moe, moe_intermediate_size=100)
     assert workspace(wide) == 2 * (shape.hidden_size + 300) == 2 * workspace(wide, tp=2)
@@ -115,11 +120,21 @@ def test_workspace_grows_with_the_prompt_and_counts_logits_in_fp32(shape: ModelS
     attention, ffn = (4 * 4 + 2 * 4) * 8, 3 * 40
     assert attention > ffn
     logits = 3 * shape.vocab_size * 4
-    assert workspace(10) == 3 * 10 * (2 * 24 + attention) * 2 + logits
+    assert workspace(10) == 3 * 10 * (4 * 24 + 2 * 8 + attention) * 2 + logits
     assert workspace(10, "fp32") - logits == 2 * (workspace(10) - logits)
     wide = replace(shape, intermediate_size=400)
-    assert workspace_bytes(wide, Workload("w", isl=10, osl=7), 3) == 3 * 10 * (2 * 24 + 1200) * 2 + logits
-    assert workspace(10, tp=2) == 3 * 10 * (2 * 24 + attention / 2) * 2 + logits
+    assert workspace_bytes(wide, Workload("w", isl=10, osl=7), 3) == 3 * 10 * (4 * 24 + 2 * 8 + 1200) * 2 + logits
+    assert workspace(10, tp=2) == 3 * 10 * (4 * 24 + 2 * 8 + attention / 2) * 2 + logits
+
+
+def test_runtimes_that_cut_prompts_hold_one_chunk_at_a_time(shape: ModelShape) -> None:
+    def activations(runtime: str, batch_size: int) -> float:
+        found = workspace_bytes(shape, Workload("w", isl=4096, osl=1, runtime=runtime), batch_size)
+        return found - batch_size * shape.vocab_size * 4
+
+    assert activations("vllm", 1) == activations("transformers", 1)
+    assert activations("vllm", 2) == activations("transformers", 2) == activations("vllm", 64)
+    assert activations("transformers", 64) == 64 * activations("transformers", 1)
 
 
 def test_gib_and_unknown_dtypes(shape: ModelShape) -> None:
@@ -191,3 +206,53 @@ def test_kv_cache_of_shapes_that_others_get_wrong(
 def test_parameters_are_the_published_ones(shape: ModelShape, published: int) -> None:
     total = sum(weight_bytes(keep_spec(shape, site), shape, "bf16") for site in shape.sites)
     assert (total + rest_weight_bytes(shape, "bf16")) / 2 == published
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes of new tensors that are alive at once."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._alive = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]:
+            if storage._cdata not in self._bytes:
+                self._bytes[storage._cdata] = storage.nbytes()
+                self._alive += storage.nbytes()
+                self.bytes = max(self.bytes, self._alive)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return output
+
+    def _gone(self, key: int) -> None:
+        self._alive -= self._bytes.pop(key)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("hidden", "width", "heads", "kv_heads", "head_dim", "batch_size", "isl"),
+    [(256, 1024, 8, 2, 32, 4, 128), (256, 256, 8, 8, 64, 2, 256), (512, 2048, 8, 4, 64, 1, 512)],
+)
+def test_workspace_is_what_a_prefill_takes(
+    make_config: MakeConfig,
+    dtype: Dtype,
+    hidden: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    batch_size: int,
+    isl: int,
+) -> None:
+    shape = ModelShape("llama", 3, hidden, heads, kv_heads, head_dim, width, 96, 2048, tied_embeddings=False)
+    keep = {"attention": {"kind": "keep"}, "ffn": {"kind": "keep"}}
+    model = random_model(make_config(shape), [keep] * 3, "cpu", dtype)
+    step = ForwardStep(model, GridPoint("prefill", batch_size, isl))
+    cached = [tensor for slot in step.cache.slots for tensor in (slot.keys, slot.values)]
+    with _Peak([*model.parameters(), *model.buffers(), *cached]) as peak:
+        step()
+    predicted = workspace_bytes(shape, Workload("w", isl, 2, weights=dtype, kv=dtype), batch_size)
+    assert 0.95 * predicted < peak.bytes <= 1.01 * predicted  # token ids and the like are not counted
