@@ -18,7 +18,8 @@ HEAVY = {"torch", "transformers", "accelerate"}
 PURE = """
     types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
-    profiling.table profiling.grid profiling.device search.problem search.metrics search.constraints search.linear
+    profiling.table profiling.grid profiling.device export.nemotron_nas
+    search.problem search.metrics search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
     report.figures report.library scoring.design scoring.interactions report.additivity report export.card
     progress data.tokenise pipeline validate cli
@@ -31,7 +32,14 @@ TORCH = """
     export export.hf export.verify profiling.timer profiling.kv_cache profiling.measure speed stages.common
     stages.starts stages.distill stages.score stages.rescore stages.additivity stages.profile stages.student stages
 """.split()  # noqa: SIM905
-ALONE = {"export.verify_child", "demo", "demo.make_teacher", "__main__", ""}
+ALONE = {
+    "export.verify_child",
+    "export.configuration_decilm",
+    "demo",
+    "demo.make_teacher",
+    "__main__",
+    "",
+}
 
 
 def module_name(path: Path) -> str:
