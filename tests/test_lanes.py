@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "accelerate"}
 PURE = """
     types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
-    profiling.table profiling.grid profiling.device export.nemotron_nas
+    profiling.table profiling.grid profiling.device profiling.regression export.nemotron_nas
     search.problem search.metrics search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
     report.figures report.library scoring.design scoring.interactions report.additivity report export.card
