@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "accelerate"}
 PURE = """
     types config artifacts variants space memory_plan checkpoint data data.streamed data.source data.inputs
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
-    profiling.table profiling.grid profiling.device profiling.regression export.nemotron_nas
+    profiling.table profiling.grid profiling.device profiling.regression export.nemotron_nas profiling.vllm
     search.problem search.metrics search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
     report.figures report.library scoring.design scoring.interactions report.additivity report export.card
@@ -35,6 +35,7 @@ TORCH = """
 ALONE = {
     "export.verify_child",
     "export.configuration_decilm",
+    "profiling.vllm_child",
     "demo",
     "demo.make_teacher",
     "__main__",

@@ -230,12 +230,14 @@ def _exchange(counts: Matrix, target: Matrix, num_models: int) -> list[int]:
     return chosen
 
 
-def regress(observations: Sequence[Observation]) -> Fit:
-    """The times of all shapes that occur, none of them negative, with the covariance of the unrestricted fit.
+def regress(observations: Sequence[Observation], wanted: Iterable[str] = ()) -> Fit:
+    """The times of all shapes that occur or are ``wanted``, none negative; the covariance is the unrestricted fit's.
 
     Raises MissingMeasurementError, naming the shapes, where the models do not tell them apart.
     """
-    names = sorted({name for model in observations for name in model.shape_ids} - {*SKIPPED, REST})
+    if not observations:
+        raise MissingMeasurementError("no model was measured")
+    names = sorted({*wanted, *(name for model in observations for name in model.shape_ids)} - {*SKIPPED, REST})
     unknowns = (*names, REST)
     counts = _counts([model.shape_ids for model in observations], unknowns)
     _check_identified(counts, unknowns)
@@ -254,7 +256,8 @@ def regress(observations: Sequence[Observation]) -> Fit:
 
 
 def _check_identified(counts: Matrix, unknowns: Sequence[str]) -> None:
-    _, values, directions = np.linalg.svd(counts / np.linalg.norm(counts, axis=0), full_matrices=True)
+    lengths = np.linalg.norm(counts, axis=0)
+    _, values, directions = np.linalg.svd(counts / np.where(lengths > 0, lengths, 1.0), full_matrices=True)
     rank = int((values > IDENTIFIED * values[0]).sum())
     loose = np.abs(directions[rank:]).max(axis=0, initial=0.0) > math.sqrt(IDENTIFIED)
     if loose.any():

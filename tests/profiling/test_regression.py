@@ -181,6 +181,14 @@ def test_shapes_that_the_models_do_not_tell_apart_are_named() -> None:
     assert caught.value.exit_code == 4
 
 
+def test_a_shape_that_is_wanted_and_in_no_model_is_named() -> None:
+    observations = [Observation(model, true_ms(model), 0.0) for model in MODELS]
+    with pytest.raises(MissingMeasurementError, match="9 measured models do not identify ffn.narrow-512: .* 1 more"):
+        regress(observations, wanted=["ffn.narrow-512", "ffn.skip"])
+    with pytest.raises(MissingMeasurementError, match="no model was measured"):
+        regress([], wanted=["ffn.narrow-512"])
+
+
 def test_a_shape_that_was_not_measured_is_named_when_predicting() -> None:
     fit = regress([Observation(model, true_ms(model), 0.0) for model in MODELS])
     with pytest.raises(MissingMeasurementError, match="ffn.narrow-512 is in none of the measured models"):
