@@ -260,19 +260,19 @@ def _print_profile(run: Run) -> None:
         return
     from puzzle.report import profile
 
-    if not run.cost_source.units:
-        print(f"profile.backend {run.config.profile.backend} measures nothing; `puzzle show costs` prints the times")
-        return
     frame = profile.profile_frame(run)
-    print("milliseconds of the teacher in one forward")
+    backend = run.config.profile.backend
+    print(f"milliseconds of the teacher in one forward ({'estimated' if backend == 'roofline' else backend})")
     print(frame.round(3).to_string(index=False))
     for gap in run.read_costs().gaps:
         what = f"{gap.shape_id} at " if gap.shape_id else ""
         print(
             f"not measured: {what}{gap.phase}, batch size {gap.batch_size}, {gap.context_tokens} tokens: {gap.reason}"
         )
-    profile.draw_profile(frame, run.folder / "costs" / "profile.png")
-    print(run.folder / "costs" / "profile.png")
+    picture = run.folder / "costs" / "profile.png"
+    picture.parent.mkdir(exist_ok=True)
+    profile.draw_profile(frame, picture)
+    print(picture)
 
 
 def _fit_costs(options: argparse.Namespace) -> None:

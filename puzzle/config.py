@@ -188,32 +188,50 @@ class AdditivityConfig(_Model):
     architectures: Positive = 120
 
 
+class VllmConfig(_Model):
+    """vLLM's own environment, and how it is started.
+
+    ``python``: the interpreter there. ``num_layers``: of the models that are measured, default the teacher's.
+    ``kv_cache_gib``: default as much as vLLM takes.
+    """
+
+    python: str
+    tp: Positive = 1
+    num_layers: Positive | None = None
+    max_batched_tokens: Positive = 8192
+    kv_cache_gib: PositiveFloat | None = None
+
+
 class ProfileConfig(_Model):
     """Where times come from, and how they are used.
 
-    ``backend``: ``measured`` here, on the ``grid``; ``roofline``, estimated from a sheet of the hardware for whatever
-    the constraint file asks (profiling/roofline.py); ``imported`` from ``table``, a CSV or JSON file of Cost records. A
-    ``table`` of this teacher's shapes on any device of the sheet makes estimates better: their efficiency is fitted.
+    ``backend``: ``measured`` here, on the ``grid``; ``vllm``, as whole models on the grid; ``roofline``, estimated from
+    a sheet of the hardware for whatever the constraint file asks (profiling/roofline.py); ``imported`` from ``table``,
+    a CSV or JSON file of Cost records. A ``table`` of this teacher's shapes on any device of the sheet makes estimates
+    better: their efficiency is fitted.
     ``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere.
     ``stand_in``: devices or dtypes whose times are to be taken from another's, as in ``{h100: h200}``.
     ``safety``: the search keeps so many standard errors of predicted times clear of limits, once `puzzle fit-costs`
     has measured whole models (``fit_models`` at random, beside the teacher); 1.64 lets one in twenty miss.
     """
 
-    backend: Literal["measured", "roofline", "imported"] = "measured"
+    backend: Literal["measured", "vllm", "roofline", "imported"] = "measured"
     grid: str = "demo"
     weights: Literal["auto", "fp32", "bf16"] = "auto"
     table: str | None = None
+    vllm: VllmConfig | None = None
     stand_in: dict[str, str] = {}
     fit_models: Annotated[int, Field(ge=3)] = 6
     safety: NonNegative = 1.64
 
     @model_validator(mode="after")
-    def _table_where_it_is_read(self) -> ProfileConfig:
+    def _what_the_backend_needs(self) -> ProfileConfig:
         if self.backend == "imported" and self.table is None:
             raise ValueError("backend: imported needs a table")
-        if self.backend == "measured" and self.table is not None:
+        if self.backend in ("measured", "vllm") and self.table is not None:
             raise ValueError("a table is for backend: imported or roofline")
+        if self.backend == "vllm" and self.vllm is None:
+            raise ValueError("backend: vllm needs vllm: {python: …}, the interpreter of the environment it is in")
         return self
 
 

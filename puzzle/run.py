@@ -220,7 +220,7 @@ class Run:
     def cost_source(self) -> CostSource:
         """Where times come from; not what an earlier grid left in the folder."""
         settings = self.config.profile
-        measured = settings.backend == "measured"
+        measured = settings.backend in ("measured", "vllm")
         return CostSource(
             settings,
             self.folder,
@@ -454,7 +454,16 @@ class Run:
             "shape": artifacts.fingerprint(vars(self.shape)),
             "space": artifacts.fingerprint(shapes),
             "profile": artifacts.fingerprint([self.config.device, self.config.profile.weights, self.grid.repeats]),
+            **self._engine(),
         }
+
+    def _engine(self) -> dict[str, str]:
+        """What only times in vLLM depend on: its settings, and all points, which one start of it measures."""
+        profile = self.config.profile
+        if profile.backend != "vllm" or profile.vllm is None:
+            return {}
+        points = [point.id for point in self.grid_points]
+        return {"vllm": artifacts.fingerprint([profile.vllm.model_dump(exclude={"python"}), points])}
 
     def plan_search(self) -> list[Planned]:
         return [Planned(self.solution, self._search_inputs())]

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 __all__ = [
+    "Architecture",
     "AttentionSpec",
     "Base",
     "Capability",
@@ -149,6 +150,7 @@ class FfnSpec(Strict):
 
 
 Spec = AttentionSpec | FfnSpec
+Architecture = tuple[tuple[AttentionSpec, FfnSpec], ...]  # both parts of every layer, resolved
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ PURE = """
     types config artifacts formats variants space memory_plan checkpoint data data.streamed data.source data.inputs
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
     profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels profiling.roofline
-    profiling.roofline_fit profiling.imported profiling.correction profiling.source search.problem search.metrics
-    search.constraints search.linear
+    profiling.roofline_fit profiling.imported profiling.correction profiling.regression export.nemotron_nas
+    profiling.vllm profiling.vllm_costs profiling.source search.problem search.metrics search.constraints search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
     report.figures report.library report.profile scoring.design scoring.interactions report.additivity report
     export.card progress data.tokenise pipeline validate cli
@@ -34,7 +34,15 @@ TORCH = """
     profiling.measure speed stages.common stages.starts stages.distill stages.score stages.rescore stages.additivity
     stages.profile stages.student stages
 """.split()  # noqa: SIM905
-ALONE = {"export.verify_child", "demo", "demo.make_teacher", "__main__", ""}
+ALONE = {
+    "export.verify_child",
+    "export.configuration_decilm",
+    "profiling.vllm_child",
+    "demo",
+    "demo.make_teacher",
+    "__main__",
+    "",
+}
 
 
 def module_name(path: Path) -> str:

@@ -1,6 +1,8 @@
 """What an architecture costs: bytes from shapes, milliseconds measured on a grid, or estimated, and interpolated.
 
-``memory``, ``grid``, ``table`` and the roofline (``hardware``, ``kernels``, ``roofline``, ``roofline_fit``) are pure
-and serve the search; ``timer``, ``kv_cache`` and ``measure`` need torch and serve the profile stage alone. Nothing is
-imported here, so that the search never pays for torch.
+``source`` says where a run's costs come from. Measured here (``stack``, ``probes``, ``measure``, ``timer``,
+``kv_cache``: these need torch), in vLLM as whole models (``vllm``, and ``regression`` for the times of single shapes),
+estimated (``hardware``, ``kernels``, ``roofline``, ``roofline_fit``) or ``imported``, they become one ``table``, which
+``correction`` sets right by whole models; ``memory`` counts bytes. Nothing is imported here, so that the search never
+pays for torch.
 """

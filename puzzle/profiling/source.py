@@ -19,8 +19,20 @@ from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Setting, hardware
 from puzzle.profiling.imported import read_table
 from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate
+from puzzle.profiling.vllm import ENGINE, Engine
+from puzzle.profiling.vllm_costs import MeasuredModel, costs_of, num_models
 from puzzle.tables import read_costs
-from puzzle.types import Cost, Costs, CostSetting, ModelShape, Spec, Workload, from_json
+from puzzle.types import (
+    GIB,
+    Cost,
+    Costs,
+    CostSetting,
+    MissingMeasurementError,
+    ModelShape,
+    Spec,
+    Workload,
+    from_json,
+)
 
 DECODE_KNOTS = 9  # contexts of a workload at which an estimate is made; between them it is nearly straight
 
@@ -43,10 +55,13 @@ class CostSource:
 
     @property
     def units(self) -> tuple[Path, ...]:
-        """The unit of each point of the grid; none where nothing is measured."""
-        if self.settings.backend != "measured":
-            return ()
-        return tuple(self.folder / "costs" / f"{point.id}.json" for point in self.points)
+        """The unit of each point of the grid, or of each whole model in vLLM; none where nothing is measured."""
+        folder = self.folder / "costs"
+        if self.settings.backend == "measured":
+            return tuple(folder / f"{point.id}.json" for point in self.points)
+        if self.settings.backend == "vllm":
+            return tuple(folder / f"vllm-{number:02}.json" for number in range(num_models(self.specs, self.shape)))
+        return ()
 
     @property
     def whole_models(self) -> tuple[Path, ...]:
@@ -68,7 +83,7 @@ class CostSource:
     @property
     def there(self) -> tuple[Cost, ...]:
         """What has been measured so far."""
-        names = [path.name for path in self.units if path.exists()]
+        names = [path.name for path in self.units if path.exists()] if self.settings.backend == "measured" else []
         return read_costs(self.folder / "costs", names).rows if names else ()
 
     @property
@@ -97,6 +112,8 @@ class CostSource:
     def _read(self) -> Costs:
         if self.settings.backend == "measured":
             return read_costs(self.folder / "costs", [path.name for path in self.units])
+        if self.settings.backend == "vllm":
+            return self._read_vllm()
         if self.settings.backend == "imported":
             assert self.table is not None
             return self.table
@@ -108,6 +125,30 @@ class CostSource:
                     key = (cost.setting, cost.shape_id, cost.phase, cost.batch_size, cost.context_tokens)
                     rows[key] = cost
         return Costs(tuple(rows.values()))
+
+    @property
+    def engine(self) -> Engine:
+        """vLLM, where that is the backend."""
+        settings = self.settings.vllm
+        assert settings is not None
+        cache = settings.kv_cache_gib
+        return Engine(
+            Path(settings.python),
+            "bf16" if self.settings.weights == "auto" else self.settings.weights,
+            settings.tp,
+            settings.max_batched_tokens,
+            None if cache is None else round(cache * GIB),
+        )
+
+    def _read_vllm(self) -> Costs:
+        if missing := sum(not path.exists() for path in self.units):
+            raise MissingMeasurementError(
+                f"{missing} of {len(self.units)} models were not measured in vLLM; run `puzzle profile RUN`"
+            )
+        units = [artifacts.read_unit(path) for path in self.units]
+        measured = [from_json(MeasuredModel, unit.payload["measured"], unit.path) for unit in units]
+        weights, tp = self.engine.weights, self.engine.tensor_parallel
+        return costs_of(self.shape, self.specs, measured, CostSetting("", weights, weights, tp, ENGINE))
 
     @cached_property
     def table(self) -> Costs | None:
@@ -125,7 +166,7 @@ class CostSource:
     @property
     def fingerprint(self) -> str:
         """Of all that the costs handed to the search depend on."""
-        if self.settings.backend == "measured":
+        if self.units:
             contents = [artifacts.content_of(path) for path in self.units]
             corrected = [artifacts.content_of(path) for path in self.whole_models] if self.fits else []
             return artifacts.fingerprint([contents, corrected, self.settings.stand_in, self.settings.safety])

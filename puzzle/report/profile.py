@@ -1,8 +1,9 @@
 """Where a teacher's time goes, and what whole models say of predicted times: tables and a picture.
 
-Reads the units in ``costs/`` and what is in ``whole-models/`` (profiling/source.py). ``attention`` and ``ffn`` are
-the teacher's sites without their norms; ``norm`` is all norms, ``head`` the head on one token per sequence, ``other``
-what is left: embedding, rotary tables, masks and, where there are no CUDA graphs, the calls themselves.
+Reads the run's costs, wherever they come from, and what is in ``whole-models/`` (profiling/source.py). ``attention``
+and ``ffn`` are the teacher's sites without their norms; ``norm`` is all norms, ``head`` the head on one token per
+sequence, ``other`` what is left: embedding, rotary tables, masks and, where there are no CUDA graphs, the calls
+themselves. Where norms and head were not timed apart, they are in the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle.profiling.correction import Fit
 from puzzle.profiling.table import REST
 from puzzle.run import Run
-from puzzle.types import Cost, MissingMeasurementError, ModelShape, Spec
+from puzzle.types import MissingMeasurementError, ModelShape, Spec
 from puzzle.variants import shape_id
 
 if TYPE_CHECKING:
@@ -26,21 +27,19 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999")  # Okabe and I
 
 
 def profile_frame(run: Run) -> pd.DataFrame:
-    """The teacher's milliseconds per forward by part, one row per point of the grid. Points with gaps are left out."""
+    """The teacher's milliseconds per forward by part, one row per device and point. Points with gaps are left out."""
     import pandas as pd
 
-    measured: dict[tuple[str, int, int], dict[str, Cost]] = {}
-    for cost in (*run.cost_source.there, *run.cost_source.details):
-        measured.setdefault((cost.phase, cost.batch_size, cost.context_tokens), {})[cost.shape_id] = cost
-    rows = []
-    for (phase, batch_size, tokens), costs in measured.items():
-        ms = {name: cost.ms for name, cost in costs.items()}
-        parts = _parts(ms, run.shape, run.keep_specs)
-        if parts is not None:
-            rows.append({"phase": phase, "batch_size": batch_size, "context_tokens": tokens, **parts})
+    ms: dict[tuple[str, str, str, int, int], dict[str, float]] = {}
+    for cost in (*run.read_costs().rows, *run.cost_source.details):
+        at = (cost.device, cost.weights, cost.phase, cost.batch_size, cost.context_tokens)
+        ms.setdefault(at, {})[cost.shape_id] = cost.ms
+    parts = {at: _parts(of, run.shape, run.keep_specs) for at, of in ms.items()}
+    columns = ("device", "weights", "phase", "batch_size", "context_tokens")
+    rows = [dict(zip(columns, at, strict=True)) | of for at, of in parts.items() if of is not None]
     if not rows:
         raise MissingMeasurementError(f"{run.folder}: nothing was measured there; run `puzzle profile RUN`")
-    return pd.DataFrame(rows).sort_values(["phase", "batch_size", "context_tokens"], ascending=[False, True, True])
+    return pd.DataFrame(rows).sort_values(list(columns), ascending=[True, True, False, True, True])
 
 
 def _parts(ms: Mapping[str, float], shape: ModelShape, keep: tuple[Spec, ...]) -> dict[str, float] | None:

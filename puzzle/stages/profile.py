@@ -15,8 +15,11 @@ from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, extremes
 from puzzle.profiling.measure import ENGINE, measure_many, measure_point
 from puzzle.profiling.probes import ModelProbe, PointTooLargeError, site_probe
+from puzzle.profiling.regression import design
 from puzzle.profiling.stack import PARTS, Dtype, SiteStack, random_model
 from puzzle.profiling.table import REST, SKIPPED
+from puzzle.profiling.vllm import measure_model
+from puzzle.profiling.vllm_costs import MeasuredModel, loadable
 from puzzle.progress import Progress
 from puzzle.run import Planned, Run
 from puzzle.stages.common import compute_of, forget_teacher
@@ -26,6 +29,9 @@ from puzzle.variants import block_part, shape_id
 
 
 def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    if run.config.profile.backend == "vllm":
+        _profile_in_vllm(run, missing, progress)
+        return
     stack = _stack(run)
     _check_device(run, stack)
     points = dict(zip(run.cost_source.units, run.grid_points, strict=True))
@@ -38,6 +44,21 @@ def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> No
             "environment": _environment(stack.device),
         }
         artifacts.publish_json(unit.path, unit.inputs, payload)
+        progress.done(unit.path.stem)
+
+
+def _profile_in_vllm(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    """One start of the engine per model; the models are the same ones whenever they are asked for."""
+    source, teacher = run.cost_source, artifacts.read_json(run.teacher / "config.json")
+    assert source.settings.vllm is not None
+    models = design(run.shape, loadable(source.specs, run.shape), num_layers=source.settings.vllm.num_layers)
+    by_path = dict(zip(source.units, models, strict=True))
+    for unit in missing:
+        layers = by_path[unit.path]
+        time = measure_model(teacher, run.shape, layers, run.grid_points, source.engine)
+        environment = {"engine": time.version, "device": time.device, "date": datetime.date.today().isoformat()}
+        measured = to_json(MeasuredModel(layers, time))
+        artifacts.publish_json(unit.path, unit.inputs, {"measured": measured, "environment": environment})
         progress.done(unit.path.stem)
 
 

@@ -17,6 +17,7 @@ from puzzle.profiling.probes import Probe
 from puzzle.profiling.stack import SiteStack
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
+from tests.profiling.test_vllm import environment_with
 
 LIMIT = """\
 workloads:
@@ -96,7 +97,7 @@ def test_estimates_need_no_profile_and_say_so(copy: Project, capsys: pytest.Capt
     assert main(["--debug", "profile", *arguments]) == 0
     assert main(["--debug", "search", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "profile.backend roofline measures nothing" in printed
+    assert "milliseconds of the teacher in one forward (estimated)" in printed and "h100" in printed
     (line,) = [line for line in printed.splitlines() if "chat.e2e_ms" in line]
     assert line.endswith("(estimate)")
     assert not any("memory" in line and "(estimate)" in line for line in printed.splitlines())
@@ -132,3 +133,33 @@ def test_details_are_no_costs(finished: Project) -> None:
     units = [json.loads(path.read_text()) for path in (finished.run / "costs").glob("*.json")]
     assert all({entry["shape_id"] for entry in unit["payload"]["details"]} == {"norm", "head"} for unit in units)
     assert not {cost.shape_id for cost in Run.open(finished.config).read_costs().rows} & {"norm", "head"}
+
+
+def test_costs_are_measured_in_vllm_one_start_a_model_and_taken_up_again(
+    copy: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = environment_with(tmp_path / "engine", installed=True)
+    shutil.rmtree(copy.run / "costs")
+    space = copy.folder / "space.yaml"
+    vllm = ["--set", "profile.backend=vllm", "--set", f"profile.vllm={{python: {python}}}"]
+    arguments = [str(copy.config), "--constraints", limit(copy, "h100"), *vllm]
+    assert main(["--debug", "profile", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "milliseconds of the teacher in one forward (vllm)" in printed
+    assert "not measured: ffn.linear at prefill, batch size 1, 8 tokens: vLLM cannot load it" in printed
+    units = sorted((copy.run / "costs").glob("vllm-*.json"))
+    assert len(units) == 2 + 2 + 1 + 3  # shapes of attention and of FFN, the rest, and for error bars
+    first = [unit.read_bytes() for unit in units]
+    units[2].unlink()
+    assert main(["search", *arguments]) == 4
+    assert main(["--debug", "profile", *arguments]) == 0
+    assert [unit.read_bytes() for unit in units] == first  # time is simulated
+    assert main(["search", *arguments]) == 4  # a limit on time, and variants without one
+    assert "attention.linear at prefill" in capsys.readouterr().err
+    space.write_text(space.read_text().replace("linear, ", ""))
+    assert main(["--debug", "profile", *arguments, "--redo"]) == 0
+    assert main(["--debug", "score", *arguments, "--redo"]) == 0
+    assert main(["--debug", "search", *arguments]) == 0
+    assert "(estimate)" not in capsys.readouterr().out
+    assert main(["profile", *arguments[:-1], "profile.vllm={python: /nowhere/python}", "--redo"]) == 2
+    assert "/nowhere/python: cannot be run" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""The ``config.json`` of a nemotron-nas (DeciLM) checkpoint: what vLLM, TensorRT-LLM, llama.cpp and mlx-lm read of
+models whose layers differ.
+
+Reads the teacher's ``config.json`` and one attention and one FFN spec per layer; computes ``block_configs``; writes
+nothing. Pure. The format is Llama's with, per layer,
+
+    KV heads  = num_attention_heads / n_heads_in_group
+    FFN width = int(2 * ffn_mult * hidden_size / 3), rounded up to a multiple of 256
+
+by every reader. A width that is no such multiple is stored with channels of zeros up to the next one, which is exact
+(:func:`stored_width`), and costs what the wider one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from puzzle.types import Architecture, AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec
+from puzzle.variants import num_kv_heads, variant_name
+
+CONFIG_CODE = "configuration_decilm"  # the file beside this one that goes into every folder
+FAMILIES = ("llama", "mistral")  # the same tensors under the same names; Mistral without its windows
+WIDTH_MULTIPLE = 256
+WIDTH_MARGIN = (
+    64  # aimed below the width, so that no reader's rounding of the multiplier ends above or a multiple below
+)
+# Copied from the teacher where it has them: Llama's fields that are neither sizes of layers nor RoPE.
+_COPIED = (
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "initializer_range",
+    "max_position_embeddings",
+    "mlp_bias",
+    "pad_token_id",
+    "rms_norm_eps",
+    "vocab_size",
+)
+
+
+def stored_width(width: int) -> int:
+    """Channels that a FFN of ``width`` is stored with: those beyond ``width`` are zeros."""
+    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def read_width(ffn_mult: float, hidden_size: int) -> int:
+    """The FFN width that readers make of ``ffn_mult``."""
+    return stored_width(int(2 * ffn_mult * hidden_size / 3))
+
+
+def ffn_mult(width: int, hidden_size: int) -> float:
+    """The multiplier that every reader takes for :func:`stored_width` of ``width``."""
+    multiplier = (stored_width(width) - WIDTH_MARGIN) * 3 / (2 * hidden_size)
+    assert read_width(multiplier, hidden_size) == stored_width(width)
+    return multiplier
+
+
+def format_refusal(spec: Spec, shape: ModelShape) -> str | None:
+    """Why the format has no word for ``spec``; None where it has."""
+    if isinstance(spec, FfnSpec):
+        return "it has no experts" if spec.num_experts or spec.num_active_experts else None
+    if spec.window_tokens is not None:
+        return "it has no window per layer"
+    heads = num_kv_heads(spec, shape)
+    if heads and shape.num_attention_heads % heads:
+        return f"its KV heads divide the query heads, and {heads} does not divide {shape.num_attention_heads}"
+    return None
+
+
+def vllm_refusal(spec: Spec, shape: ModelShape) -> str | None:
+    """Why vLLM's own reader (0.32) cannot take ``spec`` at any layer; None where it can."""
+    return "its reader has no linear maps" if spec.kind == "linear" else format_refusal(spec, shape)
+
+
+def check_vllm(shape: ModelShape, layers: Architecture) -> None:
+    """Raises ConfigError, naming layer and variant, where vLLM's reader would refuse the model or misread it."""
+    check_family(shape)
+    for layer, specs in enumerate(layers):
+        for spec in specs:
+            if reason := vllm_refusal(spec, shape):
+                raise ConfigError(f"layer {layer}: vLLM cannot load {_words(spec)} as nemotron-nas: {reason}")
+    if not layers or layers[0][0].kind == "skip":
+        raise ConfigError(
+            "layer 0: vLLM cannot load attention skip as nemotron-nas: its reader wants attention in the first layer; "
+            "leave skip out there (layers: in the search space)"
+        )
+
+
+def check_family(shape: ModelShape) -> None:
+    """Raises ConfigError for a teacher whose layers are not Llama's: the format could not say what they are."""
+    if shape.family not in FAMILIES:
+        raise ConfigError(
+            f"a {shape.family} model cannot be written as nemotron-nas, which has Llama's layers only; "
+            f"families that can: {', '.join(FAMILIES)}"
+        )
+    if any(window is not None for window in shape.windows):
+        raise ConfigError(f"a {shape.family} model with sliding windows cannot be written as nemotron-nas: it has none")
+
+
+def block_configs(shape: ModelShape, layers: Architecture) -> list[dict[str, Any]]:
+    """One entry per layer. ConfigError, naming layer and variant, for what the format has no word for.
+
+    Linear maps are written, though not every reader takes them: see :func:`check_vllm`.
+    """
+    for layer, specs in enumerate(layers):
+        for spec in specs:
+            if reason := format_refusal(spec, shape):
+                raise ConfigError(f"layer {layer}: {_words(spec)} cannot be written as nemotron-nas: {reason}")
+    return [{"attention": _attention(attention, shape), "ffn": _ffn(ffn, shape)} for attention, ffn in layers]
+
+
+def _attention(spec: AttentionSpec, shape: ModelShape) -> dict[str, Any]:
+    heads = num_kv_heads(spec, shape)
+    return {"n_heads_in_group": shape.num_attention_heads // heads if heads else None, **_switches(spec)}
+
+
+def _ffn(spec: FfnSpec, shape: ModelShape) -> dict[str, Any]:
+    has_channels = spec.kind not in ("linear", "skip")
+    width = spec.intermediate_size or shape.intermediate_size
+    return {"ffn_mult": ffn_mult(width, shape.hidden_size) if has_channels else None, **_switches(spec)}
+
+
+def _switches(spec: Spec) -> dict[str, bool]:
+    return {"no_op": spec.kind == "skip", "replace_with_linear": spec.kind == "linear"}
+
+
+def _words(spec: Spec) -> str:
+    return f"{'attention' if isinstance(spec, AttentionSpec) else 'ffn'} {variant_name(spec)}"
+
+
+def nemotron_nas_config(
+    teacher: Mapping[str, Any], shape: ModelShape, layers: Architecture, dtype: str
+) -> dict[str, Any]:
+    """The whole ``config.json`` of a model with ``layers``, as many as there are (not the teacher's number).
+
+    ``teacher`` is its ``config.json``, ``dtype`` as transformers writes it (bfloat16). Raises ConfigError for a teacher
+    or a layer that the format cannot hold.
+    """
+    check_family(shape)
+    if teacher.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"nemotron-nas readers know silu only, and the teacher has {teacher['hidden_act']!r}")
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": f"{CONFIG_CODE}.DeciLMConfig"},
+        **{name: teacher[name] for name in _COPIED if name in teacher},
+        **_rope(teacher),
+        "block_configs": block_configs(shape, layers),
+        "dtype": dtype,
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden_size,
+        # of no layer in particular, but strict configs refuse null
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": shape.num_kv_heads,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "torch_dtype": dtype,  # the name that older readers know
+    }
+
+
+def _rope(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """In both forms, ``rope_parameters`` and the two fields that it replaced: readers know one or the other."""
+    given = teacher.get("rope_parameters") or {
+        **(teacher.get("rope_scaling") or {}),
+        "rope_theta": teacher.get("rope_theta", 10000.0),  # what Llama's config means when it does not say
+    }
+    kind = given.get("rope_type", given.get("type", "default"))
+    scaling = {name: value for name, value in given.items() if name not in ("rope_theta", "rope_type", "type")}
+    return {
+        "rope_parameters": {**scaling, "rope_theta": given["rope_theta"], "rope_type": kind},
+        "rope_theta": given["rope_theta"],
+        "rope_scaling": {**scaling, "rope_type": kind} if kind != "default" else None,
+    }
