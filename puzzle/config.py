@@ -209,7 +209,8 @@ class ProfileConfig(_Model):
     a sheet of the hardware for whatever the constraint file asks (profiling/roofline.py); ``imported`` from ``table``,
     a CSV or JSON file of Cost records. A ``table`` of this teacher's shapes on any device of the sheet makes estimates
     better: their efficiency is fitted.
-    ``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere.
+    ``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere. ``compile``:
+    under torch.compile, which workloads name as runtime transformers-compiled.
     ``stand_in``: devices or dtypes whose times are to be taken from another's, as in ``{h100: h200}``.
     ``safety``: the search keeps so many standard errors of predicted times clear of limits, once `puzzle fit-costs`
     has measured whole models (``fit_models`` at random, beside the teacher); 1.64 lets one in twenty miss.
@@ -218,6 +219,7 @@ class ProfileConfig(_Model):
     backend: Literal["measured", "vllm", "roofline", "imported"] = "measured"
     grid: str = "demo"
     weights: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     table: str | None = None
     vllm: VllmConfig | None = None
     stand_in: dict[str, str] = {}

@@ -449,11 +449,11 @@ class Run:
         return [Planned(path, self._measured_from()) for path in self.cost_source.whole_models]
 
     def _measured_from(self) -> dict[str, str]:
-        shapes = sorted(shape_id(spec, self.shape) for spec in self.specs)
+        shapes, profile = sorted(shape_id(spec, self.shape) for spec in self.specs), self.config.profile
         return {
             "shape": artifacts.fingerprint(vars(self.shape)),
             "space": artifacts.fingerprint(shapes),
-            "profile": artifacts.fingerprint([self.config.device, self.config.profile.weights, self.grid.repeats]),
+            "profile": artifacts.fingerprint([self.config.device, profile.weights, profile.compile, self.grid.repeats]),
             **self._engine(),
         }
 

@@ -17,10 +17,10 @@ from torch import nn
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.measure import ENGINE, measure_many
+from puzzle.profiling.measure import measure_many
 from puzzle.profiling.probes import ModelProbe, PointTooLargeError, site_probe
 from puzzle.profiling.stack import TORCH_DTYPES, Dtype, SiteStack
-from puzzle.profiling.table import REST, SKIPPED
+from puzzle.profiling.table import ENGINE, REST, SKIPPED
 from puzzle.progress import console
 from puzzle.run import Run
 from puzzle.search.constraints import workloads

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from puzzle import checkpoint, pipeline, search
 from puzzle.data.source import check_sources
 from puzzle.profiling.source import with_stand_ins
-from puzzle.profiling.table import REST, SKIPPED
+from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
@@ -89,9 +89,10 @@ def _promised_costs(run: Run) -> Costs:
     else:
         device, weights = _profiled_device(run)
     shapes = {shape_id(spec, run.shape) for spec in run.specs}.difference(SKIPPED) | {REST}
+    engine = COMPILED_ENGINE if run.config.profile.compile else ENGINE
     rows = tuple(
         Cost(
-            name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, "transformers",
+            name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, engine,
             1.0, 1.0, 1.0, "measured",
         )
         for point in run.grid_points

@@ -19,7 +19,6 @@ from puzzle.profiling.table import REST
 from puzzle.profiling.timer import Timing
 from puzzle.types import Cost, Gap
 
-ENGINE = "transformers"
 WARMUP_ROUNDS = 2
 ROUNDS_AGAIN = 4  # times as many, where a time was lost in noise
 
@@ -92,7 +91,7 @@ def _cost(stack: SiteStack, point: GridPoint, name: str, timing: Timing) -> Cost
         kv=stack.dtype,
         device=device_name(stack.device),
         tensor_parallel=1,
-        engine=ENGINE,
+        engine=stack.engine,
         ms=timing.ms,
         ms_p10=timing.ms_p10,
         ms_p90=timing.ms_p90,

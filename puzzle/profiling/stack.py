@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.modeling.configuration_puzzle import Span
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
-from puzzle.profiling.table import SKIPPED
+from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, SKIPPED
 from puzzle.types import AttentionSpec, ConfigError, ModelShape, Part, Site, Spec
 from puzzle.variants import block_part, keep_spec, resolve, shape_id
 
@@ -28,6 +28,7 @@ Dtype = Literal["fp32", "bf16"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS: tuple[Part, Part] = ("attention", "ffn")
 NUM_NEIGHBOURS = 2  # whole layers of the teacher around the sites
+COMPILE_BACKEND, RECOMPILE_LIMIT = "inductor", 4096
 NUM_EMPTY = 2  # layers without a site, whose time is what calling a layer costs
 
 
@@ -43,6 +44,7 @@ class SiteStack:
     neighbours: tuple[nn.Module, ...]
     neighbour_ids: tuple[str, str]  # shape_id of either part of a neighbour
     empty: tuple[nn.Module, ...]
+    engine: str = ENGINE
 
     @classmethod
     def build(
@@ -67,6 +69,11 @@ class SiteStack:
         neighbours, empty = layers[:NUM_NEIGHBOURS], layers[first_empty:]
         return cls(shape, model, device, dtype, sites, neighbours, (attention, ffn), empty)
 
+    def compiled(self) -> SiteStack:
+        """The same with its layers under torch.compile, each compiled when it first runs at a point."""
+        compile_layers([*self.sites.values(), *self.neighbours, *self.empty])
+        return replace(self, engine=COMPILED_ENGINE)
+
     def step(self, point: GridPoint) -> ForwardStep:
         """The forward that sites are timed in. It makes the teacher's masks, so they are part of the rest; those of
         other windows, which layers share, would be counted for models that have none, so they are there already."""
@@ -76,6 +83,14 @@ class SiteStack:
     def use_layers(self, layers: Sequence[Callable[..., torch.Tensor]]) -> None:
         """Makes the next forward run through ``layers`` in this order."""
         self.model.model.layers = list(layers)
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compiles each of ``layers`` for the sizes that it will meet; from then on they are what it runs."""
+    dynamo = torch._dynamo.config  # layers share their code: past the limit they would silently run as they were
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
+    for layer in layers:
+        layer.compile(dynamic=False, backend=COMPILE_BACKEND)
 
 
 def _part(spec: Spec) -> str:

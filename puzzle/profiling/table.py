@@ -24,6 +24,7 @@ from puzzle.types import (
 )
 
 REST = "rest"  # embedding, rotary tables, final norm, head: what no variant changes
+ENGINE, COMPILED_ENGINE = "transformers", "transformers-compiled"  # what is measured here
 ANY_ENGINE = "any"  # of estimates, which hold for every runtime
 SKIPPED = ("attention.skip", "ffn.skip")
 GRID_KEY: dict[Phase, str] = {"prefill": "prefill_tokens", "decode": "decode_context_tokens"}

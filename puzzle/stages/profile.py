@@ -13,10 +13,10 @@ from puzzle import artifacts
 from puzzle.profiling.correction import WholeModel, WholePoint, whole_models
 from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, extremes
-from puzzle.profiling.measure import ENGINE, measure_many, measure_point
+from puzzle.profiling.measure import measure_many, measure_point
 from puzzle.profiling.probes import ModelProbe, PointTooLargeError, site_probe
 from puzzle.profiling.regression import design
-from puzzle.profiling.stack import PARTS, Dtype, SiteStack, random_model
+from puzzle.profiling.stack import PARTS, Dtype, SiteStack, compile_layers, random_model
 from puzzle.profiling.table import REST, SKIPPED
 from puzzle.profiling.vllm import measure_model
 from puzzle.profiling.vllm_costs import MeasuredModel, loadable
@@ -79,14 +79,15 @@ def _stack(run: Run) -> SiteStack:
     weights = run.config.profile.weights
     dtype: Dtype = weights if weights != "auto" else "bf16" if device.startswith("cuda") else "fp32"
     forget_teacher()  # room for the largest points
-    return SiteStack.build(run.shape, load_config(run.teacher), run.specs, device, dtype, run.config.seed)
+    stack = SiteStack.build(run.shape, load_config(run.teacher), run.specs, device, dtype, run.config.seed)
+    return stack.compiled() if run.config.profile.compile else stack
 
 
 def _check_device(run: Run, stack: SiteStack) -> None:
     """A table is of one device and dtype: what was measured for this run already must be of this one's."""
-    here = f"{device_name(stack.device)} in {stack.dtype}"
+    here = f"{device_name(stack.device)} in {stack.dtype} ({stack.engine})"
     for cost in run.cost_source.there:
-        if (there := f"{cost.device} in {cost.weights}") != here:
+        if (there := f"{cost.device} in {cost.weights} ({cost.engine})") != here:
             raise ConfigError(
                 f"{run.folder}: costs were measured on {there}, this is {here}; start a new run here, or measure all "
                 "of them anew: `puzzle profile RUN --redo`"
@@ -99,6 +100,8 @@ def _measured_whole(
     pairs = zip(specs[::2], specs[1::2], strict=True)
     blocks = [{"attention": block_part(attention), "ffn": block_part(ffn)} for attention, ffn in pairs]
     model = random_model(load_config(run.teacher), blocks, stack.device, stack.dtype, run.config.seed)
+    if run.config.profile.compile:
+        compile_layers(model.model.layers)
     ids = [name for spec in specs if (name := shape_id(spec, run.shape)) not in SKIPPED]
     measured = []
     for point in points:
@@ -122,7 +125,7 @@ def _measured_whole(
         )
     if not measured:
         raise PuzzleError(f"{name} fits at no point of the grid; in the grid file, add smaller batch sizes")
-    setting = CostSetting(device_name(stack.device), stack.dtype, stack.dtype, 1, ENGINE)
+    setting = CostSetting(device_name(stack.device), stack.dtype, stack.dtype, 1, stack.engine)
     return WholeModel(name, setting, tuple(measured))
 
 

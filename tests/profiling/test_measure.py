@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from puzzle.modeling import FAMILIES, PuzzleConfig
 from puzzle.profiling import measure, probes, timer
+from puzzle.profiling import stack as stack_module
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, PreallocatedLayer
 from puzzle.profiling.measure import measure_many, measure_point
@@ -344,3 +345,26 @@ def test_measuring_windows_and_experts_on_a_gpu(family: str) -> None:
     stack = SiteStack.build(cpu_stack.shape, config, specs, "cuda", "bf16")
     for point in (PREFILL, DECODE):
         assert {cost.shape_id for cost in measure_point(stack, point, 5, 0)} == {*cpu_stack.sites, "rest"}
+
+
+def test_compiled_layers_are_measured_as_such_every_one_of_them(
+    shape: ModelShape, teacher_config: PuzzleConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(stack_module, "COMPILE_BACKEND", backend)
+    stack = SiteStack.build(shape, teacher_config, SPECS, "cpu", "fp32").compiled()
+    plain = SiteStack.build(shape, teacher_config, SPECS, "cpu", "fp32")
+    for point in (PREFILL, DECODE):
+        before = len(compiled)
+        costs = measure_point(stack, point, repeats=2, seed=0).costs
+        assert {cost.engine for cost in costs} == {"transformers-compiled"}
+        assert len(compiled) - before >= len(SHAPES)
+        for name, layer in stack.sites.items():
+            stack.use_layers([layer])
+            plain.use_layers([plain.sites[name]])
+            torch.testing.assert_close(stack.step(point)(), plain.step(point)())
