@@ -60,12 +60,13 @@ def pareto_front(
     costs: Costs,
     constraints: ConstraintFile,
     cost: str,
+    conflicts: Sequence[Conflict] = (),
 ) -> Front:
     """All architectures that are best for what they cost, at the workloads' first batch sizes.
 
     ``cost`` is a metric that adds up over items, named as in a constraint file: ``params``, ``chat.e2e_ms``. The
-    file's bounds are not applied.
+    file's bounds are not applied, ``conflicts`` are.
     """
     from puzzle.search import pareto
 
-    return pareto.front(problems(shape, items, scores, costs, constraints)[0], cost)
+    return pareto.front(problems(shape, items, scores, costs, constraints, conflicts)[0], cost)

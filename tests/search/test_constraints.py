@@ -33,7 +33,7 @@ DECODE = (1 + 159 / 1024) * (0.5 + (MIXED_PARAMS - REST) / 10_000)
 E2E = PREFILL + 63 * DECODE
 GIB = 2**30
 KV = (4 + 2) * 2 * 16 * 2 * 192 * 4  # heads * (K and V) * head_dim * bf16 * tokens * batch
-WORKSPACE = 4 * 128 * (2 * 64 + (4 * 4 + 2 * 4) * 16) * 2 + 4 * 128 * 4
+WORKSPACE = 4 * 128 * (4 * 64 + 2 * 16 + (4 * 4 + 2 * 4) * 16) * 2 + 4 * 128 * 4
 BY_HAND = {
     "memory_gib": (MIXED_PARAMS * 2 + KV + WORKSPACE) / GIB,
     "weights_gib": MIXED_PARAMS * 2 / GIB,

@@ -17,7 +17,7 @@ from puzzle.search.mip import solve
 from puzzle.search.pareto import Front, front, plot
 from puzzle.search.problem import Problem, Quantity
 from puzzle.space import SearchSpace
-from puzzle.types import ConfigError, Conflict, InfeasibleError, Item, ModelShape
+from puzzle.types import ConfigError, Conflict, Costs, InfeasibleError, Item, ModelShape
 from puzzle.variants import params
 
 
@@ -119,18 +119,18 @@ def test_best_within_a_limit_is_the_searchs_answer(shape: ModelShape) -> None:
 
 def test_teacher_ends_the_front(shape: ModelShape) -> None:
     items = make_items(shape)
-    whole = pareto_front(shape, items, make_scores(items), (), make_file(), "params")
+    whole = pareto_front(shape, items, make_scores(items), Costs(), make_file(), "params")
     assert whole.teacher_cost == 2 * 128 * 64 + 64 + 3 * (16448 + 18496)
     assert whole.cost[-1] == whole.teacher_cost
     assert whole.objective[-1] == 0
     assert whole.chosen(-1) == tuple(f"{site}.keep" for site in shape.sites)
     without = [item for item in items if item.id != "L001.ffn.keep"]
-    assert pareto_front(shape, without, make_scores(items), (), make_file(), "params").teacher_cost is None
+    assert pareto_front(shape, without, make_scores(items), Costs(), make_file(), "params").teacher_cost is None
 
 
 def test_thinned_frame_keeps_both_ends(shape: ModelShape) -> None:
     items = make_items(shape)
-    whole = pareto_front(shape, items, make_scores(items), (), make_file(), "params")
+    whole = pareto_front(shape, items, make_scores(items), Costs(), make_file(), "params")
     assert len(whole) > 20
     frame = whole.frame(count=10)
     assert list(frame.columns) == ["point", "params", "kl_nats"]
@@ -146,7 +146,7 @@ def test_what_is_no_plain_sum_is_refused(shape: ModelShape) -> None:
     with pytest.raises(ConfigError, match="is a rate"):
         pareto_front(shape, items, make_scores(items), make_costs(shape), chat, "chat.req_per_s")
     with pytest.raises(ConfigError, match="nothing is known of 'speed'; known: params, "):
-        pareto_front(shape, items, make_scores(items), (), make_file(), "speed")
+        pareto_front(shape, items, make_scores(items), Costs(), make_file(), "speed")
 
 
 def test_sites_that_cannot_be_covered_are_infeasible() -> None:
@@ -162,7 +162,7 @@ def test_sites_that_cannot_be_covered_are_infeasible() -> None:
 def test_plot_writes_a_png_with_and_without_a_chosen_point(shape: ModelShape, tmp_path: Path) -> None:
     items = make_items(shape)
     scores = make_scores(items)
-    whole = pareto_front(shape, items, scores, (), make_file(), "params")
+    whole = pareto_front(shape, items, scores, Costs(), make_file(), "params")
     (solution,) = search(shape, items, scores, (), make_file(constraints={"params": "70%"}), {})
     plot(whole, tmp_path / "bare.png")
     plot(whole, tmp_path / "marked.png", solution)
