@@ -130,9 +130,10 @@ def design(
 ) -> tuple[Architecture, ...]:
     """Models whose times identify every distinct shape among ``specs`` (resolved; keep and skip are always there).
 
-    The first is the teacher; all have ``num_layers`` (default: the teacher's) and attention in layer 0, without which
-    engines do not start. The others are drawn at random and exchanged while that lowers the mean variance of the
-    predicted times of random architectures. ``num_models``: default one per unknown and SPARE_MODELS.
+    The first is the teacher; all have ``num_layers`` (default: the teacher's; fewer take less memory, but predicting a
+    whole then multiplies the errors) and attention in layer 0, without which engines do not start. The others are drawn
+    at random and exchanged while that lowers the mean variance of the predicted times of random architectures.
+    ``num_models``: default one per unknown and SPARE_MODELS.
 
     Raises ConfigError for fewer models than unknowns, and for teachers whose layers differ from one another.
     """
