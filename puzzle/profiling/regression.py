@@ -37,6 +37,7 @@ SPARE_MODELS = 3  # beyond one per unknown: degrees of freedom for the error bar
 NUM_CANDIDATES = 400
 EXCHANGE_PASSES = 8
 CONCENTRATION = 0.5  # of the Dirichlet distribution of shares: below 1, models made of few shapes are common
+LEAST = 0.1  # standard errors that every time is at least
 IDENTIFIED = 1e-8  # singular values below this part of the largest are zero
 Z_90 = 1.2815515655446004  # 90th percentile of the normal distribution
 
@@ -130,9 +131,10 @@ def design(
 ) -> tuple[Architecture, ...]:
     """Models whose times identify every distinct shape among ``specs`` (resolved; keep and skip are always there).
 
-    The first is the teacher; all have ``num_layers`` (default: the teacher's) and attention in layer 0, without which
-    engines do not start. The others are drawn at random and exchanged while that lowers the mean variance of the
-    predicted times of random architectures. ``num_models``: default one per unknown and SPARE_MODELS.
+    The first is the teacher; all have ``num_layers`` (default: the teacher's; fewer take less memory, but predicting a
+    whole then multiplies the errors) and attention in layer 0, without which engines do not start. The others are drawn
+    at random and exchanged while that lowers the mean variance of the predicted times of random architectures.
+    ``num_models``: default one per unknown and SPARE_MODELS.
 
     Raises ConfigError for fewer models than unknowns, and for teachers whose layers differ from one another.
     """
@@ -231,7 +233,9 @@ def _exchange(counts: Matrix, target: Matrix, num_models: int) -> list[int]:
 
 
 def regress(observations: Sequence[Observation], wanted: Iterable[str] = ()) -> Fit:
-    """The times of all shapes that occur or are ``wanted``, none negative; the covariance is the unrestricted fit's.
+    """The times of all shapes that occur or are ``wanted``; the covariance is that of the unrestricted fit.
+
+    Times are positive: none is below a tenth of its standard error, which is as good as zero.
 
     Raises MissingMeasurementError, naming the shapes, where the models do not tell them apart.
     """
@@ -249,7 +253,8 @@ def regress(observations: Sequence[Observation], wanted: Iterable[str] = ()) -> 
     deviation = np.sqrt(own**2 + floor**2 + (spread * times) ** 2)
     scaled, goal = counts / deviation[:, None], times / deviation
     covariance = np.linalg.inv(scaled.T @ scaled)
-    ms = _non_negative(scaled, goal)
+    least = LEAST * np.sqrt(np.diag(covariance))
+    ms = least + _non_negative(scaled, goal - scaled @ least)
     residuals = counts @ ms / times - 1
     rows = tuple(tuple(map(float, row)) for row in covariance)
     return Fit(unknowns, tuple(map(float, ms)), rows, spread, freedom, tuple(map(float, residuals)))

@@ -62,13 +62,6 @@ def costs_of(
         for found in fits
         for name, reason in refused.items()
     ]
-    gaps += [
-        Gap(*_place(found.point), "too short to be told from noise", one.shape_id)
-        for found in fits
-        if found.fit is not None
-        for one in found.fit.estimates
-        if one.ms <= 0
-    ]
     return Costs(tuple(costs(fits, device)), tuple(gaps))
 
 
@@ -101,9 +94,7 @@ def fit_points(shape: ModelShape, models: Sequence[Architecture], times: Sequenc
         except MissingMeasurementError as error:
             if not reasons:
                 raise
-            fits.append(
-                PointFit(point, None, f"{point.id}: {reasons[0]} ({len(reasons)} of {len(times)} models: {error})")
-            )
+            fits.append(PointFit(point, None, f"{reasons[0]} ({len(reasons)} of {len(times)} models: {error})"))
     return fits
 
 
@@ -132,7 +123,6 @@ def costs(fits: Sequence[PointFit], setting: CostSetting) -> list[Cost]:
         for found in fits
         if found.fit is not None
         for estimate in found.fit.estimates
-        if estimate.ms > 0
     ]
 
 
