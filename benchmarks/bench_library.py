@@ -44,11 +44,12 @@ ffn_multiple_of: 32
 
 
 def severity(options: argparse.Namespace) -> None:
+    """Processes with different ``--seeds`` may share the work: they write into one file."""
     results = Results(
         options.output or RESULTS / "bld_severity.json",
         {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens},
     )
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for start in STARTS:
             for tokens in (0, options.bld_tokens):
                 names = [f"{start}/{tokens}/{share}/{seed}" for share in SHARES]
@@ -89,7 +90,7 @@ def modes(options: argparse.Namespace) -> None:
     results = Results(
         options.output or RESULTS / "bld_modes.json", {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens}
     )
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for arm, settings in arms.items():
             names = {share: f"{arm}/{share}/{seed}" for share in SHARES}
             if f"{arm}/cost/{seed}" in results.figures and all(name in results.figures for name in names.values()):
@@ -110,7 +111,7 @@ def modes(options: argparse.Namespace) -> None:
                 f"{when} {_mean(_values(results, f'{arm}/{share}', when, options.seeds))}"
                 for when in ("before", "after")
             ]
-            print(f"{arm:<10} {share:.0%}  {'  '.join(cells)}  {results.figures[f'{arm}/cost/0']}")
+            print(f"{arm:<10} {share:.0%}  {'  '.join(cells)}  {results.figures[f'{arm}/cost/{options.seeds[0]}']}")
 
 
 def cost(run: Run) -> dict[str, float]:
@@ -172,8 +173,8 @@ def by_variant(run: Run) -> dict[str, dict[str, float]]:
     return {kind: {figure: statistics.mean(values) for figure, values in of.items()} for kind, of in found.items()}
 
 
-def _values(results: Results, arm: str, when: str, seeds: int) -> list[float]:
-    return [results.figures[f"{arm}/{seed}"][when]["kl"] for seed in range(seeds)]
+def _values(results: Results, arm: str, when: str, seeds: Sequence[int]) -> list[float]:
+    return [results.figures[f"{arm}/{seed}"][when]["kl"] for seed in seeds]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -184,7 +185,7 @@ def _mean(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["severity", "modes", "starts"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--starts", choices=STARTS, nargs="+", default=STARTS, help="of them, for starts")
     parser.add_argument("--share", type=float, default=0.65)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of BLD, for starts")

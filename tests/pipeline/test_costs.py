@@ -86,7 +86,8 @@ def test_costs_of_another_device_or_dtype_are_not_added_to(copy: Project, capsys
     unit.write_text(text)
     (copy.run / "costs" / "decode.b1.t16.json").unlink()
     assert main(["profile", str(copy.config)]) == 2
-    assert "costs were measured on h100 in bf16 (transformers), this is cpu in fp32 (transformers)" in capsys.readouterr().err
+    said = "costs were measured on h100 in bf16 (transformers), this is cpu in fp32 (transformers)"
+    assert said in capsys.readouterr().err
     assert main(["profile", str(copy.config), "--redo"]) == 0
 
 
