@@ -116,5 +116,5 @@ class Results:
             self.figures = self._on_disk() | self.figures  # another process may have added to it
             print(name, {key: value for key, value in self.figures[name].items() if key != "items"}, flush=True)
             document = {"settings": self._settings, "environment": environment(), "results": self.figures}
-            self._path.write_text(json.dumps(document, indent=1) + "\n")
+            artifacts.write_text(self._path, json.dumps(document, indent=1) + "\n")
         return self.figures[name]
