@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from puzzle.config import ConstraintFile
-from puzzle.search.constraints import metric_of, problems
+from puzzle.config import OBJECTIVES, ConstraintFile
+from puzzle.search.constraints import problems
 from puzzle.tables import ScoreTable
 from puzzle.types import Conflict, Costs, Item, ModelShape, Solution
 
@@ -47,9 +47,14 @@ def search(
     )
     if found.note:
         _log.warning(found.note)
-    metric = metric_of(constraints.objective, scores)
     return tuple(
-        replace(solution, objective_se=scores.standard_error(solution.items, metric)) for solution in found.solutions
+        replace(
+            solution,
+            objective_se=scores.standard_error(
+                solution.items, OBJECTIVES.get(solution.objective_name, solution.objective_name)
+            ),
+        )
+        for solution in found.solutions
     )
 
 
