@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puzzle import capabilities
 from puzzle.cli_options import open_run, with_run
 from puzzle.types import ConfigError, InfeasibleError, Solution
 
@@ -48,6 +49,8 @@ def print_solutions(run: Run) -> None:
         print(f"solution {rank}: {_headline(solution)}")
         for name, value in solution.totals.items():
             print(f"  {name:<28}{_figure(value)}" + ("  (estimate)" if name in solution.estimated else ""))
+    for line in capabilities.told(capabilities.offer(run.items, run.constraint_file.serve_on, run.shape).refused):
+        print(f"not on offer: {line}")
     print(run.solution / "architecture.json")
 
 

@@ -31,7 +31,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from puzzle.types import ConfigError
+from puzzle.types import ConfigError, Target
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Size = Annotated[int, Field(gt=0, le=10**9, strict=True)]  # of a workload
@@ -400,6 +400,9 @@ class ConstraintFile(_Model):
 
     workloads: dict[str, WorkloadFile] = {}
     constraints: dict[str, LimitFile]
+    serve_on: Annotated[
+        tuple[Target, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    ] = ()
     objective: str = "kl_nats"
     solutions: SolutionsFile = SolutionsFile()
 

@@ -553,9 +553,14 @@ class Run:
         return {
             "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in self.plan_score()]),
             "costs": self.cost_source.fingerprint,
-            "constraints": artifacts.fingerprint(self.constraint_file.model_dump(mode="json")),
+            "constraints": self._limits_fingerprint(),
             "space": artifacts.fingerprint([item.id for item in self.items]),
         }
+
+    def _limits_fingerprint(self) -> str:
+        # a key that came later and is not in the file leaves the solutions of before their names
+        unused = {"serve_on"} if not self.constraint_file.serve_on else set()
+        return artifacts.fingerprint(self.constraint_file.model_dump(mode="json", exclude=unused))
 
     def _chosen_if_any(self) -> tuple[Item, ...]:
         return self.chosen_items() if self.solution.exists() else ()

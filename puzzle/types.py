@@ -45,6 +45,9 @@ __all__ = [
 
 Part = Literal["attention", "ffn"]
 Phase = Literal["prefill", "decode"]
+Target = Literal[
+    "transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
+]  # what a student is written for
 TEACHER_BASE, TEACHER_CONTEXT = "teacher", "teacher"
 GIB = 2**30
 
@@ -345,9 +348,9 @@ class Conflict(Strict):
 
 @dataclass(frozen=True)
 class Capability(Strict):
-    """What one target runtime makes of one variant."""
+    """What one target runtime makes of one variant (capabilities.py)."""
 
-    target: str
+    target: Target
     status: Literal["supported", "lowered", "refused"]
     reason: str
     lowered_to: str | None = None

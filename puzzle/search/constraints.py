@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Literal
 
 from puzzle import formats, variants
+from puzzle.capabilities import offer
 from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile, ValuesFile
 from puzzle.search.goal import Goal, goal_of, is_quality, nearest
 from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
@@ -105,13 +106,14 @@ def problems(
 ) -> tuple[Problem, ...]:
     """One problem per combination of batch sizes, in the file's order (the first workload's size moves slowest).
 
-    The file must not fan out (fan_out.py).
+    Items are those that the file's ``serve_on`` leaves on offer. The file must not fan out (fan_out.py).
     """
     tasks = tasks_in(scores)
     goal = goal_of(file, tasks)
+    offered = offer(items, file.serve_on, shape)
     served = workloads(file, shape)
     limits = bounds(file, tasks)
-    objective = usable_items(items, scores, OBJECTIVES.get(goal.quality, goal.quality))
+    objective = usable_items(offered.items, scores, OBJECTIVES.get(goal.quality, goal.quality))
     _check_context(served, objective, scores, OBJECTIVES.get(goal.quality, goal.quality))
     qualities = _qualities(limits, tuple(objective), scores)
     kept_ids = {item.id for item in objective}
@@ -132,7 +134,9 @@ def problems(
                 )
             ),
             quantities=(*known_quantities(shape, settings, tuple(objective)), *qualities.values()),
-            conflicts=tuple(conflict for conflict in conflicts if kept_ids.issuperset(conflict.item_ids)),
+            conflicts=tuple(
+                conflict for conflict in (*conflicts, *offered.conflicts) if kept_ids.issuperset(conflict.item_ids)
+            ),
             objective_name=goal.quality,
             label=", ".join(f"{workload.name} batch size {size}" for workload, size in zip(served, sizes, strict=True)),
             cost=_cost(goal, shape, settings, tuple(objective)),
