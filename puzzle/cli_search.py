@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import capabilities
+from puzzle import capabilities, config
 from puzzle.cli_options import open_run, with_run
 from puzzle.types import ConfigError, InfeasibleError, Solution
 
@@ -29,6 +29,12 @@ def add_commands(commands: Any) -> None:
     shrink.add_argument("--within", type=float, default=0.15, help="of the solution's cost, either way (default 0.15)")
     shrink.add_argument("--least-share", type=float, default=0.05, help="of architectures that use it (default 0.05)")
     shrink.set_defaults(command=_shrink)
+
+    limits = commands.add_parser("constraints", help="explain a constraint file").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    explained = with_run(limits.add_parser("explain", help="say what each line means in numbers for this teacher"))
+    explained.set_defaults(command=_explain)
 
 
 def search(run: Run, stage: str, redo: bool) -> None:
@@ -140,7 +146,7 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    from puzzle import config, pipeline
+    from puzzle import pipeline
     from puzzle.search.pareto import front as front_of
     from puzzle.search.shrink import popular
 
@@ -155,3 +161,17 @@ def _shrink(options: argparse.Namespace) -> None:
     options.output.write_text(config.dump(space), encoding="utf-8")
     pairs = sum(len(layer.attention or ()) * len(layer.ffn or ()) for layer in space.layers.values())
     print(f"wrote {options.output}: {pairs} pairs; train them in a new run: set run and space, then `puzzle run`")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from puzzle.search.explain import explain
+    from puzzle.types import Costs, MissingMeasurementError
+
+    run = open_run(options)
+    try:
+        costs = run.read_costs()
+    except MissingMeasurementError:  # said again for each bound that needs one
+        costs = Costs()
+    file = run.constraint_file if run.pick else config.load(config.ConstraintFile, run.constraints)
+    print(f"{run.constraints} for the teacher {run.teacher_name}")
+    print("\n".join(explain(run.shape, run.items, costs, file, run.config.score.tasks)))

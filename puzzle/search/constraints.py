@@ -31,7 +31,19 @@ from puzzle.types import (
     Workload,
 )
 
-__all__ = ["OBJECTIVES", "bounds", "problems", "tasks_in", "usable_items", "workloads"]
+__all__ = [
+    "OBJECTIVES",
+    "Bound",
+    "bounds",
+    "cost_of",
+    "cost_rows",
+    "problems",
+    "tasks_in",
+    "teacher_items",
+    "teacher_value",
+    "usable_items",
+    "workloads",
+]
 
 SIGNS = {"min": "≥", "max": "≤", "eq": "="}
 Side = Literal["min", "max", "eq"]
@@ -128,7 +140,7 @@ def problems(
                 row
                 for bound in limits
                 for row in (
-                    _cost_rows(bound, shape, settings, tuple(objective), limits)
+                    cost_rows(bound, shape, settings, tuple(objective), limits)
                     if bound.metric in METRICS
                     else [_row(bound, qualities[bound.metric], bound.amount, bound.written)]
                 )
@@ -139,13 +151,13 @@ def problems(
             ),
             objective_name=goal.quality,
             label=", ".join(f"{workload.name} batch size {size}" for workload, size in zip(served, sizes, strict=True)),
-            cost=_cost(goal, shape, settings, tuple(objective)),
+            cost=cost_of(goal, shape, settings, tuple(objective)),
         )
         made.append(problem)
     return tuple(made)
 
 
-def _cost(goal: Goal, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item]) -> Quantity | None:
+def cost_of(goal: Goal, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item]) -> Quantity | None:
     """What is minimised in the place of the quality."""
     if goal.cost is None:
         return None
@@ -216,14 +228,18 @@ def _bound(key: str, name: str, workload: str | None, side: Side, amount: float 
     return Bound(name, workload, side, number, percent, key)
 
 
-def _cost_rows(
+def cost_rows(
     bound: Bound, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item], limits: Sequence[Bound]
 ) -> list[Row]:
+    """The bound in numbers, at each setting that it concerns; ``limits`` are all of the file.
+
+    MissingMeasurementError where a time was not measured.
+    """
     kind = METRICS[bound.metric].workload
     concerned = [setting for setting in settings if bound.workload in (None, setting.served.name)]
     if kind == "none" or not settings:
         concerned = [Setting(shape)]
-    rows = []
+    rows: list[Row] = []
     for setting in concerned:
         measured = quantity(bound.metric, setting, items)
         written = bound.written + (f" ({setting.served.name})" if len(concerned) > 1 else "")
@@ -251,7 +267,7 @@ def _row(bound: Bound, measured: Quantity, value: Fraction, written: str) -> Row
 def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fraction:
     """The teacher's value that a percentage refers to."""
     if not METRICS[bound.metric].tokens or len(setting.served.batch_sizes) == 1:
-        return _teacher_value(bound.metric, setting)
+        return teacher_value(bound.metric, setting)
     memory = [
         limit
         for limit in limits
@@ -261,18 +277,24 @@ def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fractio
         and limit.workload in (None, setting.served.name)
     ]
     at_sizes = [Setting(setting.shape, setting.served, size, setting.costs) for size in setting.served.batch_sizes]
-    fitting = [at for at in at_sizes if all(_teacher_value("memory_gib", at) <= limit.amount for limit in memory)]
+    fitting = [at for at in at_sizes if all(teacher_value("memory_gib", at) <= limit.amount for limit in memory)]
     if not fitting:
         raise ConfigError(
             f"constraints.{bound.key}: the teacher fits {' and '.join(limit.written for limit in memory)} at none of "
             f"the batch sizes of {setting.served.name}, so there is nothing to take {spell(bound.amount)}% of; "
             f"add a smaller batch size or give a number"
         )
-    return max(_teacher_value(bound.metric, at) for at in fitting)
+    return max(teacher_value(bound.metric, at) for at in fitting)
 
 
-def _teacher_value(metric: str, setting: Setting) -> Fraction:
-    items = [variants.site_item(site, variants.keep_spec(setting.shape, site)) for site in setting.shape.sites]
+def teacher_items(shape: ModelShape) -> tuple[Item, ...]:
+    """The teacher's own block at every site."""
+    return tuple(variants.site_item(site, variants.keep_spec(shape, site)) for site in shape.sites)
+
+
+def teacher_value(metric: str, setting: Setting) -> Fraction:
+    """The teacher's own."""
+    items = teacher_items(setting.shape)
     return quantity(metric, setting, items).value(item.id for item in items)
 
 

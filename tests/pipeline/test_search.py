@@ -94,3 +94,14 @@ def test_solutions_of_before_are_read(finished: Project) -> None:
     read = from_json(Solution, old, "solution.json")
     assert read.objective_nats == entry["objective_nats"]
     assert read.minimised is None
+
+
+def test_a_constraint_file_is_explained_without_any_score(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = limits(project, "mine", 'constraints:\n  memory_gib: "80%"\n  chat.ttft_ms: "50%"\n  params: 5\n')
+    assert main(["--debug", "constraints", "explain", *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("mine.yaml for the teacher teacher")
+    assert lines[1].startswith("chat: 8 + 8 tokens, batch size 1, weights fp32")
+    assert "breaks it (weights " in lines[2]
+    assert "not known: workload chat: nothing was measured" in lines[3]
+    assert not project.run.exists()
