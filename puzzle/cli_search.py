@@ -1,8 +1,9 @@
-"""The commands around the search: ``search``, ``pareto``, ``shrink``."""
+"""The commands around the search: ``search``, ``pareto``, ``shrink``, ``constraints``, ``schema``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ def add_commands(commands: Any) -> None:
     )
     explained = with_run(limits.add_parser("explain", help="say what each line means in numbers for this teacher"))
     explained.set_defaults(command=_explain)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of a kind of file, for editors")
+    schema.add_argument("kind", choices=["constraints", "config", "space", "grid"])
+    schema.set_defaults(command=_schema)
 
 
 def search(run: Run, stage: str, redo: bool) -> None:
@@ -175,3 +180,9 @@ def _explain(options: argparse.Namespace) -> None:
     file = run.constraint_file if run.pick else config.load(config.ConstraintFile, run.constraints)
     print(f"{run.constraints} for the teacher {run.teacher_name}")
     print("\n".join(explain(run.shape, run.items, costs, file, run.config.score.tasks)))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from puzzle.schema import schema
+
+    print(json.dumps(schema(options.kind), indent=2))

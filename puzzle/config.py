@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -44,6 +45,10 @@ LARGEST = 1e18  # of any amount in a constraint file: beyond what any model or m
 _PERCENTAGE = re.compile(r"\d+(\.\d+)?\s*%", re.ASCII)
 
 
+def _one_or_more(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +66,9 @@ class SourceConfig(_Model):
     split: str | None = None
     revision: str | None = None
     data_files: Annotated[
-        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+        tuple[str, ...],
+        BeforeValidator(_one_or_more),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = ()
     column: str | None = None
     messages: str | None = None
@@ -337,7 +344,22 @@ def _amount(given: Any) -> Any:
     raise ValueError('give a number in the unit that the metric is named by, or a percentage of the teacher\'s: "75%"')
 
 
-Amount = Annotated[float | str, BeforeValidator(_amount)]
+Amount = Annotated[
+    float | str,
+    BeforeValidator(_amount),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
+                {
+                    "type": "string",
+                    "pattern": f"^{_PERCENTAGE.pattern}$",
+                    "description": "percent of the teacher's own",
+                },
+            ]
+        }
+    ),
+]
 
 
 class BoundFile(_Model):
@@ -401,7 +423,11 @@ class ConstraintFile(_Model):
     workloads: dict[str, WorkloadFile] = {}
     constraints: dict[str, LimitFile]
     serve_on: Annotated[
-        tuple[Target, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+        tuple[Target, ...],
+        BeforeValidator(_one_or_more),
+        WithJsonSchema(
+            {"anyOf": [{"enum": [*get_args(Target)]}, {"type": "array", "items": {"enum": [*get_args(Target)]}}]}
+        ),
     ] = ()
     objective: str = "kl_nats"
     solutions: SolutionsFile = SolutionsFile()
