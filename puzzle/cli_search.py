@@ -31,11 +31,18 @@ def add_commands(commands: Any) -> None:
     shrink.add_argument("--least-share", type=float, default=0.05, help="of architectures that use it (default 0.05)")
     shrink.set_defaults(command=_shrink)
 
-    limits = commands.add_parser("constraints", help="explain a constraint file").add_subparsers(
+    limits = commands.add_parser("constraints", help="explain a constraint file, or import one").add_subparsers(
         required=True, metavar="COMMAND"
     )
     explained = with_run(limits.add_parser("explain", help="say what each line means in numbers for this teacher"))
     explained.set_defaults(command=_explain)
+    imported = limits.add_parser("import", help="turn puzzletron's constraints (NVIDIA Model Optimizer) into ours")
+    imported.add_argument("files", type=Path, nargs="+", metavar="FILE", help="its YAML files, later ones over earlier")
+    imported.add_argument("-o", "--output", type=Path, required=True, help="the constraint file to write")
+    imported.add_argument("--isl", type=int, help="prompt tokens, where the files do not say")
+    imported.add_argument("--osl", type=int, help="generated tokens, where the files do not say")
+    imported.add_argument("--device", help="where times are to hold, e.g. h100")
+    imported.set_defaults(command=_import)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of a kind of file, for editors")
     schema.add_argument("kind", choices=["constraints", "config", "space", "grid"])
@@ -186,3 +193,15 @@ def _schema(options: argparse.Namespace) -> None:
     from puzzle.schema import schema
 
     print(json.dumps(schema(options.kind), indent=2))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from puzzle.search.puzzletron import convert
+
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists; choose another name")
+    imported = convert(options.files, options.isl, options.osl, options.device)
+    options.output.write_text(imported.text, encoding="utf-8")
+    for one in imported.left:
+        print(f"not taken over: {one}")
+    print(f"wrote {options.output}; next: puzzle constraints explain RUN --constraints {options.output}")

@@ -456,11 +456,19 @@ def locate(kind: Literal["space", "constraints", "grid", "table"], name: str) ->
 
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
     """The file as a ``kind``; ``overrides`` are ``a.b=value``, the value in YAML. ConfigError lists every mistake."""
-    document = read_yaml(path)
+    return _validated(kind, path, read_yaml(path), overrides)
+
+
+def parse(kind: type[File], text: str, name: Path) -> File:
+    """:func:`load` of a text that is, or is to be, the file ``name``."""
+    return _validated(kind, name, _document(text, name))
+
+
+def _validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
     for override in overrides:
         _apply(document, override)
     try:
-        return kind.model_validate(_plain(document))
+        return kind.model_validate(plain(document))
     except ValidationError as error:
         lines = [_explain(kind, path, document, dict(problem)) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
@@ -474,6 +482,10 @@ def read_yaml(path: Path) -> CommentedMap:
         raise ConfigError(f"{path}: no such file; `puzzle new` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: unreadable ({error})") from None
+    return _document(text, path)
+
+
+def _document(text: str, path: Path) -> CommentedMap:
     try:
         document = YAML(typ="rt").load(text)
     except DuplicateKeyError as error:
@@ -513,11 +525,12 @@ def _apply(document: CommentedMap, override: str) -> None:
         raise ConfigError(f"--set {override}: {value!r} is not a valid YAML value") from None
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
+    """What was read, in Python's own types; keys are strings."""
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [plain(value) for value in node]
     if isinstance(node, float):
         return float(node)
     if isinstance(node, int) and not isinstance(node, bool):
