@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from puzzle import cli_search
+from puzzle.cli_options import open_run, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
 
@@ -101,14 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         ("validate", _validate, "find every error before anything runs"),
         ("status", _status, "say what is done, stale and missing"),
     ):
-        _with_run(commands.add_parser(name, help=text)).set_defaults(command=command)
+        with_run(commands.add_parser(name, help=text)).set_defaults(command=command)
     commands.choices["run"].add_argument("--dry-run", action="store_true", help="print the units and an estimate")
     commands.choices["run"].add_argument(
         "--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew"
     )
 
     for stage in STAGES:
-        staged = _with_run(commands.add_parser(stage.name, help=stage.summary))
+        staged = with_run(commands.add_parser(stage.name, help=stage.summary))
         staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
         staged.set_defaults(command=_stage, stage=stage.name)
     commands.choices["score"].add_argument(
@@ -118,61 +120,22 @@ def _parser() -> argparse.ArgumentParser:
         help="add sequences until a site's variants are told apart, or so close",
     )
 
-    additivity = _with_run(commands.add_parser("additivity", help="see how far sums of scores are from the truth"))
+    additivity = with_run(commands.add_parser("additivity", help="see how far sums of scores are from the truth"))
     additivity.add_argument("--architectures", type=int, help="how many are evaluated truly (default 120)")
     additivity.add_argument("--redo", action="store_true", help="do it anew even where it is done")
     additivity.set_defaults(command=_additivity)
 
-    fit = _with_run(commands.add_parser("fit-costs", help="measure whole models, and correct predicted times by them"))
+    fit = with_run(commands.add_parser("fit-costs", help="measure whole models, and correct predicted times by them"))
     fit.add_argument("--redo", action="store_true", help="do it anew even where it is done")
     fit.set_defaults(command=_fit_costs)
 
-    pareto = _with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
-    pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
-    pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
-    pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
-    pareto.set_defaults(command=_pareto)
-
-    shrink = _with_run(commands.add_parser("shrink", help="write a space of pairs (coupled BLD) of what is popular"))
-    shrink.add_argument("output", type=Path, metavar="SPACE", help="the space file to write")
-    shrink.add_argument("--cost", default="params", help="a metric as in a constraint file (default params)")
-    shrink.add_argument("--within", type=float, default=0.15, help="of the solution's cost, either way (default 0.15)")
-    shrink.add_argument("--least-share", type=float, default=0.05, help="of architectures that use it (default 0.05)")
-    shrink.set_defaults(command=_shrink)
+    cli_search.add_commands(commands)
 
     show = commands.add_parser("show", help="print a table of the run")
     show.add_argument("what", choices=["library", "scores", "costs"])
     show.add_argument("--output", type=Path, metavar="FILE", help="write it as CSV")
-    _with_run(show).set_defaults(command=_show)
+    with_run(show).set_defaults(command=_show)
     return parser
-
-
-def _with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a config file, or the folder of a run")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the config")
-    parser.add_argument("--constraints", metavar="FILE", help="another constraint file than the config's")
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"])
-    parser.add_argument("--memory-budget", type=float, metavar="GIB", help="what a stage may take on the device")
-    parser.add_argument(
-        "--on", type=Path, metavar="FILE", help="score changes to this architecture.json, not to the teacher"
-    )
-    return parser
-
-
-def _open(options: argparse.Namespace) -> Run:
-    from puzzle.run import Run
-
-    flags = {
-        "device": options.device,
-        "memory_budget_gib": options.memory_budget,
-        "score.until_se": vars(options).get("until_se"),
-        "additivity.architectures": vars(options).get("architectures"),
-    }
-    overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    return Run.open(options.run, overrides, options.constraints, options.on)
 
 
 def _new(options: argparse.Namespace) -> None:
@@ -200,7 +163,7 @@ def _run(options: argparse.Namespace) -> None:
     from puzzle import pipeline
     from puzzle.validate import dry_run, validate
 
-    run = _open(options)
+    run = open_run(options)
     if options.dry_run:
         print(dry_run(run))
         return
@@ -213,8 +176,9 @@ def _run(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> None:
     from puzzle.validate import validate
 
-    run = _open(options)
-    validate(run)
+    run = open_run(options)
+    for one in run.each_pick():
+        validate(one)
     print(
         f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, "
         f"{len(run.grid_points)} points of the grid)"
@@ -224,7 +188,7 @@ def _validate(options: argparse.Namespace) -> None:
 def _status(options: argparse.Namespace) -> None:
     from puzzle import artifacts, pipeline
 
-    run = _open(options)
+    run = open_run(options)
     finished = [event for event in artifacts.read_events(run.events) if event["event"] == "finished"]
     seconds = {event["stage"]: event["seconds"] for event in finished}
     for stage in pipeline.STAGES:
@@ -238,18 +202,12 @@ def _status(options: argparse.Namespace) -> None:
 def _stage(options: argparse.Namespace) -> None:
     from puzzle import pipeline
 
-    run = _open(options)
+    run = open_run(options)
+    if options.stage in ("rescore", "search"):
+        cli_search.search(run, options.stage, options.redo)
+        return
     pipeline.run_stage(run, options.stage, options.redo)
-    if options.stage == "search":
-        for rank, solution in enumerate(run.solutions(), start=1):
-            bound = f"{solution.status}, bound {solution.bound_nats:.4f}"
-            error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
-            print(f"solution {rank}: {solution.objective_nats:.4f}{error} nats predicted ({bound})")
-            for name, value in solution.totals.items():
-                figure = f"  {name:<28}{value:,.4f}".rstrip("0").rstrip(".")
-                print(figure + ("  (estimate)" if name in solution.estimated else ""))
-        print(run.solution / "architecture.json")
-    elif options.stage == "profile":
+    if options.stage == "profile":
         _print_profile(run)
     elif options.stage == "report":
         print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
@@ -279,7 +237,7 @@ def _fit_costs(options: argparse.Namespace) -> None:
     from puzzle import pipeline
     from puzzle.report import profile
 
-    run = _open(options)
+    run = open_run(options)
     pipeline.run_stage(run, "fit-costs", options.redo)
     if Ranks.current().first:
         print(profile.fits_text(run.cost_source.fits))
@@ -289,50 +247,17 @@ def _additivity(options: argparse.Namespace) -> None:
     from puzzle import pipeline
     from puzzle.report import additivity
 
-    run = _open(options)
+    run = open_run(options)
     pipeline.run_stage(run, "additivity", options.redo)
     if Ranks.current().first:
         print(additivity.report(run))
-
-
-def _pareto(options: argparse.Namespace) -> None:
-    from puzzle import pipeline
-    from puzzle.search.pareto import front as front_of
-    from puzzle.search.pareto import plot
-
-    run = _open(options)
-    front = front_of(pipeline.first_problem(run), options.cost)
-    print(front.frame(options.points).to_string(index=False))
-    folder = options.output or run.folder / "pareto"
-    folder.mkdir(parents=True, exist_ok=True)
-    front.frame().to_csv(folder / "pareto.csv", index=False)
-    plot(front, folder / "pareto.png")
-    print(f"{len(front)} points; {folder / 'pareto.csv'}, {folder / 'pareto.png'}")
-
-
-def _shrink(options: argparse.Namespace) -> None:
-    from puzzle import config, pipeline
-    from puzzle.search.pareto import front as front_of
-    from puzzle.search.shrink import popular
-
-    run = _open(options)
-    if options.output.exists():
-        raise ConfigError(f"{options.output} exists; choose another name")
-    (solution, *_) = pipeline.solve(run, {})
-    problem = pipeline.first_problem(run)
-    front = front_of(problem, options.cost)
-    cost = float(problem.quantity(options.cost).value(solution.items))
-    space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)
-    options.output.write_text(config.dump(space), encoding="utf-8")
-    pairs = sum(len(layer.attention or ()) * len(layer.ffn or ()) for layer in space.layers.values())
-    print(f"wrote {options.output}: {pairs} pairs; train them in a new run: set run and space, then `puzzle run`")
 
 
 def _show(options: argparse.Namespace) -> None:
     from puzzle import tables
     from puzzle.profiling.imported import write_table
 
-    run = _open(options)
+    run = open_run(options)
     if options.what == "scores":
         frame = tables.scores_frame(run.read_scores())
     elif options.what == "costs":

@@ -8,24 +8,45 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from puzzle.types import ConfigError
+from puzzle.types import ConfigError, Target
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
+Size = Annotated[int, Field(gt=0, le=10**9, strict=True)]  # of a workload
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+LARGEST = 1e18  # of any amount in a constraint file: beyond what any model or machine has
+_PERCENTAGE = re.compile(r"\d+(\.\d+)?\s*%", re.ASCII)
+
+
+def _one_or_more(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
 
 class _Model(BaseModel):
@@ -45,7 +66,9 @@ class SourceConfig(_Model):
     split: str | None = None
     revision: str | None = None
     data_files: Annotated[
-        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+        tuple[str, ...],
+        BeforeValidator(_one_or_more),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = ()
     column: str | None = None
     messages: str | None = None
@@ -320,17 +343,43 @@ class GridFile(_Model):
 
 
 class WorkloadFile(_Model):
-    isl: Positive
-    osl: Positive
-    batch_size: Positive | tuple[Positive, ...] = 1
+    isl: Size
+    osl: Size
+    batch_size: Annotated[
+        Annotated[Size, Tag("<size>")] | Annotated[tuple[Size, ...], Tag("<sizes>")],
+        Discriminator(lambda given: "<sizes>" if isinstance(given, list | tuple) else "<size>"),
+    ] = 1
     weights: str = "bf16"
     kv: str = "bf16"
     device: str = "cpu"
-    tp: Positive = 1
+    tp: Size = 1
     runtime: str = "transformers"
 
 
-Amount = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*%$")]
+def _amount(given: Any) -> Any:
+    """One message where two kinds of value are allowed, in place of one for each."""
+    number = isinstance(given, int | float) and not isinstance(given, bool) and abs(given) <= LARGEST
+    if number or (isinstance(given, str) and _PERCENTAGE.fullmatch(given) and float(given.rstrip("% ")) <= LARGEST):
+        return given
+    raise ValueError('give a number in the unit that the metric is named by, or a percentage of the teacher\'s: "75%"')
+
+
+Amount = Annotated[
+    float | str,
+    BeforeValidator(_amount),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
+                {
+                    "type": "string",
+                    "pattern": f"^{_PERCENTAGE.pattern}$",
+                    "description": "percent of the teacher's own",
+                },
+            ]
+        }
+    ),
+]
 
 
 class BoundFile(_Model):
@@ -344,7 +393,31 @@ class BoundFile(_Model):
     def _some_bound(self) -> BoundFile:
         if self.min is None and self.max is None and self.eq is None:
             raise ValueError("give at least one of min, max, eq")
+        if type(self.min) is type(self.max) and self.min is not None and self.max is not None:
+            lower, upper = (float(str(amount).rstrip("% ")) for amount in (self.min, self.max))
+            if lower > upper:
+                raise ValueError(f"min {self.min} is above max {self.max}: nothing can be both")
         return self
+
+
+class ValuesFile(_Model):
+    """One search for each of ``values``, each read as a bare scalar would be (search/fan_out.py)."""
+
+    values: tuple[Amount, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and (others := [str(key) for key in given if key != "values"]):
+            raise ValueError(f"values stand alone; leave out {', '.join(others)}")
+        return given
+
+    @field_validator("values")
+    @classmethod
+    def _some_values(cls, values: tuple[Amount, ...]) -> tuple[Amount, ...]:
+        if not values or len(set(values)) < len(values):
+            raise ValueError("give at least one value, and none twice")
+        return values
 
 
 class SolutionsFile(_Model):
@@ -352,11 +425,30 @@ class SolutionsFile(_Model):
     min_difference: Fraction = 0.2
 
 
+def _kind_of_limit(given: Any) -> str:
+    if isinstance(given, Mapping | BaseModel):
+        return "<values>" if "values" in dict(given) else "<bounds>"
+    return "<amount>"
+
+
+LimitFile = Annotated[
+    Annotated[Amount, Tag("<amount>")] | Annotated[ValuesFile, Tag("<values>")] | Annotated[BoundFile, Tag("<bounds>")],
+    Discriminator(_kind_of_limit),
+]
+
+
 class ConstraintFile(_Model):
-    """CONSTRAINTS.md's file as written; what the metrics mean is ``puzzle.search.constraints``' business."""
+    """What the student must fit, as written; what the metrics mean is ``puzzle.search.constraints``' business."""
 
     workloads: dict[str, WorkloadFile] = {}
-    constraints: dict[str, Amount | BoundFile]
+    constraints: dict[str, LimitFile]
+    serve_on: Annotated[
+        tuple[Target, ...],
+        BeforeValidator(_one_or_more),
+        WithJsonSchema(
+            {"anyOf": [{"enum": [*get_args(Target)]}, {"type": "array", "items": {"enum": [*get_args(Target)]}}]}
+        ),
+    ] = ()
     objective: str = "kl_nats"
     solutions: SolutionsFile = SolutionsFile()
 
@@ -384,11 +476,19 @@ def locate(kind: Literal["space", "constraints", "grid", "table"], name: str) ->
 
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
     """The file as a ``kind``; ``overrides`` are ``a.b=value``, the value in YAML. ConfigError lists every mistake."""
-    document = read_yaml(path)
+    return _validated(kind, path, read_yaml(path), overrides)
+
+
+def parse(kind: type[File], text: str, name: Path) -> File:
+    """:func:`load` of a text that is, or is to be, the file ``name``."""
+    return _validated(kind, name, _document(text, name))
+
+
+def _validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
     for override in overrides:
         _apply(document, override)
     try:
-        return kind.model_validate(_plain(document))
+        return kind.model_validate(plain(document))
     except ValidationError as error:
         lines = [_explain(kind, path, document, dict(problem)) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
@@ -402,6 +502,10 @@ def read_yaml(path: Path) -> CommentedMap:
         raise ConfigError(f"{path}: no such file; `puzzle new` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: unreadable ({error})") from None
+    return _document(text, path)
+
+
+def _document(text: str, path: Path) -> CommentedMap:
     try:
         document = YAML(typ="rt").load(text)
     except DuplicateKeyError as error:
@@ -441,11 +545,12 @@ def _apply(document: CommentedMap, override: str) -> None:
         raise ConfigError(f"--set {override}: {value!r} is not a valid YAML value") from None
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
+    """What was read, in Python's own types; keys are strings."""
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [plain(value) for value in node]
     if isinstance(node, float):
         return float(node)
     if isinstance(node, int) and not isinstance(node, bool):
@@ -504,7 +609,7 @@ def _field_names(kind: Any, place: Sequence[str | int]) -> list[str]:
 def _section(annotation: Any) -> Any:
     """The model inside ``dict[str, Model]`` or ``Amount | Model``."""
     origin = typing.get_origin(annotation)
-    if origin not in (dict, tuple, typing.Union, types.UnionType):
+    if origin not in (Annotated, dict, tuple, typing.Union, types.UnionType):
         return None
     for argument in reversed(typing.get_args(annotation)):
         if isinstance(argument, type) and issubclass(argument, BaseModel):

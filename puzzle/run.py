@@ -8,7 +8,7 @@ whose marker holds the same fingerprints is done; one with others is stale (arti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from puzzle.profiling.source import CostSource
 from puzzle.scoring.draws import Draw, draw
 from puzzle.scoring.sampling import undecided
 from puzzle.search.constraints import workloads
+from puzzle.search.fan_out import Pick, picks
 from puzzle.space import PARTS, SearchSpace
 from puzzle.tables import ScoreTable, read_scores
 from puzzle.types import (
@@ -60,12 +61,14 @@ class Run:
     """``folder`` holds everything the run writes; ``constraints`` is the constraint file's path.
 
     ``context_file``: the architecture.json of a partly compressed model that changes are scored on, not the teacher.
+    ``pick``: of a constraint file with lists of values, which of its searches (fan_out.py).
     """
 
     folder: Path
     config: RunConfig
     constraints: Path
     context_file: Path | None = None
+    pick: int | None = None
 
     @classmethod
     def open(
@@ -74,6 +77,7 @@ class Run:
         overrides: Sequence[str] = (),
         constraints: str | None = None,
         context_file: Path | None = None,
+        pick: int | None = None,
     ) -> Run:
         """From a config file, or from the folder of an existing run; ``overrides`` are ``a.b=value``."""
         path = where / "config.yaml" if where.is_dir() else where
@@ -81,7 +85,8 @@ class Run:
             raise ConfigError(f"{where}: no run folder (it has no config.yaml); `puzzle run CONFIG` makes one")
         settings = config.load(RunConfig, path, overrides)
         folder = where if where.is_dir() else Path(settings.run)
-        return cls(folder, settings, config.locate("constraints", constraints or settings.constraints), context_file)
+        limits = config.locate("constraints", constraints or settings.constraints)
+        return cls(folder, settings, limits, context_file, pick)
 
     # --- what the run rests on -------------------------------------------------------------------------------------
 
@@ -100,7 +105,7 @@ class Run:
         return {
             "teacher": self.teacher_name,
             "text": self.config.data.label,
-            "constraints": self.constraints.name,
+            "constraints": self.constraints.name if self.pick is None else self.limits_name,
             "bld_tokens": self.config.distill.tokens,
             "kd_tokens": self.config.kd.tokens,
             "seed": self.config.seed,
@@ -199,8 +204,34 @@ class Run:
         return grid_points(self.grid, self.shape)
 
     @cached_property
+    def picks(self) -> tuple[Pick, ...]:
+        """The searches that the constraint file asks for: one, unless it has lists of values."""
+        return picks(config.load(ConstraintFile, self.constraints))
+
+    @cached_property
     def constraint_file(self) -> ConstraintFile:
-        return config.load(ConstraintFile, self.constraints)
+        """With one value each. ConfigError where it has a list and no ``pick`` says which."""
+        count = len(self.picks)
+        if self.pick is None and count > 1:
+            raise ConfigError(
+                f"{self.constraints} asks for {count} searches; `puzzle search` does them all, and anything else takes "
+                f"one of them: --pick 1 ({self.picks[0]}) to --pick {count} ({self.picks[-1]})"
+            )
+        if not 1 <= (self.pick or 1) <= count:
+            raise ConfigError(f"--pick {self.pick}: {self.constraints} asks for {count} searches, numbered from 1")
+        return self.picks[(self.pick or 1) - 1].file
+
+    def each_pick(self) -> tuple[Run, ...]:
+        """This run, once for each search that is asked for and not chosen from."""
+        if self.pick is not None or len(self.picks) == 1:
+            return (self,)
+        return tuple(replace(self, pick=one.number) for one in self.picks)
+
+    @property
+    def limits_name(self) -> str:
+        """For people: the constraint file, and the values that were picked."""
+        picked = str(self.picks[self.pick - 1]) if self.pick is not None else ""
+        return f"{self.constraints.stem} ({picked})" if picked else self.constraints.stem
 
     @cached_property
     def teacher_fingerprint(self) -> str:
@@ -228,7 +259,7 @@ class Run:
             (*self.keep_specs, *self.specs),
             self.grid_points if measured else (),
             self._measured_from() if measured else {},
-            () if measured else workloads(self.constraint_file, self.shape),
+            () if measured else workloads(self.picks[0].file, self.shape),
         )
 
     def read_costs(self) -> Costs:
@@ -531,9 +562,14 @@ class Run:
         return {
             "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in self.plan_score()]),
             "costs": self.cost_source.fingerprint,
-            "constraints": artifacts.fingerprint(self.constraint_file.model_dump(mode="json")),
+            "constraints": self._limits_fingerprint(),
             "space": artifacts.fingerprint([item.id for item in self.items]),
         }
+
+    def _limits_fingerprint(self) -> str:
+        # a key that came later and is not in the file leaves the solutions of before their names
+        unused = {"serve_on"} if not self.constraint_file.serve_on else set()
+        return artifacts.fingerprint(self.constraint_file.model_dump(mode="json", exclude=unused))
 
     def _chosen_if_any(self) -> tuple[Item, ...]:
         return self.chosen_items() if self.solution.exists() else ()

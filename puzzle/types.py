@@ -46,6 +46,9 @@ __all__ = [
 
 Part = Literal["attention", "ffn"]
 Phase = Literal["prefill", "decode"]
+Target = Literal[
+    "transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
+]  # what a student is written for
 TEACHER_BASE, TEACHER_CONTEXT = "teacher", "teacher"
 GIB = 2**30
 
@@ -347,9 +350,9 @@ class Conflict(Strict):
 
 @dataclass(frozen=True)
 class Capability(Strict):
-    """What one target runtime makes of one variant."""
+    """What one target runtime makes of one variant (capabilities.py)."""
 
-    target: str
+    target: Target
     status: Literal["supported", "lowered", "refused"]
     reason: str
     lowered_to: str | None = None
@@ -359,18 +362,24 @@ class Capability(Strict):
 class Solution(Strict):
     """The answer of the search. ``totals`` are predicted metrics by name; ``inputs`` what it rests on.
 
+    ``objective_nats``: the sum of the scores that the constraint file calls ``objective_name``, in that score's unit
+    (nats for all whose names end in it); no answer has one below ``bound_nats``. Where a cost was ``minimised`` in its
+    place, the sum was bounded, and it is the cost that no answer brings below ``cost_bound`` (a rate: above it).
     ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
     ``estimated``: the metrics among them that rest on times nobody measured.
     """
 
     items: tuple[str, ...]
     objective_nats: float
-    bound_nats: float
+    bound_nats: float | None
     status: Literal["optimal", "feasible"]
     totals: dict[str, float] = field(hash=False)
     inputs: dict[str, str] = field(hash=False)
     objective_se: float | None = None
     estimated: tuple[str, ...] = ()
+    objective_name: str = ""
+    minimised: str | None = None
+    cost_bound: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
+from puzzle.search.goal import goal_of, is_quality
 from puzzle.tables import ScoreTable
 from puzzle.types import ConfigError, Cost, Costs, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
@@ -69,9 +70,11 @@ def _check_constraints(run: Run) -> None:
         for metric in (*(("kl",) if run.estimated else OBJECTIVES.values()), *run.config.score.tasks)
         if not is_teacher(item)
     ]
-    objective = run.constraint_file.objective
-    if run.estimated and objective != "kl_nats":
-        raise ConfigError(f"{run.constraints}: objective {objective} needs exact scores; set score.mode: exact")
+    tasks = set(run.config.score.tasks)
+    asked = {goal_of(run.constraint_file, tasks).quality, *run.constraint_file.constraints}
+    for name in sorted(name for name in asked if is_quality(name, tasks) and name != "kl_nats"):
+        if run.estimated:
+            raise ConfigError(f"{run.constraints}: {name} needs exact scores; set score.mode: exact")
     search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
 
 
@@ -82,9 +85,8 @@ def _promised_costs(run: Run) -> Costs:
     """
     if run.config.profile.backend != "measured":
         return run.read_costs()
-    if run.config.device == "auto" and not any(
-        "_ms" in name or "_per_s" in name for name in run.constraint_file.constraints
-    ):
+    asked = (*run.constraint_file.constraints, run.constraint_file.objective)
+    if run.config.device == "auto" and not any("_ms" in name or "_per_s" in name for name in asked):
         device, weights = "cpu", "fp32"  # no bound asks for a time: no need to find out what device there is
     else:
         device, weights = _profiled_device(run)

@@ -113,6 +113,14 @@ def test_mistakes_are_found_with_their_line(tmp_path: Path, text: str, message: 
         ("constraint: {params: 5}\n", "did you mean 'constraints'"),
         ("workloads: {chat: {isl: 8}}\nconstraints: {params: 5}\n", "missing key 'workloads.chat.osl'"),
         ("constraints: {params: 5}\nsolutions: {min_difference: 2}\n", "x.yaml:2: solutions.min_difference"),
+        ("constraints: {params: 4 GiB}\n", "constraints.params: give a number in the unit that the metric is named by"),
+        ("constraints: {params: {max: [5]}}\n", "constraints.params.max: give a number"),
+        ("constraints: {params: {min: 5, max: 4}}\n", "min 5.0 is above max 4.0"),
+        ("constraints: {params: {values: []}}\n", "at least one value"),
+        ("constraints: {params: {values: [5, 5]}}\n", "none twice"),
+        ("constraints: {params: {values: [5], max: 3}}\n", "values stand alone; leave out max"),
+        ("constraints: {params: 5}\nserve_on: [vlm]\n", "x.yaml:2: serve_on.0: input should be 'transformers', 'vllm'"),
+        ("constraints: {}\nworkloads: {c: {isl: 1, osl: 1, batch_size: [x]}}\n", "x.yaml:2: workloads.c.batch_size.0"),
     ],
 )
 def test_mistakes_in_a_constraint_file(tmp_path: Path, text: str, message: str) -> None:
@@ -121,6 +129,7 @@ def test_mistakes_in_a_constraint_file(tmp_path: Path, text: str, message: str) 
     with pytest.raises(ConfigError) as caught:
         config.load(ConstraintFile, path)
     assert message in str(caught.value)
+    assert all(line.startswith(f"{path}:") for line in str(caught.value).splitlines())
 
 
 @pytest.mark.parametrize("override", ["distill.tokens", "=5", "seed.x=5", "seed=[1"])

@@ -64,7 +64,7 @@ class Summary:
         layers = [(specs[f"L{i:03d}.attention"], specs[f"L{i:03d}.ffn"]) for i in range(run.shape.num_layers)]
         cost = next((name for name in solution.totals if name.endswith("memory_gib")), "params")
         return cls(
-            title=f"{run.teacher_name}: {run.constraints.stem}",
+            title=f"{run.teacher_name}: {run.limits_name}",
             solution=solution,
             predicted={"teacher": problem.totals(keep), "student": solution.totals},
             quality=evaluation["quality"],

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from puzzle.config import ConstraintFile
-from puzzle.search.constraints import metric_of, problems
+from puzzle.capabilities import offer
+from puzzle.config import OBJECTIVES, ConstraintFile
+from puzzle.search.constraints import problems
 from puzzle.tables import ScoreTable
-from puzzle.types import Conflict, Costs, Item, ModelShape, Solution
+from puzzle.types import Conflict, Costs, InfeasibleError, Item, ModelShape, Solution
 
 if TYPE_CHECKING:
     from puzzle.search.pareto import Front
@@ -42,14 +43,26 @@ def search(
     from puzzle.search import mip
 
     wanted = constraints.solutions
-    found = mip.solve(
-        problems(shape, items, scores, costs, constraints, conflicts), inputs, wanted.count, wanted.min_difference
-    )
+    programmes = problems(shape, items, scores, costs, constraints, conflicts)
+    try:
+        found = mip.solve(programmes, inputs, wanted.count, wanted.min_difference)
+    except InfeasibleError as error:
+        if not (refused := offer(items, constraints.serve_on, shape).refused):
+            raise
+        left_out = len({one.item.id for one in refused})
+        raise InfeasibleError(
+            f"{error} (serve_on leaves out {left_out} of {len(items)} items; `puzzle constraints explain` says why)"
+        ) from None
     if found.note:
         _log.warning(found.note)
-    metric = metric_of(constraints.objective, scores)
     return tuple(
-        replace(solution, objective_se=scores.standard_error(solution.items, metric)) for solution in found.solutions
+        replace(
+            solution,
+            objective_se=scores.standard_error(
+                solution.items, OBJECTIVES.get(solution.objective_name, solution.objective_name)
+            ),
+        )
+        for solution in found.solutions
     )
 
 

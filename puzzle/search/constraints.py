@@ -8,17 +8,18 @@ sizes, is one of the teacher's own best among those at which it fits the memory 
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from puzzle import formats, variants
-from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile
+from puzzle.capabilities import offer
+from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile, ValuesFile
+from puzzle.search.goal import Goal, goal_of, is_quality, nearest
 from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
-from puzzle.search.problem import Problem, Row
+from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.tables import ScoreTable
 from puzzle.types import (
     ConfigError,
@@ -30,10 +31,23 @@ from puzzle.types import (
     Workload,
 )
 
-__all__ = ["OBJECTIVES", "metric_of", "problems", "usable_items", "workloads"]
+__all__ = [
+    "OBJECTIVES",
+    "Bound",
+    "bounds",
+    "cost_of",
+    "cost_rows",
+    "problems",
+    "tasks_in",
+    "teacher_items",
+    "teacher_value",
+    "usable_items",
+    "workloads",
+]
 
 SIGNS = {"min": "≥", "max": "≤", "eq": "="}
 Side = Literal["min", "max", "eq"]
+NEVER_NEGATIVE = ("kl_nats", "hidden_distance")
 
 
 @dataclass(frozen=True)
@@ -78,13 +92,9 @@ def workloads(file: ConstraintFile, shape: ModelShape) -> tuple[Workload, ...]:
     return tuple(found)
 
 
-def metric_of(objective: str, scores: ScoreTable) -> str:
-    """The score that the objective in the file means: one of OBJECTIVES, or a task of the user's own."""
-    tasks = {metric for _, metric in scores.scores} - BUILT_IN
-    if objective not in OBJECTIVES and objective not in tasks:
-        allowed = ", ".join([*OBJECTIVES, *sorted(tasks)])
-        raise ConfigError(f"objective: {objective!r} is not on offer; allowed: {allowed}")
-    return OBJECTIVES.get(objective, objective)
+def tasks_in(scores: ScoreTable) -> set[str]:
+    """The scores of the user's own."""
+    return {metric for _, metric in scores.scores} - BUILT_IN
 
 
 def usable_items(items: Sequence[Item], scores: ScoreTable, metric: str) -> dict[Item, float]:
@@ -106,12 +116,18 @@ def problems(
     file: ConstraintFile,
     conflicts: Sequence[Conflict] = (),
 ) -> tuple[Problem, ...]:
-    """One problem per combination of batch sizes, in the file's order (the first workload's size moves slowest)."""
-    metric = metric_of(file.objective, scores)
+    """One problem per combination of batch sizes, in the file's order (the first workload's size moves slowest).
+
+    Items are those that the file's ``serve_on`` leaves on offer. The file must not fan out (fan_out.py).
+    """
+    tasks = tasks_in(scores)
+    goal = goal_of(file, tasks)
+    offered = offer(items, file.serve_on, shape)
     served = workloads(file, shape)
-    limits = bounds(file)
-    objective = usable_items(items, scores, metric)
-    _check_context(served, objective, scores, metric)
+    limits = bounds(file, tasks)
+    objective = usable_items(offered.items, scores, OBJECTIVES.get(goal.quality, goal.quality))
+    _check_context(served, objective, scores, OBJECTIVES.get(goal.quality, goal.quality))
+    qualities = _qualities(limits, tuple(objective), scores)
     kept_ids = {item.id for item in objective}
     made = []
     for sizes in itertools.product(*(workload.batch_sizes for workload in served)):
@@ -120,32 +136,57 @@ def problems(
             items=tuple(objective),
             sites=shape.sites,
             objective={item.id: score for item, score in objective.items()},
-            rows=tuple(row for bound in limits for row in _rows(bound, shape, settings, tuple(objective), limits)),
-            quantities=known_quantities(shape, settings, tuple(objective)),
-            conflicts=tuple(conflict for conflict in conflicts if kept_ids.issuperset(conflict.item_ids)),
-            objective_name=file.objective,
+            rows=tuple(
+                row
+                for bound in limits
+                for row in (
+                    cost_rows(bound, shape, settings, tuple(objective), limits)
+                    if bound.metric in METRICS
+                    else [_row(bound, qualities[bound.metric], bound.amount, bound.written)]
+                )
+            ),
+            quantities=(*known_quantities(shape, settings, tuple(objective)), *qualities.values()),
+            conflicts=tuple(
+                conflict for conflict in (*conflicts, *offered.conflicts) if kept_ids.issuperset(conflict.item_ids)
+            ),
+            objective_name=goal.quality,
             label=", ".join(f"{workload.name} batch size {size}" for workload, size in zip(served, sizes, strict=True)),
+            cost=cost_of(goal, shape, settings, tuple(objective)),
         )
         made.append(problem)
     return tuple(made)
 
 
-def bounds(file: ConstraintFile) -> tuple[Bound, ...]:
-    """The limits under ``constraints:`` in the file's order. ConfigError for names that mean nothing."""
+def cost_of(goal: Goal, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item]) -> Quantity | None:
+    """What is minimised in the place of the quality."""
+    if goal.cost is None:
+        return None
+    at = [setting for setting in settings if goal.workload == setting.served.name]
+    return quantity(goal.cost, at[0] if at else Setting(shape), items)
+
+
+def _qualities(limits: Sequence[Bound], items: Sequence[Item], scores: ScoreTable) -> dict[str, Quantity]:
+    """The sums of scores that are bounded, by name."""
+    names = dict.fromkeys(bound.metric for bound in limits if bound.metric not in METRICS)
+    found = {}
+    for name in names:
+        by_item = usable_items(items, scores, OBJECTIVES.get(name, name))
+        unit = "nats" if name.endswith("_nats") else "in its own unit"
+        found[name] = Quantity(name, unit, {item.id: score for item, score in by_item.items()})
+    return found
+
+
+def bounds(file: ConstraintFile, tasks: Collection[str] = ()) -> tuple[Bound, ...]:
+    """The limits under ``constraints:`` in the file's order. ConfigError for names that mean nothing.
+
+    ``tasks`` are the scores of the user's own, which can be bounded like the built-in ones.
+    """
     found = []
     for key, entry in file.constraints.items():
-        prefix, _, name = key.rpartition(".")
-        if name not in METRICS:
-            raise ConfigError(f"constraints.{key}: unknown metric {name!r}{_nearest(name, METRICS)}")
-        metric = METRICS[name]
-        if prefix and metric.workload == "none":
-            raise ConfigError(f"constraints.{key}: {name} is the model's, not a workload's; write {name!r} alone")
-        if prefix and prefix not in file.workloads:
-            raise ConfigError(f"constraints.{key}: unknown workload {prefix!r}{_nearest(prefix, file.workloads)}")
-        if metric.workload == "needed" and not file.workloads:
-            raise ConfigError(f"constraints.{key}: {name} needs a workload; add one under `workloads:`")
+        prefix, name = ("", key) if is_quality(key, tasks) else _metric(file, key, tasks)
+        assert not isinstance(entry, ValuesFile), "search/fan_out.py comes first"
         if isinstance(entry, float | int | str):
-            amounts: Mapping[Side, float | str | None] = {metric.scalar: entry}
+            amounts: Mapping[Side, float | str | None] = {METRICS[name].scalar if name in METRICS else "max": entry}
         else:
             amounts = {"min": entry.min, "max": entry.max, "eq": entry.eq}
         for side, amount in amounts.items():
@@ -154,25 +195,51 @@ def bounds(file: ConstraintFile) -> tuple[Bound, ...]:
     return tuple(found)
 
 
+def _metric(file: ConstraintFile, key: str, tasks: Collection[str]) -> tuple[str, str]:
+    """Workload (or nothing) and name of the metric that ``key`` bounds."""
+    prefix, _, name = key.rpartition(".")
+    if is_quality(name, tasks):
+        raise ConfigError(f"constraints.{key}: {name} is the model's, not a workload's; write {name!r} alone")
+    if name not in METRICS:
+        raise ConfigError(f"constraints.{key}: unknown metric {name!r}{nearest(name, [*METRICS, *OBJECTIVES, *tasks])}")
+    metric = METRICS[name]
+    if prefix and metric.workload == "none":
+        raise ConfigError(f"constraints.{key}: {name} is the model's, not a workload's; write {name!r} alone")
+    if prefix and prefix not in file.workloads:
+        raise ConfigError(f"constraints.{key}: unknown workload {prefix!r}{nearest(prefix, file.workloads)}")
+    if metric.workload == "needed" and not file.workloads:
+        raise ConfigError(f"constraints.{key}: {name} needs a workload; add one under `workloads:`")
+    return prefix, name
+
+
 def _bound(key: str, name: str, workload: str | None, side: Side, amount: float | str) -> Bound:
-    if side == "eq" and not METRICS[name].whole:
+    metric = METRICS.get(name)
+    if side == "eq" and not (metric and metric.whole):
         whole = ", ".join(known for known, metric in METRICS.items() if metric.whole)
         raise ConfigError(f"constraints.{key}: eq is for whole numbers ({whole}); give {name} a min and a max")
     percent = isinstance(amount, str)
     number = Fraction(amount.rstrip("% ")) if isinstance(amount, str) else Fraction(amount)
-    if METRICS[name].tokens and number <= 0:
+    if percent and metric is None:
+        raise ConfigError(f"constraints.{key}: the teacher's own {name} is 0: there is nothing to take {amount} of")
+    if metric and metric.tokens and number <= 0:
         raise ConfigError(f"constraints.{key}: a rate must be positive, found {spell(number)}")
+    if number < 0 and (metric or name in NEVER_NEGATIVE):
+        raise ConfigError(f"constraints.{key}: {name} is never below 0, found {spell(number)}")
     return Bound(name, workload, side, number, percent, key)
 
 
-def _rows(
+def cost_rows(
     bound: Bound, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item], limits: Sequence[Bound]
 ) -> list[Row]:
+    """The bound in numbers, at each setting that it concerns; ``limits`` are all of the file.
+
+    MissingMeasurementError where a time was not measured.
+    """
     kind = METRICS[bound.metric].workload
     concerned = [setting for setting in settings if bound.workload in (None, setting.served.name)]
     if kind == "none" or not settings:
         concerned = [Setting(shape)]
-    rows = []
+    rows: list[Row] = []
     for setting in concerned:
         measured = quantity(bound.metric, setting, items)
         written = bound.written + (f" ({setting.served.name})" if len(concerned) > 1 else "")
@@ -180,23 +247,27 @@ def _rows(
         if bound.percent:
             value = bound.amount / 100 * _teacher(bound, setting, limits)
             written += f" of the teacher = {float(value):.6g} {measured.unit}"
-        if measured.margin >= 1:
-            raise ConfigError(
-                f"constraints.{bound.key}: predicted times are too uncertain for a limit; lower profile.safety"
-            )
-        if measured.margin:
-            written += f", {measured.margin:.1%} clear of it for the error of predicted times"
-        clear = 1 - Fraction(measured.margin)
-        lower = value / clear if bound.side in ("min", "eq") else None
-        upper = value * clear if bound.side in ("max", "eq") else None
-        rows.append(Row(measured, written, lower, upper))
+        rows.append(_row(bound, measured, value, written))
     return rows
+
+
+def _row(bound: Bound, measured: Quantity, value: Fraction, written: str) -> Row:
+    if measured.margin >= 1:
+        raise ConfigError(
+            f"constraints.{bound.key}: predicted times are too uncertain for a limit; lower profile.safety"
+        )
+    if measured.margin:
+        written += f", {measured.margin:.1%} clear of it for the error of predicted times"
+    clear = 1 - Fraction(measured.margin)
+    lower = value / clear if bound.side in ("min", "eq") else None
+    upper = value * clear if bound.side in ("max", "eq") else None
+    return Row(measured, written, lower, upper)
 
 
 def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fraction:
     """The teacher's value that a percentage refers to."""
     if not METRICS[bound.metric].tokens or len(setting.served.batch_sizes) == 1:
-        return _teacher_value(bound.metric, setting)
+        return teacher_value(bound.metric, setting)
     memory = [
         limit
         for limit in limits
@@ -206,18 +277,24 @@ def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fractio
         and limit.workload in (None, setting.served.name)
     ]
     at_sizes = [Setting(setting.shape, setting.served, size, setting.costs) for size in setting.served.batch_sizes]
-    fitting = [at for at in at_sizes if all(_teacher_value("memory_gib", at) <= limit.amount for limit in memory)]
+    fitting = [at for at in at_sizes if all(teacher_value("memory_gib", at) <= limit.amount for limit in memory)]
     if not fitting:
         raise ConfigError(
             f"constraints.{bound.key}: the teacher fits {' and '.join(limit.written for limit in memory)} at none of "
             f"the batch sizes of {setting.served.name}, so there is nothing to take {spell(bound.amount)}% of; "
             f"add a smaller batch size or give a number"
         )
-    return max(_teacher_value(bound.metric, at) for at in fitting)
+    return max(teacher_value(bound.metric, at) for at in fitting)
 
 
-def _teacher_value(metric: str, setting: Setting) -> Fraction:
-    items = [variants.site_item(site, variants.keep_spec(setting.shape, site)) for site in setting.shape.sites]
+def teacher_items(shape: ModelShape) -> tuple[Item, ...]:
+    """The teacher's own block at every site."""
+    return tuple(variants.site_item(site, variants.keep_spec(shape, site)) for site in shape.sites)
+
+
+def teacher_value(metric: str, setting: Setting) -> Fraction:
+    """The teacher's own."""
+    items = teacher_items(setting.shape)
     return quantity(metric, setting, items).value(item.id for item in items)
 
 
@@ -234,9 +311,3 @@ def _check_context(
                 f"workload {workload.name}: isl + osl is {workload.context_tokens} tokens, but {shortest.item_id} was "
                 f"scored on {shortest.context_tokens}; shorten it, or set data.sequence_tokens in a new run"
             )
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"

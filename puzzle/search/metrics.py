@@ -101,6 +101,10 @@ def _params(setting: Setting, spec: Spec | None) -> float:
     return variants.rest_params(setting.shape) if spec is None else variants.params(spec, setting.shape)
 
 
+def _active_params(setting: Setting, spec: Spec | None) -> float:
+    return variants.rest_params(setting.shape) if spec is None else variants.active_params(spec, setting.shape)
+
+
 def _layers_with(part: Part) -> Share:
     """1 where the layer still has a real one: neither skipped nor a plain matrix."""
     kind = AttentionSpec if part == "attention" else FfnSpec
@@ -146,6 +150,7 @@ METRICS: dict[str, Metric] = {
     ),
     "req_per_s": Metric("req/s", "min", "needed", _e2e_ms, BOTH, lambda served, batch: batch),
     "params": Metric("parameters", "max", "none", _params, whole=True),
+    "active_params": Metric("parameters", "max", "none", _active_params, whole=True),
     "layers_with_attention": Metric("layers", "min", "none", _layers_with("attention"), whole=True),
     "layers_with_ffn": Metric("layers", "min", "none", _layers_with("ffn"), whole=True),
     "kv_heads_total": Metric("heads", "max", "none", _kv_heads, whole=True),

@@ -1,6 +1,7 @@
 """The search itself: the integer programme of problem.py, solved by HiGHS through OR-Tools' MathOpt.
 
-Reads Problems, computes Solutions, writes nothing. The first solution minimises the sum of scores; each further one
+Reads Problems, computes Solutions, writes nothing. The first solution minimises the sum of scores, or
+a cost in its place and then, among the answers that cost as little, the sum of scores; each further one
 must differ (Puzzle, section 4.3): ``sum over common items of their sites <= (1 - min_difference) * num_sites`` against
 every earlier one. A solver works within tolerances, so every answer is checked afterwards in exact arithmetic: a
 choice that breaks a bound by a hair is forbidden and the programme solved again; it is never returned.
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from puzzle.search.infeasible import explain
 from puzzle.search.linear import Choice, Cut, minimise
-from puzzle.search.problem import Problem
+from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import InfeasibleError, Solution
 
 __all__ = ["Found", "solve"]
@@ -38,13 +39,15 @@ def solve(problems: Sequence[Problem], inputs: Mapping[str, str], count: int = 1
     solutions: list[Solution] = []
     open_problems = list(problems)
     while len(solutions) < count:
-        answers = [(problem, minimise(problem, problem.objective, problem.rows, cuts)) for problem in open_problems]
+        answers = [(problem, minimise(problem, problem.minimised, problem.rows, cuts)) for problem in open_problems]
         answered = [(problem, choice) for problem, choice in answers if choice is not None]
         if not answered:
             break
         open_problems = [problem for problem, _ in answered]  # cuts only pile up: what failed once fails for good
-        problem, best = min(answered, key=lambda pair: pair[1].total)
-        bound = min(choice.bound for _, choice in answered)
+        problem, best = min(answered, key=lambda pair: pair[0].rank(pair[1].total))
+        bound = min(one.rank(Fraction(choice.bound)) for one, choice in answered)
+        if problem.cost is not None:
+            best = _best_at_that_cost(problem, problem.cost, best, cuts)
         solutions.append(_solution(problem, best, bound, inputs))
         cuts.append(_difference_cut(problem, best, min_difference))
     if not solutions:
@@ -56,18 +59,31 @@ def solve(problems: Sequence[Problem], inputs: Mapping[str, str], count: int = 1
     return Found(tuple(solutions), note)
 
 
-def _solution(problem: Problem, choice: Choice, bound: float, inputs: Mapping[str, str]) -> Solution:
+def _best_at_that_cost(problem: Problem, cost: Quantity, choice: Choice, cuts: Sequence[Cut]) -> Choice:
+    """Of all choices that cost no more, the one with the best objective: layers share shapes, so many cost the same."""
+    value = cost.value(choice.chosen)
+    no_more = Row(cost, cost.name, upper=value) if cost.numerator is None else Row(cost, cost.name, lower=value)
+    better = minimise(problem, problem.objective, [*problem.rows, no_more], cuts)
+    if better is None or better.total >= problem.objective_of(choice.chosen):
+        return choice
+    return replace(choice, chosen=better.chosen, total=cost.linear(better.chosen) - Fraction(cost.constant))
+
+
+def _solution(problem: Problem, choice: Choice, bound: Fraction, inputs: Mapping[str, str]) -> Solution:
     broken = problem.violations(choice.chosen)
     assert not broken, f"the answer breaks {broken}"
-    objective = float(choice.total)
+    cost, reached = problem.cost, min(bound, problem.rank(choice.total))
     return Solution(
         items=problem.in_order(choice.chosen),
-        objective_nats=objective,
-        bound_nats=min(bound, objective),
+        objective_nats=float(problem.objective_of(choice.chosen)),
+        bound_nats=float(reached) if cost is None else None,
         status="optimal" if choice.proven else "feasible",
         totals=problem.totals(choice.chosen),
         inputs=dict(inputs),
         estimated=tuple(quantity.name for quantity in problem.quantities if quantity.estimated),
+        objective_name=problem.objective_name,
+        minimised=None if cost is None else cost.name,
+        cost_bound=None if cost is None else abs(float(reached)),  # rates rank by their negative; no cost is below 0
     )
 
 

@@ -74,7 +74,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """One search: ``rows`` bind, ``quantities`` are all metrics that can be told of an answer."""
+    """One search: ``rows`` bind, ``quantities`` are all metrics that can be told of an answer.
+
+    ``objective`` is the sum of scores called ``objective_name``. Where there is a ``cost``, that is minimised in its
+    place (a rate: made as large as possible), and the objective is what one of the rows bounds.
+    """
 
     items: tuple[Item, ...]
     sites: tuple[Site, ...]
@@ -84,6 +88,7 @@ class Problem:
     conflicts: tuple[Conflict, ...] = ()
     objective_name: str = "kl_nats"
     label: str = ""  # what tells it from its siblings: the batch sizes
+    cost: Quantity | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         doubles = [item_id for item_id, count in Counter(item.id for item in self.items).items() if count > 1]
@@ -102,6 +107,18 @@ class Problem:
     @cached_property
     def by_id(self) -> Mapping[str, Item]:
         return {item.id: item for item in self.items}
+
+    @property
+    def minimised(self) -> Mapping[str, float]:
+        """By item, what the search makes as small as possible in sum."""
+        return self.objective if self.cost is None else self.cost.coefficients
+
+    def rank(self, total: Fraction) -> Fraction:
+        """How good a sum of :attr:`minimised` is, the smaller the better: comparable between batch sizes."""
+        if self.cost is None:
+            return total
+        value = self.cost.of_linear(total + Fraction(self.cost.constant))
+        return value if self.cost.numerator is None else -value
 
     def objective_of(self, chosen: Iterable[str]) -> Fraction:
         """The sum of the scores, exactly."""

@@ -242,3 +242,17 @@ def test_minimise_tells_an_optimum_from_nothing() -> None:
     choice = minimise(problem, problem.objective, ())
     assert choice is not None
     assert (choice.chosen, choice.total, choice.proven) == (("a",), Fraction(1, 2), True)
+
+
+def test_what_a_target_cannot_load_is_not_chosen_and_an_infeasible_answer_says_so(shape: ModelShape) -> None:
+    items = make_items(shape)
+    file = {"constraints": {"params": 45_000}}
+    (free,) = search(shape, items, make_scores(items), Costs(), make_file(**file), {})
+    (served,) = search(shape, items, make_scores(items), Costs(), make_file(**file, serve_on=["vllm"]), {})
+    assert served.objective_nats > free.objective_nats
+    assert not [one for one in served.items if one.endswith("linear") or one == "L000.attention.skip"]
+    message = infeasible(shape, constraints={"params": 20_000}, serve_on=["vllm"])
+    assert message == (
+        "params ≤ 20000 cannot be met: the smallest possible is 28800 parameters "
+        "(serve_on leaves out 7 of 24 items; `puzzle constraints explain` says why)"
+    )

@@ -1,0 +1,207 @@
+"""The commands around the search: ``search``, ``pareto``, ``shrink``, ``constraints``, ``schema``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puzzle import capabilities, config
+from puzzle.cli_options import open_run, with_run
+from puzzle.types import ConfigError, InfeasibleError, Solution
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the parsers; ``commands`` is what argparse's ``add_subparsers`` returned."""
+    pareto = with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
+    pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
+    pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
+    pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
+    pareto.set_defaults(command=_pareto)
+
+    shrink = with_run(commands.add_parser("shrink", help="write a space of pairs (coupled BLD) of what is popular"))
+    shrink.add_argument("output", type=Path, metavar="SPACE", help="the space file to write")
+    shrink.add_argument("--cost", default="params", help="a metric as in a constraint file (default params)")
+    shrink.add_argument("--within", type=float, default=0.15, help="of the solution's cost, either way (default 0.15)")
+    shrink.add_argument("--least-share", type=float, default=0.05, help="of architectures that use it (default 0.05)")
+    shrink.set_defaults(command=_shrink)
+
+    limits = commands.add_parser("constraints", help="explain a constraint file, or import one").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    explained = with_run(limits.add_parser("explain", help="say what each line means in numbers for this teacher"))
+    explained.set_defaults(command=_explain)
+    imported = limits.add_parser("import", help="turn puzzletron's constraints (NVIDIA Model Optimizer) into ours")
+    imported.add_argument("files", type=Path, nargs="+", metavar="FILE", help="its YAML files, later ones over earlier")
+    imported.add_argument("-o", "--output", type=Path, required=True, help="the constraint file to write")
+    imported.add_argument("--isl", type=int, help="prompt tokens, where the files do not say")
+    imported.add_argument("--osl", type=int, help="generated tokens, where the files do not say")
+    imported.add_argument("--device", help="where times are to hold, e.g. h100")
+    imported.set_defaults(command=_import)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of a kind of file, for editors")
+    schema.add_argument("kind", choices=["constraints", "config", "space", "grid"])
+    schema.set_defaults(command=_schema)
+
+
+def search(run: Run, stage: str, redo: bool) -> None:
+    """Searches (or measures what decides the search) once, or for each value of a list, and prints what was found."""
+    from puzzle import pipeline
+
+    runs = run.each_pick()
+    if len(runs) == 1:
+        pipeline.run_stage(runs[0], stage, redo)
+        if stage == "search":
+            print_solutions(runs[0])
+        return
+    _fan_out(runs, stage, redo)
+
+
+def print_solutions(run: Run) -> None:
+    for rank, solution in enumerate(run.solutions(), start=1):
+        print(f"solution {rank}: {_headline(solution)}")
+        for name, value in solution.totals.items():
+            print(f"  {name:<28}{_figure(value)}" + ("  (estimate)" if name in solution.estimated else ""))
+    for line in capabilities.told(capabilities.offer(run.items, run.constraint_file.serve_on, run.shape).refused):
+        print(f"not on offer: {line}")
+    print(run.solution / "architecture.json")
+
+
+def _headline(solution: Solution) -> str:
+    name = solution.objective_name or "kl_nats"
+    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
+    quality = f"{solution.objective_nats:.4f}{error} {'nats' if name.endswith('_nats') else name} predicted"
+    if solution.minimised is None:
+        return f"{quality} ({solution.status}, bound {solution.bound_nats:.4f})"
+    cost = f"{solution.minimised} {_figure(solution.totals[solution.minimised])}"
+    return f"{cost} ({solution.status}, bound {_figure(solution.cost_bound or 0.0)}), {quality}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 0.01 else f"{value:,.4f}".rstrip("0").rstrip(".")
+
+
+def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
+    """One search for each of ``runs``; what cannot be met is a line of the table, and an error only if nothing can."""
+    from puzzle import pipeline
+
+    found: list[tuple[Run, Solution | InfeasibleError]] = []
+    for run in runs:
+        try:
+            pipeline.run_stage(run, stage, redo)
+            if stage == "search":
+                found.append((run, run.solutions()[0]))
+        except InfeasibleError as error:
+            found.append((run, error))
+    if stage == "search":
+        print(_table(found))
+    reasons = [f"pick {run.pick}: {answer}" for run, answer in found if isinstance(answer, InfeasibleError)]
+    if len(reasons) == len(runs):
+        raise InfeasibleError("; ".join(reasons))
+    print("\n".join(reasons), end="\n" if reasons else "")
+    if stage == "search":
+        print(f"{runs[0].folder / 'solutions'}; to go on with one of them: puzzle run … --pick N")
+
+
+def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
+    """One line for each search: its values, what was found, and its folder."""
+    import pandas as pd
+
+    rows = []
+    for run, answer in found:
+        pick = run.picks[(run.pick or 1) - 1]
+        row = {
+            "pick": str(pick.number),
+            **{key: f"{value:.12g}" if isinstance(value, float) else value for key, value in pick.values},
+        }
+        if isinstance(answer, InfeasibleError):
+            rows.append({**row, "status": "infeasible"})
+            continue
+        asked = [*run.constraint_file.constraints, *([answer.minimised] if answer.minimised else [])]
+        shown = [name for name in answer.totals if any(name == key or name.endswith(f".{key}") for key in asked)]
+        error = "" if answer.objective_se is None else f" ± {answer.objective_se:.4f}"
+        rows.append(
+            {
+                **row,
+                "status": answer.status,
+                f"{answer.objective_name} predicted": f"{answer.objective_nats:.4f}{error}",
+                **{
+                    f"{name} reached": _figure(answer.totals[name]) + (" (estimate)" * (name in answer.estimated))
+                    for name in shown
+                    if name != answer.objective_name
+                },
+                "solution": run.solution_id,
+            }
+        )
+    columns = [*dict.fromkeys(key for row in rows for key in row if key != "solution"), "solution"]
+    return pd.DataFrame([[row.get(key, "") for key in columns] for row in rows], columns=columns).to_string(index=False)
+
+
+def _pareto(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+    from puzzle.search.pareto import front as front_of
+    from puzzle.search.pareto import plot
+
+    run = open_run(options)
+    front = front_of(pipeline.first_problem(run), options.cost)
+    print(front.frame(options.points).to_string(index=False))
+    folder = options.output or run.folder / "pareto"
+    folder.mkdir(parents=True, exist_ok=True)
+    front.frame().to_csv(folder / "pareto.csv", index=False)
+    plot(front, folder / "pareto.png")
+    print(f"{len(front)} points; {folder / 'pareto.csv'}, {folder / 'pareto.png'}")
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+    from puzzle.search.pareto import front as front_of
+    from puzzle.search.shrink import popular
+
+    run = open_run(options)
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists; choose another name")
+    (solution, *_) = pipeline.solve(run, {})
+    problem = pipeline.first_problem(run)
+    front = front_of(problem, options.cost)
+    cost = float(problem.quantity(options.cost).value(solution.items))
+    space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)
+    options.output.write_text(config.dump(space), encoding="utf-8")
+    pairs = sum(len(layer.attention or ()) * len(layer.ffn or ()) for layer in space.layers.values())
+    print(f"wrote {options.output}: {pairs} pairs; train them in a new run: set run and space, then `puzzle run`")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from puzzle.search.explain import explain
+    from puzzle.types import Costs, MissingMeasurementError
+
+    run = open_run(options)
+    try:
+        costs = run.read_costs()
+    except MissingMeasurementError:  # said again for each bound that needs one
+        costs = Costs()
+    file = run.constraint_file if run.pick else config.load(config.ConstraintFile, run.constraints)
+    print(f"{run.constraints} for the teacher {run.teacher_name}")
+    print("\n".join(explain(run.shape, run.items, costs, file, run.config.score.tasks)))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from puzzle.schema import schema
+
+    print(json.dumps(schema(options.kind), indent=2))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from puzzle.search.puzzletron import convert
+
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists; choose another name")
+    imported = convert(options.files, options.isl, options.osl, options.device)
+    options.output.write_text(imported.text, encoding="utf-8")
+    for one in imported.left:
+        print(f"not taken over: {one}")
+    print(f"wrote {options.output}; next: puzzle constraints explain RUN --constraints {options.output}")

@@ -1,0 +1,107 @@
+"""The search from the command line: lists of values, one of them built, and a cost minimised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from puzzle.cli import main
+from puzzle.run import Run
+from tests.pipeline.conftest import Project
+
+WORKLOAD = "workloads:\n  chat: {isl: 8, osl: 8, weights: fp32, kv: fp32, device: cpu}\n"
+
+
+def limits(project: Project, name: str, text: str) -> list[str]:
+    path = project.folder / f"{name}.yaml"
+    path.write_text(WORKLOAD + text)
+    return [str(project.config), "--constraints", str(path)]
+
+
+def test_a_list_is_a_table_of_searches_each_of_which_can_be_gone_on_with(
+    copy: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = limits(copy, "mine", 'constraints:\n  memory_gib: {values: ["90%", 1e-9, "80%"]}\n  params: {min: 5}\n')
+    assert main(["--debug", "validate", *listed]) == 0
+    assert main(["--debug", "search", *listed]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()[1:]  # validate's line first
+    assert header.split()[:3] == ["pick", "memory_gib", "status"]
+    assert [line.split()[:3] for line in lines[:3]] == [
+        ["1", "90%", "optimal"],
+        ["2", "1e-09", "infeasible"],
+        ["3", "80%", "optimal"],
+    ]
+    assert lines[3].startswith("pick 2: memory_gib ≤ 1e-09 cannot be met: the smallest possible is")
+    runs = [Run.open(copy.config, constraints=listed[2], pick=number) for number in (1, 3)]
+    for run, line in zip(runs, (lines[0], lines[2]), strict=True):
+        assert run.solution_id == line.split()[-1]
+        (solution,) = run.solutions()
+        assert f"{solution.objective_nats:.4f}" in line
+    assert runs[0].solutions()[0].objective_nats < runs[1].solutions()[0].objective_nats
+    # the solution is the one that the file with this value alone finds
+    single = limits(copy, "mine", "constraints:\n  memory_gib: 80%\n  params: {min: 5}\n")
+    before = (runs[1].solution / "unit.json").read_bytes()
+    assert Run.open(copy.config, constraints=single[2]).solution_id == runs[1].solution_id
+    assert main(["--debug", "build", *single]) == 0
+    assert (runs[1].solution / "unit.json").read_bytes() == before
+
+
+def test_one_of_a_list_is_built(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = limits(copy, "mine", 'constraints:\n  memory_gib: {values: ["90%", "80%"]}\n')
+    for command in ("run", "build", "status", "pareto"):
+        assert main([command, *listed]) == 2
+        error = capsys.readouterr().err
+        assert "mine.yaml asks for 2 searches" in error
+        assert "--pick 1 (memory_gib 90%) to --pick 2 (memory_gib 80%)" in error
+        assert error.count("\n") == 1
+    assert main(["search", *listed, "--pick", "3"]) == 2
+    assert "--pick 3" in capsys.readouterr().err
+    for command in ("search", "build"):
+        assert main(["--debug", command, *listed, "--pick", "2"]) == 0
+    run = Run.open(copy.config, constraints=listed[2], pick=2)
+    assert (run.student / "initial" / "unit.json").exists()
+    assert not Run.open(copy.config, constraints=listed[2], pick=1).solution.exists()
+    assert run.limits_name == "mine (memory_gib 80%)"
+
+
+def test_a_list_of_what_cannot_be_is_infeasible(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", *limits(copy, "mine", "constraints:\n  params: {values: [5, 6]}\n")]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("cannot be met") == 2
+    assert "infeasible" in captured.out
+
+
+def test_a_cost_is_minimised_and_the_answer_says_what_was(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = limits(copy, "cheap", "constraints:\n  kl_nats: {max: 0.3}\nobjective: chat.e2e_ms\n")
+    for command in ("validate", "search", "build"):
+        assert main(["--debug", command, *asked]) == 0
+    run = Run.open(copy.config, constraints=asked[2])
+    (solution,) = run.solutions()
+    assert solution.minimised == "chat.e2e_ms"
+    assert 0 < solution.totals["kl_nats"] == solution.objective_nats <= 0.3
+    out = capsys.readouterr().out
+    assert f"solution 1: chat.e2e_ms {solution.totals['chat.e2e_ms']:.4f}"[:-1] in out
+    assert f"{solution.objective_nats:.4f} ± " in out
+
+
+def test_solutions_of_before_are_read(finished: Project) -> None:
+    """Files that hold nothing of what came later."""
+    from puzzle.types import Solution, from_json
+
+    (entry,) = json.loads((Run.open(finished.config).solution / "solution.json").read_text())["solutions"]
+    old = {key: value for key, value in entry.items() if key not in ("objective_name", "minimised", "cost_bound")}
+    read = from_json(Solution, old, "solution.json")
+    assert read.objective_nats == entry["objective_nats"]
+    assert read.minimised is None
+
+
+def test_a_constraint_file_is_explained_without_any_score(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = limits(project, "mine", 'constraints:\n  memory_gib: "80%"\n  chat.ttft_ms: "50%"\n  params: 5\n')
+    assert main(["--debug", "constraints", "explain", *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("mine.yaml for the teacher teacher")
+    assert lines[1].startswith("chat: 8 + 8 tokens, batch size 1, weights fp32")
+    assert "breaks it (weights " in lines[2]
+    assert "not known: workload chat: nothing was measured" in lines[3]
+    assert not project.run.exists()
