@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from puzzle import artifacts, config, search
+from puzzle import artifacts, config, plans, search
+from puzzle.plans import Planned
 from puzzle.ranks import Ranks, noted, notes
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.types import ConfigError, MissingMeasurementError, Solution, StaleUnitError, to_json
 from puzzle.variants import variant_name
 
@@ -40,22 +41,22 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("data", (), Run.plan_data, "tokenise the text into four disjoint splits"),
-    Stage("init", ("data",), Run.plan_init, "make the variants' starting points from moments of calibration tokens"),
-    Stage("distill", ("init",), Run.plan_distill, "train the library: block-wise local distillation", True),
-    Stage("score", ("distill",), Run.plan_score, "score the variants, each alone in the teacher", True),
-    Stage("profile", (), Run.plan_profile, "measure what every block shape costs on this device"),
-    Stage("rescore", ("score", "profile"), Run.plan_rescore, "measure exactly what decides the search", True),
-    Stage("search", ("score", "profile", "rescore"), Run.plan_search, "find the best architecture that fits"),
-    Stage("build", ("search", "distill"), Run.plan_build, "put the student together"),
-    Stage("kd", ("build",), Run.plan_kd, "distil the student globally"),
-    Stage("evaluate", ("kd",), Run.plan_evaluate, "compare teacher and student on the report split"),
-    Stage("export", ("evaluate",), Run.plan_export, "write and verify a Hugging Face checkpoint"),
-    Stage("report", ("export",), Run.plan_report, "draw the result"),
+    Stage("data", (), plans.plan_data, "tokenise the text into four disjoint splits"),
+    Stage("init", ("data",), plans.plan_init, "make the variants' starting points from moments of calibration tokens"),
+    Stage("distill", ("init",), plans.plan_distill, "train the library: block-wise local distillation", True),
+    Stage("score", ("distill",), plans.plan_score, "score the variants, each alone in the teacher", True),
+    Stage("profile", (), plans.plan_profile, "measure what every block shape costs on this device"),
+    Stage("rescore", ("score", "profile"), plans.plan_rescore, "measure exactly what decides the search", True),
+    Stage("search", ("score", "profile", "rescore"), plans.plan_search, "find the best architecture that fits"),
+    Stage("build", ("search", "distill"), plans.plan_build, "put the student together"),
+    Stage("kd", ("build",), plans.plan_kd, "distil the student globally"),
+    Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
+    Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
+    Stage("report", ("export",), plans.plan_report, "draw the result"),
 )
 ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
-    Stage("additivity", ("score",), Run.plan_additivity, "see how far sums of scores are from the truth", True),
-    Stage("fit-costs", ("profile",), Run.plan_fit_costs, "measure whole models, and correct predicted times by them"),
+    Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
+    Stage("fit-costs", ("profile",), plans.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}
 State = Literal["done", "stale", "missing"]

@@ -1,8 +1,6 @@
-"""A run: its folder, its configuration, and what each of its units is made from. Pure; torch is never imported here.
+"""A run: its folder, its configuration, what it rests on, and where its units lie. Pure; torch is never imported here.
 
-Reads the config, the teacher's headers, the search space, the grid and the constraint file, and the markers of units
-already on disk. For every stage it plans the units: where each lies, and the fingerprints of all that goes in. A unit
-whose marker holds the same fingerprints is done; one with others is stale (artifacts.py).
+Reads the config, the teacher's headers, the search space, the grid and the constraint file, and units already on disk.
 """
 
 from __future__ import annotations
@@ -13,14 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from puzzle import artifacts, checkpoint, config
+from puzzle import artifacts, checkpoint, config, plans
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
-from puzzle.data.inputs import data_inputs
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.source import CostSource
 from puzzle.scoring.draws import Draw, draw
-from puzzle.scoring.sampling import undecided
 from puzzle.search.constraints import workloads
 from puzzle.search.fan_out import Pick, picks
 from puzzle.space import PARTS, SearchSpace
@@ -42,18 +38,6 @@ from puzzle.variants import has_weights, keep_spec, params, shape_id, variant_na
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
 MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One unit: where it lies, and named fingerprints of what it is made from.
-
-    ``outgrown``: it is there, but more is asked now; it is made anew, and stays until it is replaced.
-    """
-
-    path: Path
-    inputs: Mapping[str, str]
-    outgrown: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,7 +242,7 @@ class Run:
             self.shape,
             (*self.keep_specs, *self.specs),
             self.grid_points if measured else (),
-            self._measured_from() if measured else {},
+            plans.measured_from(self) if measured else {},
             () if measured else workloads(self.picks[0].file, self.shape),
         )
 
@@ -323,13 +307,13 @@ class Run:
     @property
     def rescored(self) -> Path:
         """Which exact scores decide the search under the constraint file."""
-        name = f"{self.constraints.stem}-{artifacts.fingerprint(self._tables())[:8]}.json"
+        name = f"{self.constraints.stem}-{artifacts.fingerprint(plans.tables(self))[:8]}.json"
         return self.folder / "rescored" / "for" / name
 
     @property
     def solution_id(self) -> str:
         """Named by what it rests on, so a changed constraint file or table gives a new solution beside the old one."""
-        return f"{self.constraints.stem}-{artifacts.fingerprint(self._search_inputs())[:8]}"
+        return f"{self.constraints.stem}-{artifacts.fingerprint(plans.search_inputs(self))[:8]}"
 
     @property
     def solution(self) -> Path:
@@ -354,78 +338,6 @@ class Run:
         by_id = {item.id: item for item in self.items}
         return tuple(by_id[item_id] for item_id in self.solutions()[0].items)
 
-    # --- the units of each stage -----------------------------------------------------------------------------------
-
-    def plan_data(self) -> list[Planned]:
-        tokenizer = checkpoint.tokenizer_fingerprint(self.teacher)
-        return [Planned(self.data, {**data_inputs(self.config.data, self.folder), "tokenizer": tokenizer})]
-
-    def plan_init(self) -> list[Planned]:
-        settings = [self.config.init.model_dump(), self.config.distill.loss_at, self.config.distill.loss]
-        return [
-            Planned(
-                self.initial(unit),
-                {
-                    **self._teacher_and_data(),
-                    "init": self._slice(settings),
-                    **self._widths(unit),
-                },
-            )
-            for unit in self.units
-        ]
-
-    def plan_distill(self) -> list[Planned]:
-        # how much trains at once, and what is kept where, changes nothing
-        settings = self.config.distill.model_dump(exclude={"residual", "nested"})
-        return [
-            Planned(
-                self.trained(unit),
-                {
-                    **self._teacher_and_data(),
-                    "initial": artifacts.content_of(self.initial(unit)),
-                    "distill": self._slice([settings, self.config.dtype]),
-                    **self._widths(unit),
-                },
-            )
-            for unit in self.units
-        ]
-
-    def _widths(self, unit: str) -> dict[str, str]:
-        """Of a nested unit: the widths that share it."""
-        items = self.units[unit]
-        return {"widths": ", ".join(variant_name(item.specs[0]) for item in items)} if len(items) > 1 else {}
-
-    def plan_score(self) -> list[Planned]:
-        paths = {name: self.scores / f"{name}.json" for name in self.scored_together}
-        return [
-            Planned(paths[name], self._scored_from(items, estimated=self.estimated), self._is_undecided(paths[name]))
-            for name, items in self.scored_together.items()
-        ]
-
-    def _is_undecided(self, path: Path) -> bool:
-        """Whether ``score.until_se`` asks for more than the scores of a unit can tell, and there are more sequences."""
-        until = self.config.score.until_se
-        if until is None or not path.exists():
-            return False
-        records = [score for score in artifacts.read_unit(path).payload["scores"] if score["metric"] == "kl"]
-        scores = {score["item_id"]: score["per_sequence"] for score in records}
-        counts = artifacts.read_unit(self.data).payload["num_tokens"]
-        available = num_windows(counts, "score", self.config.data.sequence_tokens)
-        return any(len(values) < available for values in scores.values()) and bool(undecided(scores, until))
-
-    def exact_unit(self, item: Item) -> Planned:
-        """An item's exact score where the others are estimates."""
-        return Planned(self.folder / "rescored" / f"{item.id}.json", self._scored_from([item], estimated=False))
-
-    def _scored_from(self, items: Sequence[Item], estimated: bool) -> dict[str, str]:
-        settings = [self.config.score.sequences, self.config.score.tasks, estimated, self.config.dtype]
-        return {
-            **self._teacher_and_data(),
-            "library": self._library_content([*items, *self.context]),
-            "space": artifacts.fingerprint([item.id for item in items]),
-            "score": self._slice(settings),
-        }
-
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
         """The architectures that `puzzle additivity` evaluates, by names that say what they are made of."""
@@ -447,16 +359,6 @@ class Run:
     def additivity(self) -> Path:
         return self.folder / "additivity"
 
-    def plan_additivity(self) -> list[Planned]:
-        by_id = {item.id: item for item in self.items}
-        return [
-            Planned(
-                self.additivity / f"{name}.json",
-                self._scored_from([by_id[item_id] for item_id in one.items], estimated=False),
-            )
-            for name, one in self.draws.items()
-        ]
-
     @cached_property
     def scored_together(self) -> Mapping[str, tuple[Item, ...]]:
         """The items of each unit of scores, by its name: those of a site, a layer's pairs, or runs from a layer on."""
@@ -467,109 +369,3 @@ class Run:
             name = f"L{item.sites[0].layer:03d}.{what}"
             names[name] = (*names.get(name, ()), item)
         return names
-
-    def plan_rescore(self) -> list[Planned]:
-        return [Planned(self.rescored, self._tables())] if self.estimated else []
-
-    def plan_profile(self) -> list[Planned]:
-        return [Planned(path, self._measured_from()) for path in self.cost_source.units]
-
-    def plan_fit_costs(self) -> list[Planned]:
-        if self.config.profile.backend != "measured":
-            raise ConfigError("whole models are measured beside measured parts only; set profile.backend: measured")
-        return [Planned(path, self._measured_from()) for path in self.cost_source.whole_models]
-
-    def _measured_from(self) -> dict[str, str]:
-        shapes, profile = sorted(shape_id(spec, self.shape) for spec in self.specs), self.config.profile
-        return {
-            "shape": artifacts.fingerprint(vars(self.shape)),
-            "space": artifacts.fingerprint(shapes),
-            "profile": artifacts.fingerprint([self.config.device, profile.weights, profile.compile, self.grid.repeats]),
-            **self._engine(),
-        }
-
-    def _engine(self) -> dict[str, str]:
-        """What only times in vLLM depend on: its settings, and all points, which one start of it measures."""
-        profile = self.config.profile
-        if profile.backend != "vllm" or profile.vllm is None:
-            return {}
-        points = [point.id for point in self.grid_points]
-        return {"vllm": artifacts.fingerprint([profile.vllm.model_dump(exclude={"python"}), points])}
-
-    def plan_search(self) -> list[Planned]:
-        return [Planned(self.solution, self._search_inputs())]
-
-    def plan_build(self) -> list[Planned]:
-        inputs = {
-            "teacher": self.teacher_fingerprint,
-            "solution": artifacts.content_of(self.solution),
-            "library": self._library_content(self._chosen_if_any()),
-        }
-        return [Planned(self.student / "initial", inputs)]
-
-    def plan_kd(self) -> list[Planned]:
-        settings = self.config.kd.model_dump(exclude={"checkpoint_steps"})
-        inputs = {
-            **self._teacher_and_data(),
-            "initial": artifacts.content_of(self.student / "initial"),
-            "kd": self._slice([settings, self.config.dtype]),
-        }
-        return [Planned(self.student / "final", inputs)]
-
-    def plan_evaluate(self) -> list[Planned]:
-        inputs = {
-            **self._teacher_and_data(),
-            "initial": artifacts.content_of(self.student / "initial"),
-            "final": artifacts.content_of(self.student / "final"),
-            "evaluate": self._slice(self.config.evaluate.model_dump()),
-        }
-        return [Planned(self.student / "evaluation.json", inputs)]
-
-    def plan_export(self) -> list[Planned]:
-        inputs = {
-            "final": artifacts.content_of(self.student / "final"),
-            "evaluation": artifacts.content_of(self.student / "evaluation.json"),
-            "tokenizer": checkpoint.tokenizer_fingerprint(self.teacher),
-            "recipe": artifacts.fingerprint(self.recipe),
-        }
-        return [Planned(self.student / "export", inputs)]
-
-    def plan_report(self) -> list[Planned]:
-        inputs = {
-            "solution": artifacts.content_of(self.solution),
-            "evaluation": artifacts.content_of(self.student / "evaluation.json"),
-            "export": artifacts.content_of(self.student / "export"),
-        }
-        return [Planned(self.student / "report", inputs)]
-
-    def _teacher_and_data(self) -> dict[str, str]:
-        return {"teacher": self.teacher_fingerprint, "data": artifacts.content_of(self.data)}
-
-    def _slice(self, settings: Any) -> str:
-        """The fingerprint of a stage's own settings, with those that every training or scoring stage depends on."""
-        window = [self.config.data.sequence_tokens, self.config.data.within_documents]
-        return artifacts.fingerprint([settings, self.config.seed, window])
-
-    def _library_content(self, items: Sequence[Item]) -> str:
-        units = {self.unit_of(item) for item in items if has_weights(item)}
-        return artifacts.fingerprint({unit: artifacts.content_of(self.trained(unit)) for unit in sorted(units)})
-
-    def _search_inputs(self) -> dict[str, str]:
-        return {**self._tables(), **({"rescored": artifacts.content_of(self.rescored)} if self.estimated else {})}
-
-    def _tables(self) -> dict[str, str]:
-        """What a search sees before anything is scored anew for it."""
-        return {
-            "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in self.plan_score()]),
-            "costs": self.cost_source.fingerprint,
-            "constraints": self._limits_fingerprint(),
-            "space": artifacts.fingerprint([item.id for item in self.items]),
-        }
-
-    def _limits_fingerprint(self) -> str:
-        # a key that came later and is not in the file leaves the solutions of before their names
-        unused = {"serve_on"} if not self.constraint_file.serve_on else set()
-        return artifacts.fingerprint(self.constraint_file.model_dump(mode="json", exclude=unused))
-
-    def _chosen_if_any(self) -> tuple[Item, ...]:
-        return self.chosen_items() if self.solution.exists() else ()

@@ -10,8 +10,9 @@ from puzzle import artifacts
 from puzzle.report.summary import Summary
 
 if TYPE_CHECKING:
+    from puzzle.plans import Planned
     from puzzle.progress import Progress
-    from puzzle.run import Planned, Run
+from puzzle.run import Run
 
 __all__ = ["Summary", "make_report"]
 

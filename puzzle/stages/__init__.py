@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import transformers
 
+from puzzle.plans import Planned
 from puzzle.progress import Progress
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.stages.additivity import make_additivity
 from puzzle.stages.distill import make_distill
 from puzzle.stages.profile import make_fit_costs, make_profile

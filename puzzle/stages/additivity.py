@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from puzzle import artifacts
+from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.scoring.exact import Change
 from puzzle.stages.score import ScoreJob
 from puzzle.variants import is_teacher

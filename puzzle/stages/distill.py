@@ -12,9 +12,10 @@ from puzzle.blocks import distill, library
 from puzzle.blocks.stream import InMemory, OnDisk, Store, Stream
 from puzzle.data.batches import Batch
 from puzzle.memory_plan import BldPlan, Machine
+from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, Share, rows_of, shares, team_sum
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.stages.common import compute_of, held_out_of, machine_of, streamed_teacher, tokens_of, write_unit
 from puzzle.variants import params

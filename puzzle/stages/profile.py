@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from puzzle import artifacts
+from puzzle.plans import Planned
 from puzzle.profiling.correction import WholeModel, WholePoint, whole_models
 from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, extremes
@@ -21,7 +22,7 @@ from puzzle.profiling.table import REST, SKIPPED
 from puzzle.profiling.vllm import measure_model
 from puzzle.profiling.vllm_costs import MeasuredModel, loadable
 from puzzle.progress import Progress
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.stages.common import compute_of, forget_teacher
 from puzzle.teacher import load_config
 from puzzle.types import ConfigError, CostSetting, PuzzleError, Spec, to_json

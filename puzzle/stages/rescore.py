@@ -7,10 +7,11 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-from puzzle import artifacts, search
+from puzzle import artifacts, plans, search
+from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.search import mip
 from puzzle.stages.score import ScoreJob
 from puzzle.tables import ScoreTable, read_scores
@@ -31,7 +32,7 @@ def make_rescore(run: Run, missing: Sequence[Planned], progress: Progress) -> No
     with contextlib.ExitStack() as stack:
         make_job = functools.cache(lambda: stack.enter_context(ScoreJob(run)))
         while wanted := _agreed(run, ranks, _deciding(run, table)):
-            planned = {item.id: run.exact_unit(item) for item in wanted}
+            planned = {item.id: plans.exact_unit(run, item) for item in wanted}
             to_do = [item for item in wanted if not _is_there(planned[item.id])]
             _measure(run, _own(run, ranks, _agreed(run, ranks, to_do)), make_job, progress)
             ranks.wait(run.folder, "rescore")
@@ -49,7 +50,7 @@ def _measure(run: Run, items: Sequence[Item], make_job: Callable[[], ScoreJob], 
         here = {item.id: [item] for item in group}
         found = make_job().scores(here, {}, lambda _: None)
         for item_id, items_of in here.items():
-            planned = run.exact_unit(items_of[0])
+            planned = plans.exact_unit(run, items_of[0])
             payload = make_job().payload(items_of, {item_id: found[item_id]})
             artifacts.publish_json(planned.path, planned.inputs, payload)
             progress.fraction(0.0, item_id)

@@ -17,9 +17,10 @@ from torch import Tensor
 from puzzle import artifacts
 from puzzle.blocks.stream import InMemory, OnDisk, Store
 from puzzle.memory_plan import Batches, plan_one_pass, plan_scores
+from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, Task, Values, finals_of
 from puzzle.scoring.one_pass import SATURATED_NATS, one_pass_scores

@@ -18,8 +18,9 @@ from puzzle.data.encode import Encoder
 from puzzle.data.inputs import pinned_sources
 from puzzle.memory_plan import Batches, check_init
 from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.plans import Planned
 from puzzle.progress import Progress
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.stages.common import (
     BATCH_SEQUENCES,
     HELD_OUT_SEQUENCES,

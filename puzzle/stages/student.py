@@ -13,8 +13,9 @@ from puzzle import artifacts, build, kd
 from puzzle.evaluate import evaluate
 from puzzle.export.card import model_card
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.plans import Planned
 from puzzle.progress import Progress
-from puzzle.run import Planned, Run
+from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.speed import Subject, measured_speed
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of

@@ -1,0 +1,247 @@
+"""What the units of every stage are made from: where each lies, and the fingerprints of all that goes in. Pure.
+
+Reads the run's configuration and the markers of units already on disk. A unit whose marker holds the same fingerprints
+is done; one with others is stale (artifacts.py). What a stage depends on is named here, or its units are not made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puzzle import artifacts, checkpoint
+from puzzle.data.inputs import data_inputs
+from puzzle.data.packing import num_windows
+from puzzle.scoring.sampling import undecided
+from puzzle.types import ConfigError, Item
+from puzzle.variants import has_weights, shape_id, variant_name
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One unit: where it lies, and named fingerprints of what it is made from.
+
+    ``outgrown``: it is there, but more is asked now; it is made anew, and stays until it is replaced.
+    """
+
+    path: Path
+    inputs: Mapping[str, str]
+    outgrown: bool = False
+
+
+def plan_data(run: Run) -> list[Planned]:
+    tokenizer = checkpoint.tokenizer_fingerprint(run.teacher)
+    return [Planned(run.data, {**data_inputs(run.config.data, run.folder), "tokenizer": tokenizer})]
+
+
+def plan_init(run: Run) -> list[Planned]:
+    settings = [run.config.init.model_dump(), run.config.distill.loss_at, run.config.distill.loss]
+    return [
+        Planned(
+            run.initial(unit),
+            {
+                **_teacher_and_data(run),
+                "init": _slice(run, settings),
+                **_widths(run, unit),
+            },
+        )
+        for unit in run.units
+    ]
+
+
+def plan_distill(run: Run) -> list[Planned]:
+    # how much trains at once, and what is kept where, changes nothing
+    settings = run.config.distill.model_dump(exclude={"residual", "nested"})
+    return [
+        Planned(
+            run.trained(unit),
+            {
+                **_teacher_and_data(run),
+                "initial": artifacts.content_of(run.initial(unit)),
+                "distill": _slice(run, [settings, run.config.dtype]),
+                **_widths(run, unit),
+            },
+        )
+        for unit in run.units
+    ]
+
+
+def _widths(run: Run, unit: str) -> dict[str, str]:
+    """Of a nested unit: the widths that share it."""
+    items = run.units[unit]
+    return {"widths": ", ".join(variant_name(item.specs[0]) for item in items)} if len(items) > 1 else {}
+
+
+def plan_score(run: Run) -> list[Planned]:
+    paths = {name: run.scores / f"{name}.json" for name in run.scored_together}
+    return [
+        Planned(paths[name], scored_from(run, items, estimated=run.estimated), _is_undecided(run, paths[name]))
+        for name, items in run.scored_together.items()
+    ]
+
+
+def _is_undecided(run: Run, path: Path) -> bool:
+    """Whether ``score.until_se`` asks for more than the scores of a unit can tell, and there are more sequences."""
+    until = run.config.score.until_se
+    if until is None or not path.exists():
+        return False
+    records = [score for score in artifacts.read_unit(path).payload["scores"] if score["metric"] == "kl"]
+    scores = {score["item_id"]: score["per_sequence"] for score in records}
+    counts = artifacts.read_unit(run.data).payload["num_tokens"]
+    available = num_windows(counts, "score", run.config.data.sequence_tokens)
+    return any(len(values) < available for values in scores.values()) and bool(undecided(scores, until))
+
+
+def exact_unit(run: Run, item: Item) -> Planned:
+    """An item's exact score where the others are estimates."""
+    return Planned(run.folder / "rescored" / f"{item.id}.json", scored_from(run, [item], estimated=False))
+
+
+def scored_from(run: Run, items: Sequence[Item], estimated: bool) -> dict[str, str]:
+    settings = [run.config.score.sequences, run.config.score.tasks, estimated, run.config.dtype]
+    return {
+        **_teacher_and_data(run),
+        "library": _library_content(run, [*items, *run.context]),
+        "space": artifacts.fingerprint([item.id for item in items]),
+        "score": _slice(run, settings),
+    }
+
+
+def plan_additivity(run: Run) -> list[Planned]:
+    by_id = {item.id: item for item in run.items}
+    return [
+        Planned(
+            run.additivity / f"{name}.json",
+            scored_from(run, [by_id[item_id] for item_id in one.items], estimated=False),
+        )
+        for name, one in run.draws.items()
+    ]
+
+
+def plan_rescore(run: Run) -> list[Planned]:
+    return [Planned(run.rescored, tables(run))] if run.estimated else []
+
+
+def plan_profile(run: Run) -> list[Planned]:
+    return [Planned(path, measured_from(run)) for path in run.cost_source.units]
+
+
+def plan_fit_costs(run: Run) -> list[Planned]:
+    if run.config.profile.backend != "measured":
+        raise ConfigError("whole models are measured beside measured parts only; set profile.backend: measured")
+    return [Planned(path, measured_from(run)) for path in run.cost_source.whole_models]
+
+
+def measured_from(run: Run) -> dict[str, str]:
+    shapes, profile = sorted(shape_id(spec, run.shape) for spec in run.specs), run.config.profile
+    return {
+        "shape": artifacts.fingerprint(vars(run.shape)),
+        "space": artifacts.fingerprint(shapes),
+        "profile": artifacts.fingerprint([run.config.device, profile.weights, profile.compile, run.grid.repeats]),
+        **_engine(run),
+    }
+
+
+def _engine(run: Run) -> dict[str, str]:
+    """What only times in vLLM depend on: its settings, and all points, which one start of it measures."""
+    profile = run.config.profile
+    if profile.backend != "vllm" or profile.vllm is None:
+        return {}
+    points = [point.id for point in run.grid_points]
+    return {"vllm": artifacts.fingerprint([profile.vllm.model_dump(exclude={"python"}), points])}
+
+
+def plan_search(run: Run) -> list[Planned]:
+    return [Planned(run.solution, search_inputs(run))]
+
+
+def plan_build(run: Run) -> list[Planned]:
+    inputs = {
+        "teacher": run.teacher_fingerprint,
+        "solution": artifacts.content_of(run.solution),
+        "library": _library_content(run, _chosen_if_any(run)),
+    }
+    return [Planned(run.student / "initial", inputs)]
+
+
+def plan_kd(run: Run) -> list[Planned]:
+    settings = run.config.kd.model_dump(exclude={"checkpoint_steps"})
+    inputs = {
+        **_teacher_and_data(run),
+        "initial": artifacts.content_of(run.student / "initial"),
+        "kd": _slice(run, [settings, run.config.dtype]),
+    }
+    return [Planned(run.student / "final", inputs)]
+
+
+def plan_evaluate(run: Run) -> list[Planned]:
+    inputs = {
+        **_teacher_and_data(run),
+        "initial": artifacts.content_of(run.student / "initial"),
+        "final": artifacts.content_of(run.student / "final"),
+        "evaluate": _slice(run, run.config.evaluate.model_dump()),
+    }
+    return [Planned(run.student / "evaluation.json", inputs)]
+
+
+def plan_export(run: Run) -> list[Planned]:
+    inputs = {
+        "final": artifacts.content_of(run.student / "final"),
+        "evaluation": artifacts.content_of(run.student / "evaluation.json"),
+        "tokenizer": checkpoint.tokenizer_fingerprint(run.teacher),
+        "recipe": artifacts.fingerprint(run.recipe),
+    }
+    return [Planned(run.student / "export", inputs)]
+
+
+def plan_report(run: Run) -> list[Planned]:
+    inputs = {
+        "solution": artifacts.content_of(run.solution),
+        "evaluation": artifacts.content_of(run.student / "evaluation.json"),
+        "export": artifacts.content_of(run.student / "export"),
+    }
+    return [Planned(run.student / "report", inputs)]
+
+
+def _teacher_and_data(run: Run) -> dict[str, str]:
+    return {"teacher": run.teacher_fingerprint, "data": artifacts.content_of(run.data)}
+
+
+def _slice(run: Run, settings: Any) -> str:
+    """The fingerprint of a stage's own settings, with those that every training or scoring stage depends on."""
+    window = [run.config.data.sequence_tokens, run.config.data.within_documents]
+    return artifacts.fingerprint([settings, run.config.seed, window])
+
+
+def _library_content(run: Run, items: Sequence[Item]) -> str:
+    units = {run.unit_of(item) for item in items if has_weights(item)}
+    return artifacts.fingerprint({unit: artifacts.content_of(run.trained(unit)) for unit in sorted(units)})
+
+
+def search_inputs(run: Run) -> dict[str, str]:
+    return {**tables(run), **({"rescored": artifacts.content_of(run.rescored)} if run.estimated else {})}
+
+
+def tables(run: Run) -> dict[str, str]:
+    """What a search sees before anything is scored anew for it."""
+    return {
+        "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in plan_score(run)]),
+        "costs": run.cost_source.fingerprint,
+        "constraints": _limits_fingerprint(run),
+        "space": artifacts.fingerprint([item.id for item in run.items]),
+    }
+
+
+def _limits_fingerprint(run: Run) -> str:
+    # a key that came later and is not in the file leaves the solutions of before their names
+    unused = {"serve_on"} if not run.constraint_file.serve_on else set()
+    return artifacts.fingerprint(run.constraint_file.model_dump(mode="json", exclude=unused))
+
+
+def _chosen_if_any(run: Run) -> tuple[Item, ...]:
+    return run.chosen_items() if run.solution.exists() else ()
