@@ -44,13 +44,13 @@ ffn_multiple_of: 32
 
 
 def severity(options: argparse.Namespace) -> None:
-    """Processes with different ``--seeds`` may share the work: they write into one file."""
+    """Processes with different ``--seeds`` or ``--starts`` may share the work: they write into one file."""
     results = Results(
         options.output or RESULTS / "bld_severity.json",
         {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens},
     )
     for seed in options.seeds:
-        for start in STARTS:
+        for start in options.starts:
             for tokens in (0, options.bld_tokens):
                 names = [f"{start}/{tokens}/{share}/{seed}" for share in SHARES]
                 if all(name in results.figures for name in names):
@@ -64,7 +64,7 @@ def severity(options: argparse.Namespace) -> None:
                 )
                 for share, name in zip(SHARES, names, strict=True):
                     results.once(name, lambda run=run, share=share: measure(run, solved(run, share), share))
-    for start in STARTS:
+    for start in options.starts:
         for share in SHARES:
             for when in ("before", "after"):
                 without, with_bld = (
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["severity", "modes", "starts"])
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--starts", choices=STARTS, nargs="+", default=STARTS, help="of them, for starts")
+    parser.add_argument("--starts", choices=STARTS, nargs="+", default=STARTS, help="which starting points")
     parser.add_argument("--share", type=float, default=0.65)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of BLD, for starts")
     parser.add_argument("--bld-tokens", type=int, default=131072)
