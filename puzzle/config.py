@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import re
 import types
 import typing
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -42,7 +44,19 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 LARGEST = 1e18  # of any amount in a constraint file: beyond what any model or machine has
+DEEPEST, MOST_NODES, MOST_CHARACTERS = 30, 100_000, 1_000_000  # of any file
+MOST_MISTAKES, LONGEST_LINE = 50, 500  # of what is told of them
+TOO_LARGE = "nested too deeply, or too large, for a file of this kind"
 _PERCENTAGE = re.compile(r"\d+(\.\d+)?\s*%", re.ASCII)
+
+
+def _printable(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("give a name, in printable characters")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]
 
 
 def _one_or_more(given: Any) -> Any:
@@ -349,11 +363,11 @@ class WorkloadFile(_Model):
         Annotated[Size, Tag("<size>")] | Annotated[tuple[Size, ...], Tag("<sizes>")],
         Discriminator(lambda given: "<sizes>" if isinstance(given, list | tuple) else "<size>"),
     ] = 1
-    weights: str = "bf16"
-    kv: str = "bf16"
-    device: str = "cpu"
+    weights: Name = "bf16"
+    kv: Name = "bf16"
+    device: Name = "cpu"
     tp: Size = 1
-    runtime: str = "transformers"
+    runtime: Name = "transformers"
 
 
 def _amount(given: Any) -> Any:
@@ -440,8 +454,8 @@ LimitFile = Annotated[
 class ConstraintFile(_Model):
     """What the student must fit, as written; what the metrics mean is ``puzzle.search.constraints``' business."""
 
-    workloads: dict[str, WorkloadFile] = {}
-    constraints: dict[str, LimitFile]
+    workloads: dict[Name, WorkloadFile] = {}
+    constraints: dict[Name, LimitFile]
     serve_on: Annotated[
         tuple[Target, ...],
         BeforeValidator(_one_or_more),
@@ -490,7 +504,10 @@ def _validated(kind: type[File], path: Path, document: CommentedMap, overrides: 
     try:
         return kind.model_validate(plain(document))
     except ValidationError as error:
-        lines = [_explain(kind, path, document, dict(problem)) for problem in error.errors()]
+        mistakes = error.errors()
+        lines = [_one_line(_explain(kind, path, document, dict(one))) for one in mistakes[:MOST_MISTAKES]]
+        if len(mistakes) > MOST_MISTAKES:
+            lines.append(f"{path}:1: and {len(mistakes) - MOST_MISTAKES} more mistakes")
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -506,6 +523,8 @@ def read_yaml(path: Path) -> CommentedMap:
 
 
 def _document(text: str, path: Path) -> CommentedMap:
+    if len(text) > MOST_CHARACTERS or _open_brackets(text) > DEEPEST:  # ruamel.yaml would take minutes
+        raise ConfigError(f"{path}:1: {TOO_LARGE}")
     try:
         document = YAML(typ="rt").load(text)
     except DuplicateKeyError as error:
@@ -513,11 +532,42 @@ def _document(text: str, path: Path) -> CommentedMap:
         raise ConfigError(f"{path}:{line}: {str(error.problem).strip()}; keep one of the two") from None
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        reason = error.problem if isinstance(error, MarkedYAMLError) else error
+        reason = _one_line(error.problem if isinstance(error, MarkedYAMLError) else error)
         raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}:1: {TOO_LARGE}") from None
+    except Exception as error:  # ruamel.yaml trips over some odd input; for the user that is no valid YAML either
+        raise ConfigError(f"{path}:1: not valid YAML: {_one_line(f'{type(error).__name__}: {error}')}") from None
     if not isinstance(document, CommentedMap):
         raise ConfigError(f"{path}:1: expected `key: value` lines")
+    _check_content(document, path)
     return document
+
+
+def _one_line(said: object) -> str:
+    words = " ".join(str(said).split())
+    return words if len(words) <= LONGEST_LINE else f"{words[:LONGEST_LINE]} …"
+
+
+def _open_brackets(text: str) -> int:
+    """How many are open at once at most, give or take those in comments and strings."""
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[{\]}]", text))
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _check_content(document: CommentedMap, path: Path) -> None:
+    """ConfigError for what aliases make endless, or as good as endless, and for characters that are half of one."""
+    nodes: list[tuple[Any, int]] = [(document, 0)]
+    count = 0
+    while nodes:
+        node, depth = nodes.pop()
+        count += 1
+        if depth > DEEPEST or count > MOST_NODES:
+            raise ConfigError(f"{path}:1: {TOO_LARGE}")
+        if isinstance(node, str) and any("\ud800" <= character <= "\udfff" for character in node):
+            raise ConfigError(f"{path}:1: {node!r} is not valid Unicode")
+        inner = [*node, *node.values()] if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+        nodes.extend((one, depth + 1) for one in inner)
 
 
 def dump(config: BaseModel) -> str:
@@ -577,10 +627,10 @@ def _existing(document: Any, loc: Sequence[str | int]) -> list[str | int]:
     node: Any = document
     for part in loc:
         keys: Any = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list) else ()
-        found = next((key for key in keys if str(key) == str(part)), None)  # YAML's keys may be numbers
-        if found is not None:
-            place.append(found)
-            node = node[found]
+        found = [key for key in keys if str(key) == str(part)]  # YAML's keys may be numbers, or nothing
+        if found:
+            place.append(found[0])
+            node = node[found[0]]
     return place
 
 

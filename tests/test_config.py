@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,19 @@ def test_mistakes_are_found_with_their_line(tmp_path: Path, text: str, message: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("'\\U00110000'\n".replace("'", '"'), "x.yaml:1: not valid YAML: ValueError"),
+        ("a: !!timestamp 2001-99-99\n", "x.yaml:1: "),
+        ("a: " + "[" * 2000, "nested too deeply, or too large"),
+        ("- " * 2000, "nested too deeply, or too large"),
+        ("#" * 2_000_000, "nested too deeply, or too large"),
+        (
+            "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 9)}]\n" for m, n in pairwise("abcdefgh")),
+            "large",
+        ),
+        ("".join(f"k{number}: 1\n" for number in range(200)), "and 151 more mistakes"),
+        ('constraints: {"\\ud800": 5}\n', "'\\ud800' is not valid Unicode"),
+        ("? \n: 1\n", "unknown key 'None'"),
+        ('constraints: {"a\\nb": 5}\n', "give a name, in printable characters"),
         ("constraints: {params: {maximum: 5}}\n", "unknown key 'constraints.params.maximum'; did you mean 'max'"),
         ("constraints: {params: {}}\n", "give at least one of min, max, eq"),
         ("constraints: {params: a lot}\n", "constraints.params"),

@@ -9,6 +9,7 @@ sizes, is one of the teacher's own best among those at which it fits the memory 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,6 +48,7 @@ __all__ = [
 
 SIGNS = {"min": "≥", "max": "≤", "eq": "="}
 Side = Literal["min", "max", "eq"]
+MOST_COMBINATIONS = 1000  # of batch sizes: a programme for each
 NEVER_NEGATIVE = ("kl_nats", "hidden_distance")
 
 
@@ -124,6 +126,10 @@ def problems(
     goal = goal_of(file, tasks)
     offered = offer(items, file.serve_on, shape)
     served = workloads(file, shape)
+    if (combinations := math.prod(len(workload.batch_sizes) for workload in served)) > MOST_COMBINATIONS:
+        raise ConfigError(
+            f"workloads: their batch sizes are {combinations:,} combinations; at most {MOST_COMBINATIONS:,}"
+        )
     limits = bounds(file, tasks)
     objective = usable_items(offered.items, scores, OBJECTIVES.get(goal.quality, goal.quality))
     _check_context(served, objective, scores, OBJECTIVES.get(goal.quality, goal.quality))

@@ -7,11 +7,15 @@ written it there, so that a solution found for a list is the one that a file wit
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from puzzle.config import ConstraintFile, ValuesFile
+from puzzle.types import ConfigError
 
 __all__ = ["Pick", "picks"]
+
+MOST_SEARCHES = 1000
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,13 @@ class Pick:
 def picks(file: ConstraintFile) -> tuple[Pick, ...]:
     """Every combination of the file's lists of values, numbered from 1, the last list's value moving fastest.
 
-    A file without any is the only one.
+    A file without any is the only one. ConfigError for more of them than anybody can mean.
     """
     lists = {key: entry.values for key, entry in file.constraints.items() if isinstance(entry, ValuesFile)}
+    if (count := math.prod(map(len, lists.values()))) > MOST_SEARCHES:
+        raise ConfigError(
+            f"constraints: the lists of values of {', '.join(lists)} are {count:,} searches; at most {MOST_SEARCHES:,}"
+        )
     found = []
     for number, values in enumerate(itertools.product(*lists.values()), start=1):
         chosen = dict(zip(lists, values, strict=True))

@@ -169,6 +169,10 @@ def test_percentage_of_a_rate_refers_to_the_best_batch_size_at_which_the_teacher
         ({"workloads": {"chat": {**CHAT, "batch_size": []}}}, "the list is empty"),
         ({"workloads": {"chat": {**CHAT, "kv": "fp9"}}}, "unknown dtype 'fp9'"),
         ({"workloads": {"chat": {**CHAT, "isl": 500}}}, "isl \\+ osl is 564 tokens, the teacher takes at most 512"),
+        (
+            {"workloads": {name: {**CHAT, "batch_size": list(range(1, 41))} for name in ("chat", "long")}},
+            "batch sizes are 1,600 combinations; at most 1,000",
+        ),
         ({"objective": "mmlu"}, "'mmlu' is not on offer; allowed: kl_nats, ce_delta_nats"),
     ],
 )

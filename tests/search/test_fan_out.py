@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from search_factories import make_file
 
 from puzzle.search.fan_out import picks
+from puzzle.types import ConfigError
 
 CHAT = {"chat": {"isl": 128, "osl": 64}}
 
@@ -32,3 +34,9 @@ def test_two_lists_are_every_combination() -> None:
     assert len(found) == 6
     assert [one.file.constraints["kl_nats"] for one in found] == [0.1, 0.2, 0.3] * 2
     assert str(found[3]) == "params 6, kl_nats 0.1"
+
+
+def test_more_searches_than_anybody_can_mean_are_an_error() -> None:
+    lists = {name: {"values": list(range(1, 11))} for name in ("params", "kl_nats", "kv_heads_total", "weights_gib")}
+    with pytest.raises(ConfigError, match=r"of params, kl_nats, kv_heads_total, weights_gib are 10,000 searches"):
+        picks(make_file(constraints=lists))
