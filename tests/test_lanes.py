@@ -20,7 +20,7 @@ PURE = """
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
     profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels profiling.roofline
     profiling.roofline_fit profiling.imported profiling.correction profiling.source search.problem search.metrics
-    search.constraints search.linear
+    search.constraints search.programme search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
     report.figures report.library report.profile scoring.design scoring.interactions report.additivity report
     export.card progress data.tokenise pipeline validate cli
