@@ -1,7 +1,7 @@
-"""One integer programme through OR-Tools' MathOpt, its answer checked exactly. Reads a Problem, writes nothing.
+"""A Problem as one integer programme, its answer checked exactly. Reads a Problem, writes nothing.
 
-HiGHS: of the solvers that come with OR-Tools it is fastest or nearly so at every size, and unlike CP-SAT it takes
-floats as they are. One thread and a fixed seed: the same programme gives the same answer.
+A solver works within tolerances, so what it finds is checked in exact arithmetic: a choice that breaks a bound by a
+hair is forbidden and the programme solved again. Rows are scaled to numbers of at most 1, or to small whole numbers.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from puzzle.search.problem import Problem, Row
+from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
 from puzzle.types import PuzzleError
 
-TOLERANCE = 1e-9  # of rows whose numbers are at most 1
-RELATIVE_GAP = 1e-9
+__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of"]
+
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
+LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Cut:
 
     weights: Mapping[str, int]
     limit: int
+
+    def holds(self, chosen: Sequence[str]) -> bool:
+        return sum(self.weights.get(item_id, 0) for item_id in chosen) <= self.limit
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,18 @@ class Choice:
     proven: bool
 
 
-@dataclass(frozen=True)
-class _Relaxed:
-    chosen: tuple[str, ...]
-    bound: float
-
-
 def minimise(
-    problem: Problem, objective: Mapping[str, float], rows: Sequence[Row], cuts: Sequence[Cut] = ()
+    problem: Problem,
+    objective: Mapping[str, float],
+    rows: Sequence[Row],
+    cuts: Sequence[Cut] = (),
+    effort: Effort = EXACT,
+    start: Sequence[str] | None = None,
 ) -> Choice | None:
     """The choice with the smallest sum of ``objective`` that covers every site once and keeps ``rows``; None if none.
 
-    Raises PuzzleError if the solver gives up, which it has no reason to.
+    ``start``: a choice to begin with, e.g. the answer at a neighbouring bound; one that is not allowed is ignored.
+    Raises PuzzleError if the time given ends before anything is found.
     """
     conflict_cuts = [
         Cut(dict.fromkeys(conflict.item_ids, 1), len(conflict.item_ids) - 1) for conflict in problem.conflicts
@@ -56,22 +63,48 @@ def minimise(
     forbidden: list[Cut] = []
     margins: dict[str, Fraction] = {}
     bound = -math.inf
+    ids = [item.id for item in problem.items]
+    place = {item_id: index for index, item_id in enumerate(ids)}
+    begin = None
+    if start is not None and _allowed(problem, rows, [*conflict_cuts, *cuts], start):
+        begin = np.array(sorted(place[item_id] for item_id in start))
     while True:
-        relaxed = _solve(problem, objective, [(row, margins.get(row.written, Fraction(0))) for row in rows],
-                         [*conflict_cuts, *cuts, *forbidden])  # fmt: skip
-        if relaxed is None:
+        all_cuts = [*conflict_cuts, *cuts, *forbidden]
+        made = programme_of(
+            problem, objective, [(row, margins.get(row.written, Fraction(0))) for row in rows], all_cuts
+        )
+        found = None if made is None else solve(made, effort, begin)
+        if found is None:
             return None
         if not margins:
-            bound = relaxed.bound
-        broken = [row for row in rows if not row.holds(relaxed.chosen)]
+            bound = found.bound
+        if found.columns is None:
+            raise PuzzleError(
+                f"no architecture was found within {effort.seconds:g} s (none can be better than {bound:.6g}); "
+                "allow more time, or loosen a bound"
+            )
+        chosen = tuple(ids[column] for column in found.columns)
+        broken = [row for row in rows if not row.holds(chosen)]
         if not broken:
-            total = sum((Fraction(objective[item_id]) for item_id in relaxed.chosen), Fraction(0))
-            return Choice(relaxed.chosen, total, bound, proven=not margins)
+            total = sum((Fraction(objective[item_id]) for item_id in chosen), Fraction(0))
+            proven = found.closed and not margins and effort.relative_gap <= RELATIVE_GAP
+            return Choice(chosen, total, bound, proven)
         # within the solver's tolerance, but over the bound. Forbidding this one choice loses nothing else
-        forbidden.append(Cut(dict.fromkeys(relaxed.chosen, 1), len(relaxed.chosen) - 1))
+        forbidden.append(Cut(dict.fromkeys(chosen, 1), len(chosen) - 1))
         if len(forbidden) > FORBIDDEN_CHOICES:
             for row in broken:
-                margins[row.written] = 2 * margins.get(row.written, _excess(row, relaxed.chosen))
+                margins[row.written] = 2 * margins.get(row.written, _excess(row, chosen))
+
+
+def _allowed(problem: Problem, rows: Sequence[Row], cuts: Sequence[Cut], chosen: Sequence[str]) -> bool:
+    if not problem.by_id.keys() >= set(chosen):
+        return False
+    covered = sorted(site for item_id in chosen for site in problem.by_id[item_id].sites)
+    return (
+        covered == sorted(problem.sites)
+        and all(row.holds(chosen) for row in rows)
+        and all(cut.holds(chosen) for cut in cuts)
+    )
 
 
 def _excess(row: Row, chosen: Sequence[str]) -> Fraction:
@@ -80,76 +113,54 @@ def _excess(row: Row, chosen: Sequence[str]) -> Fraction:
     return max(total - upper if upper is not None else Fraction(0), lower - total if lower is not None else Fraction(0))
 
 
-def _solve(
-    problem: Problem, objective: Mapping[str, float], rows: Sequence[tuple[Row, Fraction]], cuts: Sequence[Cut]
-) -> _Relaxed | None:
-    from ortools.math_opt.python import mathopt  # type: ignore[import-untyped,unused-ignore]
-    from ortools.math_opt.solvers import highs_pb2  # type: ignore[import-untyped,unused-ignore]
+def programme_of(
+    problem: Problem, objective: Mapping[str, float], rows: Sequence[tuple[Row, Fraction]], cuts: Sequence[Cut] = ()
+) -> Programme | None:
+    """Variables in the order of the items; sites first among the rows. None where a row contradicts itself.
 
-    model = mathopt.Model()
-    x = {item.id: model.add_binary_variable(name=item.id) for item in problem.items}
-    covering: dict[object, list[mathopt.Variable]] = {site: [] for site in problem.sites}
-    for item in problem.items:
+    A row comes with what its bounds are drawn in by.
+    """
+    ids = [item.id for item in problem.items]
+    place = {item_id: index for index, item_id in enumerate(ids)}
+    covering: dict[object, list[int]] = {site: [] for site in problem.sites}
+    for index, item in enumerate(problem.items):
         for site in item.sites:
-            covering[site].append(x[item.id])
-    for variables in covering.values():
-        model.add_linear_constraint(mathopt.fast_sum(variables) == 1)
+            covering[site].append(index)
+    lines = [Line(columns, [1.0] * len(columns), 1.0, 1.0) for columns in covering.values()]
     for row, margin in rows:
-        scaled = _scaled(row, margin, list(x))
+        scaled = _scaled(row, margin, ids)
         if scaled.lower > scaled.upper:
             return None
-        terms = mathopt.fast_sum([value * x[item_id] for item_id, value in scaled.coefficients.items()])
-        model.add_linear_constraint(lb=scaled.lower, ub=scaled.upper, expr=terms)
+        lines.append(scaled)
     for cut in cuts:
-        terms = mathopt.fast_sum([weight * x[item_id] for item_id, weight in cut.weights.items()])
-        model.add_linear_constraint(ub=cut.limit, expr=terms)
-    largest = max((abs(objective[item_id]) for item_id in x), default=0.0) or 1.0
-    model.minimize(mathopt.fast_sum([objective[item_id] / largest * x[item_id] for item_id in x]))
-    tolerances = {"primal_feasibility_tolerance": TOLERANCE, "mip_feasibility_tolerance": TOLERANCE}
-    options = highs_pb2.HighsOptionsProto(
-        int_options={"threads": 1}, double_options={**tolerances, "small_matrix_value": 1e-12}
-    )
-    parameters = mathopt.SolveParameters(
-        random_seed=0, relative_gap_tolerance=RELATIVE_GAP, absolute_gap_tolerance=0.0, highs=options
-    )
-    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
-    reason = result.termination.reason
-    if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
-        return None
-    if reason != mathopt.TerminationReason.OPTIMAL:
-        raise PuzzleError(f"the solver stopped without an answer ({result.termination.detail or reason.name})")
-    values = result.variable_values()
-    chosen = tuple(item_id for item_id, variable in x.items() if values[variable] > 0.5)
-    return _Relaxed(chosen, result.best_objective_bound() * largest)
+        weights = {place[item_id]: float(weight) for item_id, weight in cut.weights.items() if item_id in place}
+        lines.append(Line(list(weights), list(weights.values()), upper=cut.limit))
+    return Programme.of(np.array([objective[item_id] for item_id in ids], float), lines)
 
 
-@dataclass(frozen=True)
-class _Scaled:
-    coefficients: Mapping[str, float]
-    lower: float
-    upper: float
-
-
-def _scaled(row: Row, margin: Fraction, item_ids: Sequence[str]) -> _Scaled:
-    """The row in numbers a solver likes: whole numbers by their common divisor, others by the largest of them."""
-    raw = {item_id: row.quantity.coefficients[item_id] for item_id in item_ids if row.quantity.coefficients[item_id]}
+def _scaled(row: Row, margin: Fraction, ids: Sequence[str]) -> Line:
+    """The row in numbers a solver likes: whole numbers by their common divisor, others by a power of two: exactly."""
+    coefficients = np.array([row.quantity.coefficients.get(item_id, 0.0) for item_id in ids], float)
+    columns = np.flatnonzero(coefficients)
+    values = coefficients[columns]
     constant = Fraction(row.quantity.constant)
     lower, upper = row.linear_bounds()
     lower = None if lower is None else lower - constant + margin
     upper = None if upper is None else upper - constant - margin
     if row.quantity.whole:
         # rounding the bound to the next whole number changes nothing, and leaves the solver's tolerance without effect
-        divisor = math.gcd(*(int(value) for value in raw.values())) or 1
-        return _Scaled(
-            {item_id: int(value) // divisor for item_id, value in raw.items()},
-            -math.inf if lower is None else math.ceil(lower / divisor),
-            math.inf if upper is None else math.floor(upper / divisor),
-        )
-    numbers = [abs(Fraction(value)) for value in raw.values()]
-    numbers += [abs(bound) for bound in (lower, upper) if bound is not None]
-    scale = max(numbers, default=Fraction(1)) or Fraction(1)
-    return _Scaled(
-        {item_id: float(value / scale) for item_id, value in raw.items()},
+        divisor = math.gcd(*map(int, values.tolist())) or 1
+        lower = None if lower is None else Fraction(math.ceil(lower / divisor))
+        upper = None if upper is None else Fraction(math.floor(upper / divisor))
+        values = values / divisor
+    largest = max(
+        [Fraction(float(np.abs(values).max(initial=0.0))), *(abs(b) for b in (lower, upper) if b is not None)]
+    )
+    small = row.quantity.whole and largest <= LARGEST_COUNT
+    scale = Fraction(1) if small or not largest else Fraction(2) ** math.ceil(math.log2(largest))
+    return Line(
+        columns.tolist(),
+        (values / float(scale)).tolist(),
         -math.inf if lower is None else float(lower / scale),
         math.inf if upper is None else float(upper / scale),
     )

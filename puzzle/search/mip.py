@@ -1,4 +1,4 @@
-"""The search itself: the integer programme of problem.py, solved by HiGHS through OR-Tools' MathOpt.
+"""The search itself: the integer programme of problem.py, solved exactly (linear.py, programme.py).
 
 Reads Problems, computes Solutions, writes nothing. The first solution minimises the sum of scores, or
 a cost in its place and then, among the answers that cost as little, the sum of scores; each further one
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from puzzle.search.infeasible import explain
-from puzzle.search.linear import Choice, Cut, minimise
+from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import InfeasibleError, Solution
 
@@ -30,16 +30,25 @@ class Found:
     note: str | None = None
 
 
-def solve(problems: Sequence[Problem], inputs: Mapping[str, str], count: int = 1, min_difference: float = 0.2) -> Found:
+def solve(
+    problems: Sequence[Problem],
+    inputs: Mapping[str, str],
+    count: int = 1,
+    min_difference: float = 0.2,
+    effort: Effort = EXACT,
+) -> Found:
     """The ``count`` best mutually different answers over all ``problems`` (same items and sites, other batch sizes).
 
     Ties go to the problem named first. InfeasibleError, with the nearest values that can hold, if no problem has one.
+    ``effort`` is that of one programme; what it leaves open is the solution's status "feasible", with its bound.
     """
     cuts: list[Cut] = []
     solutions: list[Solution] = []
     open_problems = list(problems)
     while len(solutions) < count:
-        answers = [(problem, minimise(problem, problem.minimised, problem.rows, cuts)) for problem in open_problems]
+        answers = [
+            (problem, minimise(problem, problem.minimised, problem.rows, cuts, effort)) for problem in open_problems
+        ]
         answered = [(problem, choice) for problem, choice in answers if choice is not None]
         if not answered:
             break

@@ -1,0 +1,154 @@
+"""Large programmes are solved through their core: the optimum of the whole, bounds that hold, time limits that tell."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from search_factories import make_problem
+
+from puzzle.search import linear, mip, programme
+from puzzle.search.linear import Effort, minimise
+from puzzle.search.problem import Problem
+from puzzle.types import Conflict, PuzzleError
+
+KINDS = [
+    {"rows": ("max", "max", "max")},
+    {"rows": ("max", "min")},
+    {"rows": ("max", "eq")},
+    {"rows": ("max",), "wide": 6, "conflicts": 10},
+]
+
+
+@pytest.fixture(autouse=True)
+def _cores_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programme, "WHOLE", 20)
+
+
+def large(seed: int, **kind: object) -> Problem:
+    return make_problem(random.Random(seed), num_sites=24, choices=5, **kind)  # type: ignore[arg-type]
+
+
+def made_of(problem: Problem) -> programme.Programme:
+    made = linear.programme_of(problem, problem.objective, [(row, Fraction(0)) for row in problem.rows])
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_core_has_the_optimum_of_the_whole(
+    kind: dict[str, object], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = large(seed, **kind)
+    assert len(problem.items) > 2 * len(made_of(problem).lower) > programme.WHOLE
+    by_core = minimise(problem, problem.objective, problem.rows)
+    monkeypatch.setattr(programme, "WHOLE", len(problem.items))
+    whole = minimise(problem, problem.objective, problem.rows)
+    assert by_core is not None and whole is not None
+    assert by_core.proven
+    assert float(by_core.total) == pytest.approx(float(whole.total), rel=1e-8)
+    assert by_core.bound <= float(by_core.total) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_relaxation_bounds_every_choice_from_below(kind: dict[str, object]) -> None:
+    """Reduced costs, too: an optimum with one item forced is no better than the bound plus the item's."""
+    problem = large(0, **kind)
+    relaxed = programme._relaxation(made_of(problem))
+    assert relaxed is not None
+    rng = random.Random(0)
+    for index in rng.sample(range(len(problem.items)), 12):
+        others = [item for item in problem.items if set(item.sites) & set(problem.items[index].sites)]
+        out = tuple(Conflict((item.id,), "no") for item in others if item is not problem.items[index])
+        forced = minimise(replace(problem, conflicts=problem.conflicts + out), problem.objective, problem.rows)
+        if forced is not None:
+            assert relaxed.bound + relaxed.reduced[index] <= float(forced.total) + 1e-9
+
+
+def test_a_gap_is_kept_and_stated() -> None:
+    problem = large(1, rows=("max", "max", "max"))
+    exact = minimise(problem, problem.objective, problem.rows)
+    rough = minimise(problem, problem.objective, problem.rows, effort=Effort(relative_gap=0.05))
+    assert exact is not None and rough is not None
+    assert rough.bound <= float(exact.total) <= float(rough.total)
+    assert float(rough.total) - rough.bound <= 0.05 * float(rough.total)
+    assert not rough.proven
+    (solution,) = mip.solve([problem], {}, effort=Effort(relative_gap=0.05)).solutions
+    assert (solution.status, solution.bound_nats) == ("feasible", rough.bound)
+
+
+def test_a_time_limit_ends_with_the_best_found_and_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stands still until the first core is solved, then time is over."""
+    statuses = []
+    for seed in range(5):
+        problem = large(seed, rows=("max", "max", "max"))
+        exact = minimise(problem, problem.objective, problem.rows)
+        ticks = iter([0.0, 0.0])
+        with monkeypatch.context() as patch:
+            patch.setattr(programme.time, "monotonic", lambda: next(ticks, 1e9))  # noqa: B023
+            (solution,) = mip.solve([problem], {}, effort=Effort(seconds=1e6)).solutions
+        assert exact is not None
+        assert solution.bound_nats <= float(exact.total) * (1 + 1e-9) <= solution.objective_nats * (1 + 2e-9)
+        assert solution.objective_nats - solution.bound_nats < 0.1 * solution.objective_nats
+        assert problem.violations(solution.items) == ()
+        statuses.append(solution.status)
+    assert "feasible" in statuses
+
+
+def test_no_answer_in_time_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = large(3, rows=("max",))
+    nothing = programme.Answer(None, float("inf"), 0.25, closed=False)
+    monkeypatch.setattr(linear, "solve", lambda *_: nothing)
+    with pytest.raises(PuzzleError, match=r"within 2 s \(none can be better than 0.25\); allow more time"):
+        minimise(problem, problem.objective, problem.rows, effort=Effort(seconds=2))
+
+
+def test_a_start_that_is_not_allowed_is_ignored() -> None:
+    problem = large(2, rows=("max", "max"))
+    best = minimise(problem, problem.objective, problem.rows)
+    assert best is not None
+    dearest = [max(problem.items[k : k + 5], key=lambda item: problem.rows[0].quantity.coefficients[item.id]).id
+               for k in range(0, 120, 5)]  # fmt: skip
+    for start in (dearest, best.chosen[1:], ("unknown",), best.chosen):
+        again = minimise(problem, problem.objective, problem.rows, start=start)
+        assert again is not None
+        assert (again.chosen, again.proven) == (best.chosen, True)
+
+
+def test_an_infeasible_large_problem_is_none() -> None:
+    problem = large(0, rows=("max", "max"))
+    impossible = replace(problem.rows[0], upper=Fraction(1))
+    assert minimise(problem, problem.objective, (impossible, problem.rows[1])) is None
+    # the relaxation has an answer, whole numbers have none: costs are multiples of 2, the bound asks for an odd sum
+    quantity = replace(
+        problem.rows[0].quantity, coefficients={item.id: 2.0 * int(item.id[-1]) for item in problem.items}, constant=0.0
+    )
+    odd = replace(problem.rows[0], quantity=quantity, lower=Fraction(101), upper=Fraction(101))
+    assert minimise(problem, problem.objective, (odd,)) is None
+
+
+def test_what_the_solver_prints_does_not_reach_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    with programme._quiet():
+        os.write(1, b"a line of its own debugging\n")
+    print("after", flush=True)
+    assert capfd.readouterr().out == "after\n"
+
+
+def test_a_programme_restricted_to_columns_keeps_its_rows() -> None:
+    made = made_of(large(0, rows=("max",)))
+    columns = np.array([1, 5, 9, 100])
+    part = made.only(columns)
+    x = np.array([1.0, 0.0, 1.0, 1.0])
+    all_x = np.zeros(len(made.objective))
+    all_x[columns] = x
+
+    def sums(of: programme.Programme, at: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        return np.bincount(of.row, of.value * at[of.column], len(of.lower))
+
+    assert np.allclose(sums(part, x), sums(made, all_x))
+    assert part.objective @ x == made.objective @ all_x
