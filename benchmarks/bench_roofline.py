@@ -142,7 +142,7 @@ def largest_batch(model: Sequence[Item], workload: Workload) -> int:
 
 def estimates(model: Sequence[Item], workload: Workload, batch_size: int, efficiency: Efficiency) -> Costs:
     specs = list(dict.fromkeys(spec for item in model for spec in item.specs))
-    setting, points = hardware.Setting.of(workload), points_of(workload, batch_size)
+    setting, points = hardware.Deployment.of(workload), points_of(workload, batch_size)
     rows = [cost for point in points for cost in roofline.estimate(LLAMA_70B, specs, point, setting, efficiency)]
     return Costs(tuple(rows))
 

@@ -127,7 +127,7 @@ def _known() -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Deployment:
     """What an estimate is for: one GPU of ``tp``, dtypes of weights (and of matrix products) and of the KV cache.
 
     ConfigError for a dtype that is unknown, or that the GPU cannot compute in.
@@ -145,5 +145,5 @@ class Setting:
             raise ConfigError(f"tp must be at least 1, got {self.tp}")
 
     @classmethod
-    def of(cls, workload: Workload) -> Setting:
+    def of(cls, workload: Workload) -> Deployment:
         return cls(hardware(workload.device), workload.weights, workload.kv, workload.tp)

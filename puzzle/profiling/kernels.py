@@ -21,7 +21,7 @@ from typing import Literal
 
 from puzzle import formats, variants
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Setting
+from puzzle.profiling.hardware import Deployment
 from puzzle.profiling.memory import shape_per_gpu, spec_per_gpu
 from puzzle.types import AttentionSpec, FfnSpec, ModelShape, Spec
 
@@ -50,12 +50,12 @@ class Kernel:
         return self.weight_bytes + self.kv_bytes + self.activation_bytes
 
 
-def site_kernels(spec: Spec, shape: ModelShape, point: GridPoint, setting: Setting) -> tuple[Kernel, ...]:
+def site_kernels(spec: Spec, shape: ModelShape, point: GridPoint, deployment: Deployment) -> tuple[Kernel, ...]:
     """The kernels of one resolved spec, all of ``point``'s sequences together; none for skip."""
     if spec.kind == "skip":
         return ()
-    forward = _Forward(point, shape.hidden_size, spec.precision or setting.weights, setting)
-    local, local_shape = spec_per_gpu(spec, setting.tp), shape_per_gpu(shape, setting.tp)
+    forward = _Forward(point, shape.hidden_size, spec.precision or deployment.weights, deployment)
+    local, local_shape = spec_per_gpu(spec, deployment.tp), shape_per_gpu(shape, deployment.tp)
     if spec.kind == "linear":
         matrix = forward.matmul("matrix", forward.rows, shape.hidden_size, shape.hidden_size)
         return (forward.norm("norm"), matrix)
@@ -70,10 +70,10 @@ def site_kernels(spec: Spec, shape: ModelShape, point: GridPoint, setting: Setti
     return (forward.norm("norm"), *kernels, *forward.all_reduce(), *post_norm)
 
 
-def rest_kernels(shape: ModelShape, point: GridPoint, setting: Setting) -> tuple[Kernel, ...]:
+def rest_kernels(shape: ModelShape, point: GridPoint, deployment: Deployment) -> tuple[Kernel, ...]:
     """What no variant changes: embedding, final norm, head; never quantised."""
-    forward = _Forward(point, shape.hidden_size, setting.weights, setting).unquantised
-    vocabulary = shape_per_gpu(shape, setting.tp).vocab_size
+    forward = _Forward(point, shape.hidden_size, deployment.weights, deployment).unquantised
+    vocabulary = shape_per_gpu(shape, deployment.tp).vocab_size
     embedding = forward.pointwise("embedding", shape.hidden_size, min(forward.rows, vocabulary) * shape.hidden_size)
     head = forward.matmul("head", point.batch_size, shape.hidden_size, vocabulary)
     logits = forward.all_gather(point.batch_size * shape.vocab_size)
@@ -87,7 +87,7 @@ class _Forward:
     point: GridPoint
     hidden_size: int
     dtype: str
-    setting: Setting
+    deployment: Deployment
 
     @property
     def rows(self) -> int:
@@ -152,7 +152,7 @@ class _Forward:
         return self._collective("all-gather", numbers * self.activation_bytes, rounds=1)
 
     def _collective(self, name: str, num_bytes: float, rounds: int) -> tuple[Kernel, ...]:
-        tp = self.setting.tp
+        tp = self.deployment.tp
         if tp == 1:
             return ()
         steps = rounds * (tp - 1)
@@ -163,7 +163,7 @@ def _attention(spec: AttentionSpec, shape: ModelShape, forward: _Forward) -> tup
     point = forward.point
     query = shape.num_attention_heads * shape.head_dim
     kv = 2 * variants.num_kv_heads(spec, shape) * shape.head_dim
-    kv_token_bytes = kv * formats.number_bytes(forward.setting.kv)
+    kv_token_bytes = kv * formats.number_bytes(forward.deployment.kv)
     qk_norms = 2 * shape.head_dim * shape.qk_norm
     attention = Kernel(
         "attention",

@@ -1,6 +1,6 @@
 """Milliseconds without a measurement: a roofline over the kernels of each shape, from the hardware sheet. Pure.
 
-Reads shapes, resolved specs and a Setting; gives Cost records that are labelled ``estimate`` and hold for any runtime.
+Reads shapes, resolved specs and a Deployment; gives Cost records, labelled ``estimate``, that hold for any runtime.
 Of each kernel (kernels.py), on one of tp GPUs::
 
     ms = max(FLOPs / (rate * share), bytes / (bandwidth * share)) + overhead
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Setting
+from puzzle.profiling.hardware import Deployment
 from puzzle.profiling.kernels import Kernel, rest_kernels, site_kernels
 from puzzle.profiling.table import ANY_ENGINE, REST, SKIPPED
 from puzzle.types import ConfigError, Cost, ModelShape, Spec
@@ -56,7 +56,7 @@ def estimate(
     shape: ModelShape,
     specs: Iterable[Spec],
     point: GridPoint,
-    setting: Setting,
+    deployment: Deployment,
     efficiency: Efficiency = DEFAULT,
 ) -> tuple[Cost, ...]:
     """The estimated costs of every distinct shape among ``specs`` but skip, and of the rest, at one point of the grid.
@@ -68,17 +68,17 @@ def estimate(
     for spec in specs:
         name = shape_id(spec, shape)
         if name not in SKIPPED and name not in kernels:
-            kernels[name] = site_kernels(spec, shape, point, setting)
-    kernels[REST] = rest_kernels(shape, point, setting)
+            kernels[name] = site_kernels(spec, shape, point, deployment)
+    kernels[REST] = rest_kernels(shape, point, deployment)
     return tuple(
-        _cost(name, point, setting, math.fsum(kernel_ms(kernel, setting, efficiency) for kernel in run))
+        _cost(name, point, deployment, math.fsum(kernel_ms(kernel, deployment, efficiency) for kernel in run))
         for name, run in kernels.items()
     )
 
 
-def kernel_ms(kernel: Kernel, setting: Setting, efficiency: Efficiency = DEFAULT) -> float:
+def kernel_ms(kernel: Kernel, deployment: Deployment, efficiency: Efficiency = DEFAULT) -> float:
     """Milliseconds of one kernel."""
-    sheet = setting.hardware
+    sheet = deployment.hardware
     overhead = sheet.kernel_us * efficiency.overhead / 1e3
     if kernel.kind == "collective":
         sending = kernel.link_bytes / (sheet.link_bytes_per_s * efficiency.link)
@@ -89,16 +89,16 @@ def kernel_ms(kernel: Kernel, setting: Setting, efficiency: Efficiency = DEFAULT
     return 1e3 * max(computing, reading) + overhead
 
 
-def _cost(name: str, point: GridPoint, setting: Setting, ms: float) -> Cost:
+def _cost(name: str, point: GridPoint, deployment: Deployment, ms: float) -> Cost:
     return Cost(
         shape_id=name,
         phase=point.phase,
         batch_size=point.batch_size,
         context_tokens=point.context_tokens,
-        weights=setting.weights,
-        kv=setting.kv,
-        device=setting.hardware.device,
-        tensor_parallel=setting.tp,
+        weights=deployment.weights,
+        kv=deployment.kv,
+        device=deployment.hardware.device,
+        tensor_parallel=deployment.tp,
         engine=ANY_ENGINE,
         ms=ms,
         ms_p10=ms,

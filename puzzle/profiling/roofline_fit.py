@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Hardware, Setting
+from puzzle.profiling.hardware import Deployment, Hardware
 from puzzle.profiling.kernels import Kernel, site_kernels
 from puzzle.profiling.roofline import DEFAULT, Efficiency
 from puzzle.types import Cost, MissingMeasurementError, ModelShape, Spec
@@ -131,7 +131,7 @@ class _Work:
 
 
 def _kernels(cost: Cost, spec: Spec, shape: ModelShape, hardware: Hardware) -> tuple[Kernel, ...]:
-    setting = Setting(hardware, cost.weights, cost.kv, cost.tensor_parallel)
+    setting = Deployment(hardware, cost.weights, cost.kv, cost.tensor_parallel)
     return site_kernels(spec, shape, GridPoint(cost.phase, cost.batch_size, cost.context_tokens), setting)
 
 

@@ -16,7 +16,7 @@ from puzzle.config import ProfileConfig
 from puzzle.profiling import correction, roofline_fit
 from puzzle.profiling.correction import WholeModel
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Setting, hardware
+from puzzle.profiling.hardware import Deployment, hardware
 from puzzle.profiling.imported import read_table
 from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate
 from puzzle.profiling.vllm import ENGINE, Engine
@@ -121,7 +121,7 @@ class CostSource:
         rows: dict[tuple[CostSetting, str, str, int, int], Cost] = {}
         for workload, size in settings:
             for point in points_of(workload, size):
-                for cost in estimate(self.shape, self.specs, point, Setting.of(workload), self.efficiency):
+                for cost in estimate(self.shape, self.specs, point, Deployment.of(workload), self.efficiency):
                     key = (cost.setting, cost.shape_id, cost.phase, cost.batch_size, cost.context_tokens)
                     rows[key] = cost
         return Costs(tuple(rows.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from puzzle.profiling.device import device_slug
-from puzzle.profiling.hardware import HARDWARE, Hardware, Setting, hardware
+from puzzle.profiling.hardware import HARDWARE, Deployment, Hardware, hardware
 from puzzle.types import ConfigError, Workload
 
 TORCH_NAMES = {
@@ -43,19 +43,19 @@ def test_an_unknown_device_names_the_known_ones() -> None:
 
 def test_a_dtype_that_the_device_cannot_compute_in_names_those_it_can() -> None:
     with pytest.raises(ConfigError, match="fp8 on a100.*rates for fp32, bf16, fp16"):
-        Setting(hardware("a100"), weights="fp8")
+        Deployment(hardware("a100"), weights="fp8")
     with pytest.raises(ConfigError, match="int8 on h100.*rates for fp32, bf16, fp16, fp8"):
-        Setting(hardware("h100"), weights="int8")
+        Deployment(hardware("h100"), weights="int8")
 
 
 def test_other_mistakes_in_a_setting() -> None:
     with pytest.raises(ConfigError, match="unknown dtype 'fp7'"):
-        Setting(hardware("h100"), kv="fp7")
+        Deployment(hardware("h100"), kv="fp7")
     with pytest.raises(ConfigError, match="tp must be at least 1"):
-        Setting(hardware("h100"), tp=0)
+        Deployment(hardware("h100"), tp=0)
 
 
 def test_a_setting_is_a_workloads() -> None:
     workload = Workload("w", isl=1, osl=1, weights="fp8", kv="fp8", device="h200", tp=2, runtime="vllm")
-    assert Setting.of(workload) == Setting(hardware("h200"), "fp8", "fp8", 2)
-    assert Setting(hardware("a100"), kv="fp8").kv == "fp8"  # stored, not computed in
+    assert Deployment.of(workload) == Deployment(hardware("h200"), "fp8", "fp8", 2)
+    assert Deployment(hardware("a100"), kv="fp8").kv == "fp8"  # stored, not computed in

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import HARDWARE, Setting, hardware
+from puzzle.profiling.hardware import HARDWARE, Deployment, hardware
 from puzzle.profiling.kernels import Kernel, rest_kernels, site_kernels
 from puzzle.profiling.memory import kv_cache_bytes, rest_weight_bytes, weight_bytes
 from puzzle.profiling.roofline import Efficiency, estimate, kernel_ms
@@ -27,7 +27,7 @@ QWEN_MOE = ModelShape(
     num_active_experts=8,
     moe_intermediate_size=768,
 )
-H100 = Setting(hardware("h100"))
+H100 = Deployment(hardware("h100"))
 IDEAL = Efficiency(matmul=1, attention=1, bandwidth=1, link=1, overhead=1e-9)
 ATTENTION, FFN = AttentionSpec("keep"), FfnSpec("keep")
 DECODE, PREFILL = GridPoint("decode", 1, 1024), GridPoint("prefill", 1, 4096)
@@ -45,7 +45,7 @@ POINTS = [
 ]
 
 
-def ms(spec: Spec, point: GridPoint, setting: Setting = H100, shape: ModelShape = LLAMA_70B) -> float:
+def ms(spec: Spec, point: GridPoint, setting: Deployment = H100, shape: ModelShape = LLAMA_70B) -> float:
     return estimate(shape, [spec], point, setting)[0].ms
 
 
@@ -142,7 +142,7 @@ def test_fp8_halves_weight_bytes_and_doubles_the_rate() -> None:
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.id)
 @pytest.mark.parametrize("tp", [1, 4])
 def test_more_is_never_cheaper(device: str, point: GridPoint, tp: int) -> None:
-    setting = Setting(hardware(device), tp=tp)
+    setting = Deployment(hardware(device), tp=tp)
     chains: list[list[Spec]] = [
         [FfnSpec("narrow", intermediate_size=size) for size in (1, 256, 7168, 28671)] + [FFN],
         [AttentionSpec("gqa", num_kv_heads=heads) for heads in (1, 2, 4)] + [ATTENTION],
@@ -189,7 +189,7 @@ def test_a_kv_head_is_never_split_over_gpus() -> None:
 
 
 def test_a_slow_link_costs_more() -> None:
-    sxm, pcie = (Setting(hardware(device), tp=2) for device in ("h100", "h100-pcie"))
+    sxm, pcie = (Deployment(hardware(device), tp=2) for device in ("h100", "h100-pcie"))
     (fast,), (slow,) = (
         [kernel_ms(kernel, setting) for kernel in site_kernels(FFN, LLAMA_70B, PREFILL, setting) if kernel.link_bytes]
         for setting in (sxm, pcie)
@@ -243,7 +243,7 @@ def test_the_rest_is_embedding_norm_and_head(tp: int) -> None:
 
 def test_costs_are_labelled_estimates_and_hold_for_any_runtime() -> None:
     specs = [FFN, keep_spec(LLAMA_70B, LLAMA_70B.sites[1]), FfnSpec("skip"), FfnSpec("linear"), AttentionSpec("skip")]
-    setting = Setting(hardware("h200"), "fp8", "fp8", 2)
+    setting = Deployment(hardware("h200"), "fp8", "fp8", 2)
     costs = [cost for point in POINTS for cost in estimate(LLAMA_70B, specs, point, setting)]
     assert {cost.shape_id for cost in costs} == {"ffn.narrow-28672", "ffn.linear", REST}
     assert len(costs) == 3 * len(POINTS)  # each shape once, skip not at all
@@ -267,4 +267,4 @@ def test_an_efficiency_is_positive(value: float) -> None:
 
 def test_a_precision_that_the_device_lacks_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no estimate for fp8 on a100"):
-        estimate(LLAMA_70B, [FfnSpec("keep", precision="fp8")], DECODE, Setting(hardware("a100")))
+        estimate(LLAMA_70B, [FfnSpec("keep", precision="fp8")], DECODE, Deployment(hardware("a100")))

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Setting, hardware
+from puzzle.profiling.hardware import Deployment, hardware
 from puzzle.profiling.roofline import Efficiency, estimate
 from puzzle.profiling.roofline_fit import fit
 from puzzle.types import AttentionSpec, Cost, FfnSpec, MissingMeasurementError, ModelShape, Phase, Spec
@@ -36,7 +36,7 @@ def measured(noise: float = 0.0, tps: tuple[int, ...] = (1,), phases: tuple[Phas
         replace(cost, ms=cost.ms * 2.718 ** rng.gauss(0, noise), source="measured", engine="transformers")
         for tp in tps
         for point in points
-        for cost in estimate(LLAMA_8B, SPECS, point, Setting(H200, tp=tp), TRUE)
+        for cost in estimate(LLAMA_8B, SPECS, point, Deployment(H200, tp=tp), TRUE)
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from puzzle import search
 from puzzle.config import ConstraintFile, ProfileConfig
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.hardware import Setting, hardware
+from puzzle.profiling.hardware import Deployment, hardware
 from puzzle.profiling.imported import write_table
 from puzzle.profiling.roofline import Efficiency, estimate
 from puzzle.profiling.source import CostSource, points_of, with_stand_ins
@@ -60,12 +60,12 @@ def test_a_table_of_one_device_makes_estimates_of_others_better(tmp_path: Path) 
     measured = [
         replace(cost, source="measured", engine="vllm")
         for point in points
-        for cost in estimate(SHAPE, KEEP, point, Setting(hardware("h200")), slow)
+        for cost in estimate(SHAPE, KEEP, point, Deployment(hardware("h200")), slow)
     ]
     write_table(tmp_path / "h200.csv", Costs(tuple(measured)), {})
     chat = Workload("chat", 1000, 1000, (64,), device="h100")
     plain, fitted = (estimates(tmp_path, chat, table=table) for table in (None, str(tmp_path / "h200.csv")))
-    truth = estimate(SHAPE, KEEP, GridPoint("prefill", 64, 1000), Setting(hardware("h100")), slow)
+    truth = estimate(SHAPE, KEEP, GridPoint("prefill", 64, 1000), Deployment(hardware("h100")), slow)
 
     def error(costs: Costs) -> float:
         table = CostTable.for_workload(costs, chat)
