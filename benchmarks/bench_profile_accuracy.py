@@ -24,7 +24,7 @@ import transformers
 from environment import environment
 
 from puzzle.checkpoint import read_shape
-from puzzle.config import GridFile, load, locate
+from puzzle.config import GridFile
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.profiling.correction import WholeModel, WholePoint, fit_phase, whole_models
 from puzzle.profiling.grid import GridPoint, grid_points
@@ -35,6 +35,7 @@ from puzzle.profiling.timer import Timing
 from puzzle.space import SearchSpace
 from puzzle.types import CostSetting, ModelShape, Spec
 from puzzle.variants import block_part, shape_id
+from puzzle.yamlfiles import load, locate
 
 RESULTS = Path(__file__).parent / "results" / "profile_accuracy.json"
 SPACE = {

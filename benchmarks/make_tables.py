@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.checkpoint import read_shape
 from puzzle.config import SpaceFile
 from puzzle.modeling import PuzzleConfig
@@ -85,7 +85,7 @@ def table(
     with tempfile.TemporaryDirectory() as folder:
         own.save_pretrained(folder)
         shape = read_shape(Path(folder))
-    file = config.load(SpaceFile, config.locate("space", "llama"))
+    file = yamlfiles.load(SpaceFile, yamlfiles.locate("space", "llama"))
     space = SearchSpace.parse({part: getattr(file, part) for part in PARTS}, shape, file.ffn_multiple_of)
     specs = [spec for item in space.items() for spec in item.specs]
     stack = SiteStack.build(shape, PuzzleConfig.from_family(own), specs, device, dtype)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import capabilities, config
+from puzzle import capabilities, config, yamlfiles
 from puzzle.cli_options import open_run, with_run
 from puzzle.types import ConfigError, InfeasibleError, Solution
 
@@ -170,7 +170,7 @@ def _shrink(options: argparse.Namespace) -> None:
     front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))
     space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)
-    options.output.write_text(config.dump(space), encoding="utf-8")
+    options.output.write_text(yamlfiles.dump(space), encoding="utf-8")
     pairs = sum(len(layer.attention or ()) * len(layer.ffn or ()) for layer in space.layers.values())
     print(f"wrote {options.output}: {pairs} pairs; train them in a new run: set run and space, then `puzzle run`")
 
@@ -184,7 +184,7 @@ def _explain(options: argparse.Namespace) -> None:
         costs = run.read_costs()
     except MissingMeasurementError:  # said again for each bound that needs one
         costs = Costs()
-    file = run.constraint_file if run.pick else config.load(config.ConstraintFile, run.constraints)
+    file = run.constraint_file if run.pick else yamlfiles.load(config.ConstraintFile, run.constraints)
     print(f"{run.constraints} for the teacher {run.teacher_name}")
     print("\n".join(explain(run.shape, run.items, costs, file, run.config.score.tasks)))
 

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from puzzle import artifacts, config, plans, search
+from puzzle import artifacts, plans, search, yamlfiles
 from puzzle.plans import Planned
 from puzzle.ranks import Ranks, noted, notes
 from puzzle.run import Run
@@ -142,7 +142,7 @@ def _prepare(run: Run) -> None:
 
 def _record_config(run: Run) -> None:
     """Written when something is about to be made with it, so it never claims settings that made nothing."""
-    text = config.dump(run.config)
+    text = yamlfiles.dump(run.config)
     path = run.folder / "config.yaml"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         artifacts.write_text(path, text)

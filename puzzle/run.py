@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from puzzle import artifacts, checkpoint, config, plans
+from puzzle import artifacts, checkpoint, plans, yamlfiles
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
@@ -67,9 +67,9 @@ class Run:
         path = where / "config.yaml" if where.is_dir() else where
         if where.is_dir() and not path.is_file():
             raise ConfigError(f"{where}: no run folder (it has no config.yaml); `puzzle run CONFIG` makes one")
-        settings = config.load(RunConfig, path, overrides)
+        settings = yamlfiles.load(RunConfig, path, overrides)
         folder = where if where.is_dir() else Path(settings.run)
-        limits = config.locate("constraints", constraints or settings.constraints)
+        limits = yamlfiles.locate("constraints", constraints or settings.constraints)
         return cls(folder, settings, limits, context_file, pick)
 
     # --- what the run rests on -------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ class Run:
 
     @cached_property
     def space(self) -> SearchSpace:
-        path = config.locate("space", self.config.space)
-        file = config.load(SpaceFile, path)
+        path = yamlfiles.locate("space", self.config.space)
+        file = yamlfiles.load(SpaceFile, path)
         layers = {
             layer: {part: names for part in PARTS if (names := getattr(own, part)) is not None}
             for layer, own in file.layers.items()
@@ -181,7 +181,7 @@ class Run:
 
     @cached_property
     def grid(self) -> GridFile:
-        return config.load(GridFile, config.locate("grid", self.config.profile.grid))
+        return yamlfiles.load(GridFile, yamlfiles.locate("grid", self.config.profile.grid))
 
     @cached_property
     def grid_points(self) -> tuple[GridPoint, ...]:
@@ -190,7 +190,7 @@ class Run:
     @cached_property
     def picks(self) -> tuple[Pick, ...]:
         """The searches that the constraint file asks for: one, unless it has lists of values."""
-        return picks(config.load(ConstraintFile, self.constraints))
+        return picks(yamlfiles.load(ConstraintFile, self.constraints))
 
     @cached_property
     def constraint_file(self) -> ConstraintFile:

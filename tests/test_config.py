@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import config
+from puzzle import config, yamlfiles
 from puzzle.cli import main
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.search.constraints import bounds
@@ -17,7 +17,7 @@ from puzzle.types import ConfigError, Site
 from puzzle.variants import variant_name
 from tests.test_variants import SHAPE
 
-SHIPPED = config.shipped_inputs()
+SHIPPED = yamlfiles.shipped_inputs()
 
 
 def names(folder: str) -> list[str]:
@@ -34,17 +34,17 @@ def test_every_shipped_space_is_valid_for_the_demo(tmp_path: Path, space: str) -
 
 @pytest.mark.parametrize("name", names("search"))
 def test_every_shipped_constraint_file_means_something(name: str) -> None:
-    assert bounds(config.load(ConstraintFile, config.locate("constraints", name)))
+    assert bounds(yamlfiles.load(ConstraintFile, yamlfiles.locate("constraints", name)))
 
 
 @pytest.mark.parametrize("name", names("profiling"))
 def test_every_shipped_grid_loads(name: str) -> None:
-    assert config.load(GridFile, config.locate("grid", name)).decode_context_tokens
+    assert yamlfiles.load(GridFile, yamlfiles.locate("grid", name)).decode_context_tokens
 
 
 def test_the_template_is_a_valid_config_for_demo_and_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(tmp_path / "mine.yaml"), "--teacher", "/models/llama"]) == 0
-    loaded = config.load(RunConfig, tmp_path / "mine.yaml")
+    loaded = yamlfiles.load(RunConfig, tmp_path / "mine.yaml")
     assert loaded.teacher == "/models/llama"
     assert loaded.kd.learning_rate == 5e-4
     lines = (tmp_path / "mine.yaml").read_text().splitlines()
@@ -55,20 +55,20 @@ def test_the_template_is_a_valid_config_for_demo_and_others(tmp_path: Path, caps
 
 def test_a_config_dumped_reads_back_as_itself(tmp_path: Path) -> None:
     loaded = RunConfig(run="r", constraints="c", seed=3, data=config.DataConfig(text="x.txt"))
-    (tmp_path / "dumped.yaml").write_text(config.dump(loaded))
-    assert config.load(RunConfig, tmp_path / "dumped.yaml") == loaded
+    (tmp_path / "dumped.yaml").write_text(yamlfiles.dump(loaded))
+    assert yamlfiles.load(RunConfig, tmp_path / "dumped.yaml") == loaded
 
 
 def test_the_llama_space_has_the_papers_54_blocks() -> None:
-    path = config.locate("space", "llama")
-    file = config.load(SpaceFile, path)
+    path = yamlfiles.locate("space", "llama")
+    file = yamlfiles.load(SpaceFile, path)
     shape = type(SHAPE)("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, False)
     space = SearchSpace.parse({"attention": file.attention, "ffn": file.ffn}, shape, file.ffn_multiple_of)
     assert len(space.on_offer[Site(0, "attention")]) * len(space.on_offer[Site(0, "ffn")]) == 54
 
 
 def test_the_space_for_experts_offers_fewer_of_them() -> None:
-    file = config.load(SpaceFile, config.locate("space", "moe"))
+    file = yamlfiles.load(SpaceFile, yamlfiles.locate("space", "moe"))
     shape = replace(
         type(SHAPE)("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, 40960, False, qk_norm=True),
         moe_layers=tuple(range(48)),
@@ -100,7 +100,7 @@ def test_mistakes_are_found_with_their_line(tmp_path: Path, text: str, message: 
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config.load(RunConfig, path)
+        yamlfiles.load(RunConfig, path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -141,7 +141,7 @@ def test_mistakes_in_a_constraint_file(tmp_path: Path, text: str, message: str) 
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config.load(ConstraintFile, path)
+        yamlfiles.load(ConstraintFile, path)
     assert message in str(caught.value)
     assert all(line.startswith(f"{path}:") for line in str(caught.value).splitlines())
 
@@ -151,9 +151,9 @@ def test_overrides_that_are_none(tmp_path: Path, override: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("run: r\nconstraints: c\nseed: 1\n")
     with pytest.raises(ConfigError, match="--set"):
-        config.load(RunConfig, path, [override])
+        yamlfiles.load(RunConfig, path, [override])
 
 
 def test_a_name_that_is_not_shipped_names_those_that_are() -> None:
     with pytest.raises(ConfigError, match="no shipped one of that name; did you mean 'half-memory'"):
-        config.locate("constraints", "half-memoy")
+        yamlfiles.locate("constraints", "half-memoy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from puzzle.config import SpaceFile, load, locate
+from puzzle.config import SpaceFile
 from puzzle.memory_plan import (
     BYTES_PER_TRAINED_PARAM,
     Batches,
@@ -22,6 +22,7 @@ from puzzle.memory_plan import (
 from puzzle.space import SearchSpace
 from puzzle.types import GIB, AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec
 from puzzle.variants import WEIGHTLESS, has_weights, params
+from puzzle.yamlfiles import load, locate
 
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
 EIGHT_B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)

@@ -10,14 +10,14 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.cli import main
 from puzzle.config import OBJECTIVES, ConstraintFile
 from puzzle.schema import DESCRIPTIONS, FILES, METRIC_DESCRIPTIONS, schema
 from puzzle.search.metrics import METRICS
 from puzzle.types import ConfigError
 
-SHIPPED = config.shipped_inputs()
+SHIPPED = yamlfiles.shipped_inputs()
 FOLDERS = {"constraints": "search", "space": "blocks", "grid": "profiling"}
 
 
@@ -91,7 +91,7 @@ def test_the_schema_and_the_parser_agree(tmp_path: Path, text: str) -> None:
     good = text in GOOD
     assert validator("constraints").is_valid(plain(text)) == good
     if good:
-        assert config.load(ConstraintFile, path)
+        assert yamlfiles.load(ConstraintFile, path)
     else:
         with pytest.raises(ConfigError):
-            config.load(ConstraintFile, path)
+            yamlfiles.load(ConstraintFile, path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from puzzle import artifacts, config
+from puzzle import artifacts, yamlfiles
 from puzzle.config import ProfileConfig
 from puzzle.profiling import correction, roofline_fit
 from puzzle.profiling.correction import WholeModel
@@ -152,7 +152,7 @@ class CostSource:
 
     @cached_property
     def table(self) -> Costs | None:
-        return read_table(config.locate("table", self.settings.table)) if self.settings.table else None
+        return read_table(yamlfiles.locate("table", self.settings.table)) if self.settings.table else None
 
     @cached_property
     def efficiency(self) -> Efficiency:

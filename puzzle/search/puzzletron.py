@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.config import ConstraintFile
 from puzzle.search.constraints import bounds
 from puzzle.search.fan_out import picks
@@ -98,7 +98,7 @@ def convert(
     """
     document: dict[str, Any] = {}
     for path in files:
-        document = _merged(document, config.plain(config.read_yaml(path)))
+        document = _merged(document, yamlfiles.plain(yamlfiles.read_yaml(path)))
     reading = _Reading(" ".join(", ".join(path.name for path in files).split()))
     mip = document.get("mip") if isinstance(document.get("mip"), dict) else None
     if mip is None:
@@ -112,7 +112,7 @@ def convert(
     sections = [key for key in document if key not in ("mip", "calc_subblock_stats")]
     reading.leave("other sections", sections or None, NO_CONSTRAINT)
     text = _written(limits, workload, objective, reading)
-    file = config.parse(ConstraintFile, text, Path(reading.source))
+    file = yamlfiles.parse(ConstraintFile, text, Path(reading.source))
     for one in picks(file):
         bounds(one.file)
     return Imported(text, tuple(reading.left))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.blocks import candidates
 from puzzle.blocks.candidates import Draft, Seen
 from puzzle.cli import main
@@ -248,9 +248,9 @@ def test_every_mistake_in_a_config_is_named(project: Project, capsys: pytest.Cap
 
 def test_numbers_are_read_as_yaml_1_2_reads_them(project: Project) -> None:
     edit(project.config, "tokens: 64,", "tokens: 64, learning_rate: 1e-4,")
-    assert config.load(RunConfig, project.config).distill.learning_rate == 1e-4
+    assert yamlfiles.load(RunConfig, project.config).distill.learning_rate == 1e-4
     (project.folder / "limit.yaml").write_text("constraints:\n  params: {max: 5.0e9}\n")
-    bound = config.load(ConstraintFile, project.folder / "limit.yaml").constraints["params"]
+    bound = yamlfiles.load(ConstraintFile, project.folder / "limit.yaml").constraints["params"]
     assert bound.max == 5.0e9  # type: ignore[union-attr]
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from puzzle.cli import main
-from puzzle.config import shipped_inputs
+from puzzle.yamlfiles import shipped_inputs
 from tests.pipeline.conftest import Project
 
 

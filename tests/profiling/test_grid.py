@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from puzzle.config import GridFile, load, locate
+from puzzle.config import GridFile
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.types import ConfigError, ModelShape
+from puzzle.yamlfiles import load, locate
 
 
 def grid(prefill: tuple[int, ...], decode: tuple[int, ...]) -> GridFile:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 from search_factories import make_costs, make_items, make_scores, make_shape
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.config import OBJECTIVES, ConstraintFile
 from puzzle.search import problems, search
 from puzzle.search.explain import explain
@@ -27,7 +27,7 @@ SHAPE = make_shape()
 ITEMS = make_items(SHAPE)
 SCORES = make_scores(ITEMS)
 COSTS = make_costs(SHAPE)
-GOOD = [path.read_text() for path in sorted((config.shipped_inputs() / "search").glob("*.yaml"))]
+GOOD = [path.read_text() for path in sorted((yamlfiles.shipped_inputs() / "search").glob("*.yaml"))]
 GOOD.append(
     """\
 workloads:
@@ -155,10 +155,10 @@ def read(step: Callable[[], ConstraintFile], name: Path) -> ConstraintFile | Non
 
 def check(text: str, solve: bool = False) -> bool:
     """Whether ``text`` is a valid constraint file; anything but that or a clear error is an exception."""
-    file = read(lambda: config.parse(ConstraintFile, text, NAME), NAME)
+    file = read(lambda: yamlfiles.parse(ConstraintFile, text, NAME), NAME)
     if file is None:
         return False
-    assert config.parse(ConstraintFile, config.dump(file), NAME) == file
+    assert yamlfiles.parse(ConstraintFile, yamlfiles.dump(file), NAME) == file
     _or_one_line(lambda: explain(SHAPE, ITEMS, COSTS, file))
     for one in (_or_one_line(lambda: picks(file)) or ())[:3]:
         made = _or_one_line(lambda one=one: problems(SHAPE, ITEMS, SCORES, COSTS, one.file))  # type: ignore[misc]

@@ -7,12 +7,13 @@ from fractions import Fraction
 import pytest
 from search_factories import make_costs, make_file, make_items, make_score, make_scores
 
-from puzzle.config import ConstraintFile, load, locate
+from puzzle.config import ConstraintFile
 from puzzle.search.constraints import bounds, problems, usable_items, workloads
 from puzzle.search.metrics import METRICS, Setting, quantity
 from puzzle.search.problem import Problem
 from puzzle.tables import Failure, ScoreTable
 from puzzle.types import ConfigError, MissingMeasurementError, ModelShape, Workload
+from puzzle.yamlfiles import load, locate
 
 CHAT = {"isl": 128, "osl": 64, "batch_size": 4}
 # of one layer, by hand: attention 64*(64+2*kv) + 64*64 + 64 with kv = heads*16; FFN 3*64*width + 64

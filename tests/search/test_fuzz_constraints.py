@@ -8,7 +8,7 @@ from fuzzing import GOOD, check, read, texts
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.config import ConstraintFile
 
 BOUNDED = settings(
@@ -34,7 +34,7 @@ def test_so_are_any_bytes(tmp_path: Path) -> None:
     @given(st.binary(max_size=60))
     def as_file(content: bytes) -> None:
         path.write_bytes(content)
-        read(lambda: config.load(ConstraintFile, path), path)
+        read(lambda: yamlfiles.load(ConstraintFile, path), path)
 
     as_file()
 

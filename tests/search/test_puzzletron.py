@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import config
+from puzzle import yamlfiles
 from puzzle.cli import main
 from puzzle.config import ConstraintFile
 from puzzle.search.constraints import bounds
@@ -49,7 +49,7 @@ def files(folder: Path, *texts: str) -> list[Path]:
 def parsed(imported: Imported, folder: Path) -> ConstraintFile:
     path = folder / "ours.yaml"
     path.write_text(imported.text)
-    return config.load(ConstraintFile, path)
+    return yamlfiles.load(ConstraintFile, path)
 
 
 def constraints(folder: Path, mip: str) -> tuple[ConstraintFile, Imported]:
@@ -223,7 +223,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "not taken over: mip.max_seconds_per_solution: 60" in out
     assert f"wrote {ours}" in out
-    workload = config.load(ConstraintFile, ours).workloads["serving"]
+    workload = yamlfiles.load(ConstraintFile, ours).workloads["serving"]
     assert (workload.isl, workload.osl, workload.device) == (512, 1024, "h100")
     assert main([*asked, "--isl", "512"]) == 2
     assert "exists" in capsys.readouterr().err
