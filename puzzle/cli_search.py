@@ -176,7 +176,7 @@ def _shrink(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from puzzle.search.explain import explain
+    from puzzle.search.meaning import meaning
     from puzzle.types import Costs, MissingMeasurementError
 
     run = open_run(options)
@@ -186,7 +186,7 @@ def _explain(options: argparse.Namespace) -> None:
         costs = Costs()
     file = run.constraint_file if run.pick else yamlfiles.load(config.ConstraintFile, run.constraints)
     print(f"{run.constraints} for the teacher {run.teacher_name}")
-    print("\n".join(explain(run.shape, run.items, costs, file, run.config.score.tasks)))
+    print("\n".join(meaning(run.shape, run.items, costs, file, run.config.score.tasks)))
 
 
 def _schema(options: argparse.Namespace) -> None:

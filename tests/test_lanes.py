@@ -21,7 +21,7 @@ PURE = """
     profiling profiling.memory profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels
     profiling.roofline profiling.roofline_fit profiling.imported profiling.correction profiling.regression
     export.nemotron_nas profiling.vllm profiling.vllm_costs profiling.source search.problem search.metrics search.goal
-    search.fan_out schema search.constraints search.explain search.puzzletron search.programme search.linear
+    search.fan_out schema search.constraints search.meaning search.puzzletron search.programme search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search plans run report.summary
     report.figures report.library report.profile scoring.design scoring.interactions report.additivity report
     export.card progress data.tokenise pipeline validate cli_options cli_search cli

@@ -17,8 +17,8 @@ from search_factories import make_costs, make_items, make_scores, make_shape
 from puzzle import yamlfiles
 from puzzle.config import OBJECTIVES, ConstraintFile
 from puzzle.search import problems, search
-from puzzle.search.explain import explain
 from puzzle.search.fan_out import picks
+from puzzle.search.meaning import meaning
 from puzzle.search.metrics import METRICS
 from puzzle.types import ConfigError, PuzzleError
 
@@ -159,7 +159,7 @@ def check(text: str, solve: bool = False) -> bool:
     if file is None:
         return False
     assert yamlfiles.parse(ConstraintFile, yamlfiles.dump(file), NAME) == file
-    _or_one_line(lambda: explain(SHAPE, ITEMS, COSTS, file))
+    _or_one_line(lambda: meaning(SHAPE, ITEMS, COSTS, file))
     for one in (_or_one_line(lambda: picks(file)) or ())[:3]:
         made = _or_one_line(lambda one=one: problems(SHAPE, ITEMS, SCORES, COSTS, one.file))  # type: ignore[misc]
         if solve and made is not None and len(made) <= 2 and one.file.solutions.count <= 3:

@@ -20,7 +20,7 @@ from puzzle.search.metrics import METRICS, Setting
 from puzzle.search.problem import Row
 from puzzle.types import GIB, Costs, Item, MissingMeasurementError, ModelShape
 
-__all__ = ["explain"]
+__all__ = ["meaning"]
 
 MODEL = "the model"
 
@@ -35,7 +35,7 @@ class Line:
     teacher: str
 
 
-def explain(
+def meaning(
     shape: ModelShape, items: Sequence[Item], costs: Costs, file: ConstraintFile, tasks: Collection[str] = ()
 ) -> tuple[str, ...]:
     """Lines of text. ``items`` are the space's, ``tasks`` the scores of the user's own.

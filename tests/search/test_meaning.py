@@ -9,7 +9,7 @@ import pytest
 from search_factories import make_costs, make_file, make_items
 from test_constraints import GIB, KEEP_ATTENTION, KEEP_FFN, REST
 
-from puzzle.search.explain import explain
+from puzzle.search.meaning import meaning
 from puzzle.types import ConfigError, Costs, ModelShape
 
 CHAT = {"isl": 128, "osl": 64, "batch_size": 4}
@@ -22,7 +22,7 @@ E2E = TTFT + 63 * TPOT
 
 def told(shape: ModelShape, costs: Costs | None = None, **sections: object) -> list[str]:
     used = make_costs(shape) if costs is None else costs
-    return [re.sub(" {2,}", "  ", line) for line in explain(shape, make_items(shape), used, make_file(**sections))]
+    return [re.sub(" {2,}", "  ", line) for line in meaning(shape, make_items(shape), used, make_file(**sections))]
 
 
 def test_each_bound_says_what_it_is_in_numbers_and_whether_the_teacher_keeps_it(shape: ModelShape) -> None:
