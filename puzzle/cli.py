@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from puzzle.cli_search import add_commands
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
 
@@ -132,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
     pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
     pareto.set_defaults(command=_pareto)
+
+    add_commands(commands, _with_run, _open)
 
     shrink = _with_run(commands.add_parser("shrink", help="write a space of pairs (coupled BLD) of what is popular"))
     shrink.add_argument("output", type=Path, metavar="SPACE", help="the space file to write")

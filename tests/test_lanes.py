@@ -20,10 +20,10 @@ PURE = """
     data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling profiling.memory
     profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels profiling.roofline
     profiling.roofline_fit profiling.imported profiling.correction profiling.source search.problem search.metrics
-    search.constraints search.programme search.linear
-    search.infeasible search.mip search.pareto search.baselines search.shrink search run report.summary
-    report.figures report.library report.profile scoring.design scoring.interactions report.additivity report
-    export.card progress data.tokenise pipeline validate cli
+    search.constraints search.programme search.linear search.infeasible search.mip search.pareto search.baselines
+    search.shrink search.explain search.compare search run report.summary report.figures report.library
+    report.profile scoring.design scoring.interactions report.additivity report export.card progress data.tokenise
+    pipeline validate cli_search cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle

@@ -18,7 +18,7 @@ from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
 from puzzle.search.problem import Problem
 from puzzle.types import InfeasibleError, Solution
 
-__all__ = ["Found", "solve"]
+__all__ = ["Found", "best_of", "solve"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ def solve(
         differs = f"differs in {min_difference:.0%} of the sites"
         note = f"only {len(solutions)} of {count} solutions: no further one fits and {differs}"
     return Found(tuple(solutions), note)
+
+
+def best_of(problems: Sequence[Problem]) -> tuple[Problem, Choice]:
+    """The best answer over all ``problems``, and the one that it is of; InfeasibleError if none has one."""
+    answers = [(problem, minimise(problem, problem.objective, problem.rows)) for problem in problems]
+    answered = [(problem, choice) for problem, choice in answers if choice is not None]
+    if not answered:
+        raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
+    return min(answered, key=lambda pair: pair[1].total)
 
 
 def _solution(problem: Problem, choice: Choice, bound: float, inputs: Mapping[str, str]) -> Solution:
