@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puzzle import cli_search
+from puzzle import cli_explain, cli_search
 from puzzle.cli_options import open_run, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(command=_fit_costs)
 
     cli_search.add_commands(commands)
+    cli_explain.add_commands(commands)
 
     show = commands.add_parser("show", help="print a table of the run")
     show.add_argument("what", choices=["library", "scores", "costs"])

@@ -1,21 +1,31 @@
-"""What the search must beat: the same variant everywhere, random choices near the budget, and a strong greedy.
+"""What the search must beat: simpler ways to choose, from the paper and from practice.
 
-Reads a Problem, computes item ids (one per site, in the order of the sites), writes nothing. Only items that cover a
-single site take part. Every answer returned keeps every bound exactly.
+Reads a Problem, computes item ids in the order of the sites, writes nothing. Only items that cover a single site take
+part, unless a function says otherwise. Every answer returned keeps every bound exactly.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from puzzle.search.linear import minimise
 from puzzle.search.problem import Problem, Row
 from puzzle.types import ConfigError, InfeasibleError, Item, Site
 from puzzle.variants import variant_name
 
-__all__ = ["best_uniform", "feasible_uniform", "greedy", "random_feasible"]
+__all__ = [
+    "best_uniform",
+    "feasible_uniform",
+    "greedy",
+    "importance_depth",
+    "most_params",
+    "published_greedy",
+    "random_feasible",
+]
 
 ATTEMPTS_PER_CHOICE = 20
 LEAST_STEP = 1e-12  # of a bound: what rounding alone gains could go round in circles
@@ -91,6 +101,112 @@ def greedy(problem: Problem) -> tuple[str, ...]:
         if chosen[site] == cheap_id and row.holds({**chosen, site: dear_id}.values()):
             chosen[site] = dear_id
     return tuple(chosen[site] for site in problem.sites)
+
+
+def published_greedy(problem: Problem) -> tuple[str, ...]:
+    """The greedy that the Puzzle paper compares its MIP with, as its text describes it.
+
+    Layers one after the other, those that are easiest to replace (lowest mean score of their blocks) first. Each takes
+    the block with the best score whose costs are within an equal share of what is left of every budget; what it does
+    not use is left to those after it; where nothing is within the share, what exceeds it least. Blocks are all pairs of
+    an attention and an FFN, and items that cover both.
+    ConfigError for bounds from below, and where no layer has blocks; InfeasibleError if the result does not fit.
+    """
+    budgets = []
+    for row in problem.rows:
+        lower, upper = row.linear_bounds()
+        if lower is not None or upper is None:
+            raise ConfigError(f"the published greedy shares out budgets; {row.written} is a bound from below")
+        budgets.append(float(upper) - row.quantity.constant)
+    blocks = _blocks(problem)
+    # relative to the whole budget, so that bytes and milliseconds can be compared
+    costs = {
+        block: [
+            math.fsum(row.quantity.coefficients[item_id] for item_id in block) / (abs(budget) or 1.0)
+            for row, budget in zip(problem.rows, budgets, strict=True)
+        ]
+        for choices in blocks.values()
+        for block in choices
+    }
+    score = {block: math.fsum(problem.objective[item_id] for item_id in block) for block in costs}
+    left = [math.copysign(1.0, budget) for budget in budgets]
+    chosen: list[str] = []
+    order = sorted(blocks, key=lambda layer: math.fsum(score[block] for block in blocks[layer]) / len(blocks[layer]))
+    for number, layer in enumerate(order):
+        shares = [rest / (len(order) - number) for rest in left]
+        over = {
+            block: max((cost - share for cost, share in zip(costs[block], shares, strict=True)), default=0.0)
+            for block in blocks[layer]
+        }
+        fitting = [block for block in blocks[layer] if over[block] <= 0]
+        best = min(fitting, key=score.__getitem__) if fitting else min(blocks[layer], key=over.__getitem__)
+        left = [rest - cost for rest, cost in zip(left, costs[best], strict=True)]
+        chosen += best
+    return _kept_to(problem, chosen, "the published greedy")
+
+
+def most_params(problem: Problem) -> tuple[str, ...]:
+    """As many parameters as the bounds allow, whatever the scores say; of all items. InfeasibleError if none fit."""
+    params = problem.quantity("params").coefficients
+    choice = minimise(problem, {item.id: -params.get(item.id, 0.0) for item in problem.items}, problem.rows)
+    if choice is None:
+        raise InfeasibleError(f"nothing keeps {_written(problem)}")
+    return problem.in_order(choice.chosen)
+
+
+def importance_depth(problem: Problem, importance: Sequence[float]) -> tuple[str, ...]:
+    """Whole layers left out, the least important first, until the bounds hold; all others stay the teacher's.
+
+    ``importance``: one number a layer, e.g. Block Importance (Minitron). Runs of layers are spelt by the items that are
+    on offer for them. ConfigError where the numbers are not one a layer, InfeasibleError if not even the last helps.
+    """
+    layers = sorted({site.layer for site in problem.sites})
+    if len(importance) != len(layers) or not all(map(math.isfinite, importance)):
+        raise ConfigError(f"importance: expected {len(layers)} finite numbers, one a layer, found {len(importance)}")
+    order = sorted(layers, key=lambda layer: importance[layers.index(layer)])
+    for count in range(len(order) + 1):
+        chosen = _spelt(problem, frozenset(order[:count]))
+        if chosen is not None and not problem.violations(chosen):
+            return chosen
+    raise InfeasibleError(f"leaving out whole layers does not keep {_written(problem)}")
+
+
+def _spelt(problem: Problem, dropped: frozenset[int]) -> tuple[str, ...] | None:
+    """The items of the teacher without these layers; None where they are not on offer."""
+    fitting = tuple(
+        item
+        for item in problem.items
+        if all(
+            spec.kind == ("skip" if site.layer in dropped else "keep")
+            for site, spec in zip(item.sites, item.specs, strict=True)
+        )
+    )
+    if {site for item in fitting for site in item.sites} != set(problem.sites):
+        return None
+    ids = {item.id for item in fitting}
+    conflicts = tuple(conflict for conflict in problem.conflicts if ids.issuperset(conflict.item_ids))
+    choice = minimise(replace(problem, items=fitting, rows=(), conflicts=conflicts), problem.objective, ())
+    return None if choice is None else problem.in_order(choice.chosen)
+
+
+def _blocks(problem: Problem) -> dict[int, list[tuple[str, ...]]]:
+    """By layer, every way to fill it with items of its own."""
+    blocks: dict[int, list[tuple[str, ...]]] = {}
+    for layer in sorted({site.layer for site in problem.sites}):
+        sites = [site for site in problem.sites if site.layer == layer]
+        singles = [[item.id for item in problem.items if item.sites == (site,)] for site in sites]
+        wholes = [(item.id,) for item in problem.items if set(item.sites) == set(sites) and len(sites) > 1]
+        blocks[layer] = [*itertools.product(*singles), *wholes]
+        if not blocks[layer]:
+            raise ConfigError(f"layer {layer} is covered by items over several layers only; this baseline takes others")
+    return blocks
+
+
+def _kept_to(problem: Problem, chosen: Sequence[str], name: str) -> tuple[str, ...]:
+    broken = problem.violations(chosen)
+    if broken:
+        raise InfeasibleError(f"{name} does not keep {' and '.join(broken)}")
+    return problem.in_order(chosen)
 
 
 def _hull(problem: Problem, row: Row, items: Sequence[Item]) -> list[Item]:

@@ -1,12 +1,12 @@
 """Why no architecture fits: the bound, or smallest set of bounds, that cannot hold, and the nearest values that can.
 
-Reads a Problem that has no answer, computes one line of text, writes nothing. First each bound alone; then bounds are
-left out one by one until only those remain that contradict one another, and each is moved as little as the others
-allow.
+Reads a Problem that has no answer, computes one line of text, writes nothing. Of the bounds that contradict one another
+each is then moved as little as the others allow.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from puzzle.search.linear import minimise
 from puzzle.search.problem import Problem, Row
 
 DIGITS = 4
+MOST_TRIALS = 500
 
 
 def explain(problem: Problem) -> str:
@@ -25,23 +26,48 @@ def explain(problem: Problem) -> str:
         return (
             f"no choice of items covers every site exactly once{f' without a conflict ({reasons})' if reasons else ''}"
         )
-    for row in problem.rows:
-        if not _possible(problem, (row,)):
-            return f"{row.written} cannot be met: {_nearest(problem, row, ())}"
-    core = list(problem.rows)
-    for row in problem.rows:
-        without = [other for other in core if other is not row]
-        if not _possible(problem, without):
-            core = without
-    if not core:
+    rows = core(problem)
+    if not rows:
         return "the bounds cannot hold within the solver's tolerance; loosen them by a little"
+    if len(rows) == 1:
+        return f"{rows[0].written} cannot be met: {_nearest(problem, rows[0], ())}"
     ways = []
-    for row in core:
-        others = [other for other in core if other is not row]
+    for row in rows:
+        others = [other for other in rows if other is not row]
         ways.append(
             f"with the other{'s' if len(others) > 1 else ''}, of {row.quantity.name} {_nearest(problem, row, others)}"
         )
-    return f"these bounds cannot hold together: {', '.join(row.written for row in core)}; {'; '.join(ways)}"
+    return f"these bounds cannot hold together: {', '.join(row.written for row in rows)}; {'; '.join(ways)}"
+
+
+def core(problem: Problem) -> tuple[Row, ...]:
+    """A smallest set of rows that cannot hold together; none if all can.
+
+    Leaving rows out one by one gives a set of which each is needed; smaller sets are then tried, up to MOST_TRIALS of
+    them.
+    """
+    found = list(problem.rows)
+    if _possible(problem, found):
+        return ()
+    for row in problem.rows:
+        without = [other for other in found if other is not row]
+        if not _possible(problem, without):
+            found = without
+    smaller = (rows for size in range(1, len(found)) for rows in itertools.combinations(problem.rows, size))
+    for rows in itertools.islice(smaller, MOST_TRIALS):
+        if not _possible(problem, rows):
+            return rows
+    return tuple(found)
+
+
+def nearest(problem: Problem, row: Row, others: Sequence[Row]) -> tuple[Fraction | None, Fraction | None]:
+    """The values nearest to the row's bounds, below the lower and above the upper one, that ``others`` allow.
+
+    None on a side where the row has no bound, or where nothing lies.
+    """
+    below = None if row.lower is None else _extreme(problem, replace(row, lower=None, upper=row.lower), others, False)
+    above = None if row.upper is None else _extreme(problem, replace(row, upper=None, lower=row.upper), others, True)
+    return below, above
 
 
 def _possible(problem: Problem, rows: Sequence[Row]) -> bool:
@@ -49,17 +75,17 @@ def _possible(problem: Problem, rows: Sequence[Row]) -> bool:
 
 
 def _nearest(problem: Problem, row: Row, others: Sequence[Row]) -> str:
-    """The value nearest to the bound that ``others`` allow, rounded so that writing it down as the bound works."""
+    """The nearest values in words, rounded so that writing one down as the bound works."""
     unit = row.quantity.unit
+    below, above = nearest(problem, row, others)
     if row.lower is not None and row.upper is not None:
-        below = _extreme(problem, replace(row, lower=None), others, smallest=False)
-        above = _extreme(problem, replace(row, upper=None), others, smallest=True)
-        near = [f"{_show(value, row, upwards=False)}" for value in (below, above) if value is not None]
+        near = [_show(value, row, upwards=False) for value in (below, above) if value is not None]
         return f"the nearest possible is {' or '.join(near)} {unit}"
-    smallest = row.upper is not None
-    value = _extreme(problem, replace(row, lower=None, upper=None), others, smallest)
-    assert value is not None, "the others alone are possible"
-    return f"the {'smallest' if smallest else 'largest'} possible is {_show(value, row, upwards=smallest)} {unit}"
+    if row.upper is not None:
+        assert above is not None, "the others alone are possible"
+        return f"the smallest possible is {_show(above, row, upwards=True)} {unit}"
+    assert below is not None, "the others alone are possible"
+    return f"the largest possible is {_show(below, row, upwards=False)} {unit}"
 
 
 def _extreme(problem: Problem, row: Row, others: Sequence[Row], smallest: bool) -> Fraction | None:

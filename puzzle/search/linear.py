@@ -88,7 +88,7 @@ def minimise(
         if not broken:
             total = sum((Fraction(objective[item_id]) for item_id in chosen), Fraction(0))
             proven = found.closed and not margins and effort.relative_gap <= RELATIVE_GAP
-            return Choice(chosen, total, bound, proven)
+            return Choice(chosen, total, min(bound, float(total)), proven)  # above it by rounding only
         # within the solver's tolerance, but over the bound. Forbidding this one choice loses nothing else
         forbidden.append(Cut(dict.fromkeys(chosen, 1), len(chosen) - 1))
         if len(forbidden) > FORBIDDEN_CHOICES:

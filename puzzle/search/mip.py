@@ -19,7 +19,7 @@ from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import InfeasibleError, Solution
 
-__all__ = ["Found", "solve"]
+__all__ = ["Found", "best_of", "solve"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,15 @@ def _best_at_that_cost(problem: Problem, cost: Quantity, choice: Choice, cuts: S
     if better is None or better.total >= problem.objective_of(choice.chosen):
         return choice
     return replace(choice, chosen=better.chosen, total=cost.linear(better.chosen) - Fraction(cost.constant))
+
+
+def best_of(problems: Sequence[Problem]) -> tuple[Problem, Choice]:
+    """The best answer over all ``problems``, and the one that it is of; InfeasibleError if none has one."""
+    answers = [(problem, minimise(problem, problem.objective, problem.rows)) for problem in problems]
+    answered = [(problem, choice) for problem, choice in answers if choice is not None]
+    if not answered:
+        raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
+    return min(answered, key=lambda pair: pair[1].total)
 
 
 def _solution(problem: Problem, choice: Choice, bound: Fraction, inputs: Mapping[str, str]) -> Solution:

@@ -44,6 +44,7 @@ LEFT_OUT_OF_PROOFS = (
     "mip_heuristic_run_root_reduced_cost",
     "mip_allow_restart",
 )
+FIRST_CORE = 1.5  # variables in it, a row
 WHOLE = 300  # variables up to which there is no core
 
 
@@ -163,7 +164,8 @@ def _solve_by_cores(
     rounding = 1e-12 * (1.0 + float(np.abs(programme.objective).sum()))
     best = start
     value = math.inf if start is None else math.fsum(programme.objective[start])
-    width = float(np.partition(relaxed.reduced, wide)[wide]) if (wide := 2 * len(programme.lower)) < count else math.inf
+    wide = int(FIRST_CORE * len(programme.lower))
+    width = float(np.partition(relaxed.reduced, wide)[wide]) if wide < count else math.inf
     while True:
         width = min(width, value - relaxed.bound + rounding)
         columns = np.flatnonzero(relaxed.reduced <= width)

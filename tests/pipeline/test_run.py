@@ -217,7 +217,31 @@ def test_dry_run_writes_nothing(project: Project, capsys: pytest.CaptureFixture[
     assert not project.run.exists()
 
 
-@pytest.mark.parametrize("command", ["search", "pareto"])
+def test_explain_says_what_binds_and_prices_a_site(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "explain", str(copy.config), "--site", "L001.ffn", "--step", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "nats predicted" in printed
+    assert "memory_gib" in printed and "from the bound" in printed
+    assert "L001.ffn, if it had to be:" in printed
+    assert main(["explain", str(copy.config), "--site", "L999.ffn"]) == 2
+    assert main(["explain", str(copy.config), "--step", "0"]) == 2
+
+
+def test_compare_prints_the_search_beside_the_baselines(
+    copy: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    importance = tmp_path / "importance.json"
+    importance.write_text("[0.5, 0.1]")
+    assert main(["--debug", "compare", str(copy.config), "--importance", str(importance)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("MIP ", "published greedy", "convex-hull greedy", "MIP by CE", "importance depth", "memory_gib"):
+        assert name in printed
+    importance.write_text('{"0": 1}')
+    assert main(["compare", str(copy.config), "--importance", str(importance)]) == 2
+    assert "expected a list of numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["search", "pareto", "explain", "compare"])
 def test_searching_a_finished_run_never_imports_torch(copy: Project, command: str) -> None:
     shutil.rmtree(copy.run / "solutions")
     code = (

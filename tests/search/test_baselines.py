@@ -7,13 +7,23 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from search_factories import all_choices, make_file, make_items, make_problem, make_scores
+from search_factories import all_choices, make_file, make_items, make_problem, make_score, make_scores
 
 from puzzle.search import problems
-from puzzle.search.baselines import best_uniform, greedy, random_feasible
+from puzzle.search.baselines import (
+    best_uniform,
+    greedy,
+    importance_depth,
+    most_params,
+    published_greedy,
+    random_feasible,
+)
 from puzzle.search.mip import solve
 from puzzle.search.problem import Problem, Quantity, Row
-from puzzle.types import ConfigError, Conflict, InfeasibleError, ModelShape
+from puzzle.space import SearchSpace
+from puzzle.tables import ScoreTable
+from puzzle.types import ConfigError, Conflict, Costs, InfeasibleError, ModelShape
+from puzzle.variants import is_teacher
 
 
 def model_problem(shape: ModelShape, budget: str = "70%", seed: int = 0) -> Problem:
@@ -129,3 +139,69 @@ def test_site_without_single_items_is_refused() -> None:
     only_run = replace(problem, items=(run,), objective={"run": 0.0}, rows=())
     with pytest.raises(ConfigError, match="over several sites only"):
         best_uniform(only_run)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_published_greedy_keeps_its_budgets_and_never_beats_the_optimum(seed: int) -> None:
+    problem = make_problem(random.Random(seed), num_sites=20, choices=5, rows=("max", "max"))
+    loose = replace(problem, rows=tuple(replace(row, upper=row.upper and row.upper * 2) for row in problem.rows))
+    chosen = published_greedy(loose)
+    assert loose.violations(chosen) == ()
+    assert loose.in_order(chosen) == chosen
+    assert solve([loose], {}).solutions[0].objective_nats <= float(loose.objective_of(chosen)) + 1e-12
+
+
+def test_published_greedy_goes_from_the_easiest_layer_and_hands_on_what_is_left() -> None:
+    """By hand: budget 6 for three layers. Layer 1 is easiest: of its share of 2 it takes 0; layer 2 has 3, takes 3."""
+    problem = make_problem(random.Random(0), num_sites=3, choices=2)
+    ids = [item.id for item in problem.items]
+    costs = dict(zip(ids, (4.0, 1.0, 2.5, 0.0, 3.0, 1.0), strict=True))
+    objective = dict(zip(ids, (0.0, 9.0, 0.0, 1.0, 0.0, 5.0), strict=True))
+    row = Row(Quantity("cost", "u", costs), "cost", upper=Fraction(6))
+    chosen = published_greedy(replace(problem, objective=objective, rows=(row,)))
+    assert [item_id[-1] for item_id in chosen] == ["1", "1", "0"]
+    with pytest.raises(InfeasibleError, match="the published greedy does not keep cost"):
+        published_greedy(replace(problem, objective=objective, rows=(replace(row, upper=Fraction(1)),)))
+    with pytest.raises(ConfigError, match="bound from below"):
+        published_greedy(replace(problem, rows=(replace(row, lower=Fraction(1)),)))
+
+
+def test_published_greedy_takes_pairs_and_single_items(shape: ModelShape) -> None:
+    problem = model_problem(shape, budget="60%")
+    chosen = published_greedy(problem)
+    assert problem.violations(chosen) == ()
+    space = SearchSpace.parse({"attention": ("gqa-2", "skip"), "ffn": ("narrow-48", "skip")}, shape, pairs=True)
+    items = space.items()
+    scores = ScoreTable.of(make_score(item.id, 0.5) for item in items if not is_teacher(item))
+    (pairs,) = problems(shape, items, scores, Costs(), make_file(constraints={"params": "60%"}))
+    assert len(published_greedy(pairs)) == shape.num_layers
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_most_params_is_the_largest_that_fits(shape: ModelShape, seed: int) -> None:
+    problem = model_problem(shape, seed=seed)
+    params = problem.quantity("params")
+    fitting = [ids for ids in all_choices(problem) if not problem.violations(ids)]
+    assert params.value(most_params(problem)) == max(map(params.value, fitting))
+
+
+def test_importance_depth_leaves_out_the_least_important_layers_first(shape: ModelShape) -> None:
+    problem = model_problem(shape, budget="75%")
+    chosen = importance_depth(problem, [0.5, 0.1, 0.9])
+    assert [item_id for item_id in chosen if item_id.endswith("skip")] == ["L001.attention.skip", "L001.ffn.skip"]
+    assert importance_depth(model_problem(shape, budget="100%"), [1.0, 1.0, 1.0]) == tuple(
+        f"{site}.keep" for site in shape.sites
+    )
+    with pytest.raises(ConfigError, match="expected 3 finite numbers, one a layer, found 2"):
+        importance_depth(problem, [1.0, 2.0])
+    with pytest.raises(InfeasibleError, match="leaving out whole layers"):
+        importance_depth(model_problem(shape, budget="1%"), [1.0, 2.0, 3.0])
+
+
+def test_importance_depth_spells_runs_as_they_are_offered(shape: ModelShape) -> None:
+    space = SearchSpace.parse({"attention": ("skip",), "ffn": ("skip",)}, shape, runs=2)
+    items = space.items()
+    scores = ScoreTable.of(make_score(item.id, 0.5) for item in items if not is_teacher(item))
+    file = make_file(constraints={"params": "50%"})
+    (problem,) = problems(shape, items, scores, Costs(), file, space.conflicts())
+    assert importance_depth(problem, [0.5, 0.1, 0.9])[0] == "L000-L001.skip"

@@ -1,0 +1,95 @@
+"""The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``. Pure; they write nothing.
+
+Both solve on the run's tables, at the batch sizes at which the best architecture was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puzzle.cli_options import open_run, with_run
+from puzzle.config import OBJECTIVES
+from puzzle.types import ConfigError, Site
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+    from puzzle.search.problem import Problem
+
+CE = "ce_delta"
+
+
+def add_commands(commands: Any) -> None:
+    """Adds both to the command line's sub-commands."""
+    explain = with_run(commands.add_parser("explain", help="why the best architecture is the best"))
+    explain.add_argument("--step", type=float, default=1.0, metavar="PERCENT", help="moves each bound by (default 1)")
+    explain.add_argument(
+        "--site", action="append", default=[], metavar="L003.attention", help="price every variant of this site"
+    )
+    explain.set_defaults(command=lambda options: _explain(options, open_run(options)))
+    compare = with_run(commands.add_parser("compare", help="the search beside simpler ways to choose"))
+    compare.add_argument("--importance", type=Path, metavar="FILE", help="JSON list, one number a layer")
+    compare.set_defaults(command=lambda options: _compare(options, open_run(options)))
+
+
+def _explain(options: argparse.Namespace, run: Run) -> None:
+    from fractions import Fraction
+
+    from puzzle.search import explain, mip
+
+    if not 0 < options.step < 100:
+        raise ConfigError(f"--step: expected percent between 0 and 100, found {options.step:g}")
+    problem, choice = mip.best_of(_problems(run))
+    sites = [_site(name, problem) for name in options.site]
+    if problem.label:
+        print(problem.label)
+    print(explain.text(explain.explain(problem, choice.chosen, Fraction(str(options.step)) / 100), problem))
+    for site in sites:
+        print(f"\n{site}, if it had to be:")
+        print(explain.alternatives_text(explain.alternatives(problem, choice.chosen, site), problem))
+
+
+def _site(name: str, problem: Problem) -> Site:
+    for site in problem.sites:
+        if str(site) == name:
+            return site
+    raise ConfigError(f"--site: the model has no {name!r}; its sites are {problem.sites[0]} to {problem.sites[-1]}")
+
+
+def _compare(options: argparse.Namespace, run: Run) -> None:
+    from puzzle.search import mip
+    from puzzle.search.compare import compare, table
+    from puzzle.search.constraints import usable_items
+
+    problem, _ = mip.best_of(_problems(run))
+    scores = run.read_scores()
+    has_ce = any(metric == CE for _, metric in scores.scores)
+    loss = {item.id: score for item, score in usable_items(problem.items, scores, CE).items()} if has_ce else None
+    importance = None if options.importance is None else _importance(options.importance)
+    if problem.label:
+        print(problem.label)
+    print(table(compare(problem, loss, importance, run.config.seed), problem))
+
+
+def _importance(path: Path) -> list[float]:
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+        raise ConfigError(f"{path}: expected a list of numbers, one a layer, e.g. [0.31, 0.05]")
+    return [float(number) for number in numbers]
+
+
+def _problems(run: Run) -> tuple[Problem, ...]:
+    from puzzle import search
+
+    if run.constraint_file.objective not in {*OBJECTIVES, *run.config.score.tasks}:
+        raise ConfigError(
+            f"{run.constraints}: explain and compare are about quality within limits, and the objective is "
+            f"{run.constraint_file.objective}; `puzzle search` minimises that"
+        )
+    tables = run.read_scores(), run.read_costs()
+    return search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
