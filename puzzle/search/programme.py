@@ -5,12 +5,11 @@
 A large programme is solved through its core. The linear relaxation (GLOP, milliseconds) gives duals d, and with them,
 for every x that is allowed, ``objective . x >= bound + sum_j reduced_j x_j`` with ``reduced = objective - rows^T d``.
 So a variable whose reduced cost exceeds (best known - bound) is 0 in whatever is better, under bounds of any kind: it
-is left out. Nothing else needs to be removed: what is dominated has a high reduced cost. The bound is computed from the
+is left out. Dominated variables need no rule of their own. The bound is computed from the
 duals here, and holds however inexact they are.
 
-HiGHS solves the core, because on searches of real size it is faster than CBC and SCIP where those take longest, and
-CP-SAT, which is often faster still, needs a hundred times as long now and then (benchmarks/LOG.md). One thread and a
-fixed seed: the same programme gives the same answer, unless a time limit ends it.
+HiGHS solves the core: on whole programmes SCIP takes about as long, CP-SAT longer, and both many times as long now and
+then (benchmarks/LOG.md). One thread and a fixed seed: the same programme gives the same answer, unless time runs out.
 """
 
 from __future__ import annotations
