@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from puzzle import formats, variants
-from puzzle.types import GIB, AttentionSpec, ModelShape, Spec, Workload
+from puzzle.types import AttentionSpec, ModelShape, Spec, Workload
 
 LOGIT_BYTES = 4.0  # logits are cast to fp32 before sampling
 # tokens of all prompts that one forward takes by default (max_num_batched_tokens, chunked_prefill_size, max_num_tokens)
@@ -65,10 +65,6 @@ def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> f
     tokens = min(batch_size * workload.isl, CHUNK_TOKENS.get(workload.runtime, batch_size * workload.isl))
     activations = tokens * widest * formats.activation_bytes(workload.weights)
     return activations + batch_size * shape.vocab_size * LOGIT_BYTES
-
-
-def to_gib(num_bytes: float) -> float:
-    return num_bytes / GIB
 
 
 def shape_per_gpu(shape: ModelShape, tp: int) -> ModelShape:
