@@ -310,7 +310,7 @@ class Correction(Strict):
         factors = (self.attention_factor, self.ffn_factor)
         _require(all(math.isfinite(one) and one > 0 for one in factors), "factors must be positive")
         _require(math.isfinite(self.overhead_ms), "the overhead must be finite")
-        _require(0 <= self.relative_error < 1, f"sums of parts are {self.relative_error:.0%} off: no use to a search")
+        _require(0 <= self.relative_error < math.inf, "the error must be finite and not negative")
 
 
 @dataclass(frozen=True)

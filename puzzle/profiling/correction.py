@@ -91,8 +91,7 @@ def fit_phase(models: Sequence[WholeModel], phase: Phase) -> Fit:
     left_out = {what: _left_out(points, columns) for what, columns in FITTED.items()}
     fitted = min(left_out, key=lambda what: _rms(left_out[what]))
     overhead, attention, ffn = _solve([point for of in points.values() for point in of], FITTED[fitted])
-    error = min(_rms(left_out[fitted]), 0.99)
-    correction = Correction(settings.pop(), phase, overhead, attention, ffn, error)
+    correction = Correction(settings.pop(), phase, overhead, attention, ffn, _rms(left_out[fitted]))
     return Fit(correction, fitted, tuple(left_out["none"]), tuple(left_out[fitted]))
 
 

@@ -1,4 +1,4 @@
-"""Where a run's costs come from: measured units, a roofline, a table. Pure; reads units and tables, writes nothing.
+"""Where a run's costs come from: measured units, here or in vLLM, a roofline, a table. Pure; writes nothing.
 
 Whatever the source, the search is handed the same :class:`~puzzle.types.Costs`.
 """

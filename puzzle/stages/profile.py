@@ -72,7 +72,8 @@ def make_fit_costs(run: Run, missing: Sequence[Planned], progress: Progress) -> 
     for unit in missing:
         name = unit.path.stem
         model = _measured_whole(run, stack, name, chosen[name], points, progress)
-        artifacts.publish_json(unit.path, unit.inputs, {"model": to_json(model), **_environment(stack.device)})
+        payload = {"model": to_json(model), "environment": _environment(stack.device)}
+        artifacts.publish_json(unit.path, unit.inputs, payload)
 
 
 def _stack(run: Run) -> SiteStack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -51,6 +52,16 @@ def test_what_is_noise_is_left_alone(seed: int) -> None:
     found = fit_phase(make_models(0.0, 1.0, 1.0, noise=0.05, seed=seed), "prefill")
     assert sum(error**2 for error in found.after) <= sum(error**2 for error in found.before)
     assert 0.01 < found.correction.relative_error < 0.15
+
+
+def test_an_error_is_told_as_large_as_it_is() -> None:
+    """Sums that are far off in no regular way leave an error above 1, not a smaller figure in its place."""
+    models = make_models(0.0, 1.0, 1.0)
+    strange = [
+        replace(model, points=tuple(replace(point, whole_ms=point.whole_ms * factor) for point in model.points))
+        for model, factor in zip(models, (0.05, 9.0, 0.1, 7.0, 0.05, 8.0, 0.1), strict=True)
+    ]
+    assert fit_phase(strange, "decode").correction.relative_error > 1
 
 
 def test_too_few_models_or_several_devices_are_refused() -> None:
