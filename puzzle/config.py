@@ -261,7 +261,10 @@ class ProfileConfig(_Model):
 
 
 class KdConfig(_Model):
-    """GKD. Loss: ``kl_weight * KL(logits) + cosine_weight * sum over layers of (1 - cos) + lm_weight * CE``."""
+    """GKD. Loss: ``kl_weight * KL(logits) + cosine_weight * sum over layers of (1 - cos) + lm_weight * CE``.
+
+    ``divergence``: forward is KL(teacher || student), reverse the other way round, jsd their symmetric mean.
+    """
 
     tokens: Annotated[int, Field(ge=0)] = 10_000_000
     batch_size: Positive = 8
@@ -270,6 +273,8 @@ class KdConfig(_Model):
     warmup_steps: Annotated[int, Field(ge=0)] = 40
     weight_decay: NonNegative = 0.1
     kl_weight: NonNegative = 1.0
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    temperature: PositiveFloat = 1.0
     cosine_weight: NonNegative = 1.0
     lm_weight: NonNegative = 0.0
     checkpoint_steps: Positive = 100

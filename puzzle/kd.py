@@ -2,10 +2,11 @@
 
 Loss per token (Puzzle, section 4):
 
-    kl_weight · KL(teacher ‖ student) + cosine_weight · Σ_l (1 − cos(h_student^l, h_teacher^l)) + lm_weight · CE
+    kl_weight · D(teacher, student) + cosine_weight · Σ_l (1 − cos(h_student^l, h_teacher^l)) + lm_weight · CE
 
-with h^l the residual stream after layer l. Reads teacher, student and ``train`` batches, which are a pure function of
-the step; a checkpoint holds weights, optimiser state and step, so a resumed run is the uninterrupted one bit for bit.
+with h^l the residual stream after layer l, and D = KL(teacher ‖ student) unless the config says otherwise. Reads
+teacher, student and ``train`` batches, which are a pure function of the step; a checkpoint holds weights, optimiser
+state and step, so a resumed run is the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from puzzle.config import KdConfig
 from puzzle.data.batches import Batch
-from puzzle.metrics import kl_loss, prediction_weights
+from puzzle.metrics import divergence_loss, prediction_weights
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
 from puzzle.teacher import Compute, context_of, embed, freeze, layers_of, read_tensors
@@ -39,7 +40,9 @@ def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, ba
     loss = torch.zeros((), device=batch.ids.device)
     weights = prediction_weights(batch)
     if config.kl_weight:
-        loss = loss + config.kl_weight * kl_loss(hidden, teacher_hidden, (student.lm_head, teacher.lm_head), weights)
+        heads = (student.lm_head, teacher.lm_head)
+        divergence = divergence_loss(hidden, teacher_hidden, heads, weights, config.divergence, config.temperature)
+        loss = loss + config.kl_weight * divergence
     if config.cosine_weight:
         pairs = zip(states, teacher_states, strict=True)
         cosines = [F.cosine_similarity(own.float(), other.float(), dim=-1) for own, other in pairs]

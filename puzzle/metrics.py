@@ -6,7 +6,8 @@ at once: ``(tokens, vocab)`` exists for one chunk only. Everything is computed i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,21 +77,44 @@ def prediction_weights(batch: Batch) -> Tensor:
     return torch.cat([batch.counted[:, 1:], batch.counted[:, -1:]], 1).float()
 
 
-def kl_loss(
-    student_hidden: Tensor, teacher_hidden: Tensor, heads: tuple[nn.Module, nn.Module], weights: Tensor
-) -> Tensor:
-    """Mean KL(teacher ‖ student) over positions by ``weights`` (B, T), with gradients to the student.
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
-    Logits are recomputed going backward.
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    middle = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (_kl(log_p, middle) + _kl(log_q, middle)) / 2
+
+
+# Of two distributions in logarithms (n, V), the teacher's first: (n,) in nats.
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward": _kl,
+    "reverse": lambda log_p, log_q: _kl(log_q, log_p),
+    "jsd": _jensen_shannon,
+}
+
+
+def divergence_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    heads: tuple[nn.Module, nn.Module],
+    weights: Tensor,
+    kind: str = "forward",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Mean divergence over positions by ``weights`` (B, T), with gradients to the student; nats.
+
+    Both models' logits are divided by the temperature, and the loss is multiplied by its square, so that gradients keep
+    their size (Hinton et al., 1503.02531). Logits are recomputed going backward.
     """
     student, teacher = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)  # (N, D)
     each_weight = weights.flatten()
 
     def chunk_sum(student_part: Tensor, teacher_part: Tensor, weight: Tensor) -> Tensor:
-        log_q = F.log_softmax(heads[0](student_part).float(), -1)
+        log_q = F.log_softmax(heads[0](student_part).float() / temperature, -1)
         with torch.no_grad():
-            log_p = F.log_softmax(heads[1](teacher_part).float(), -1)
-        return (F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * weight).sum()
+            log_p = F.log_softmax(heads[1](teacher_part).float() / temperature, -1)
+        return (DIVERGENCES[kind](log_p, log_q) * weight).sum() * temperature**2
 
     total = student.new_zeros((), dtype=torch.float32)
     for start in range(0, len(student), CHUNK_TOKENS):
