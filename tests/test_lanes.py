@@ -40,8 +40,6 @@ ALONE = {
     "export.verify_child",
     "export.configuration_decilm",
     "profiling.vllm_child",
-    "demo",
-    "demo.make_teacher",
     "__main__",
     "",
 }
