@@ -14,8 +14,6 @@ from pydantic import BaseModel
 from puzzle.config import OBJECTIVES, ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.search.metrics import METRICS
 
-__all__ = ["FILES", "schema"]
-
 Kind = Literal["constraints", "config", "space", "grid"]
 FILES: dict[Kind, type[BaseModel]] = {
     "constraints": ConstraintFile,

@@ -113,6 +113,3 @@ def _speed(workload: Workload, batch_size: int, values: list[float]) -> Speed:
     tpot = sum(inner) / len(inner)
     end_to_end = ttft + (workload.osl - 1) * tpot
     return Speed(ttft, tpot, batch_size * workload.osl / end_to_end * 1e3)
-
-
-__all__ = ["Speed", "Subject", "Timed", "measured_speed"]

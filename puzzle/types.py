@@ -13,43 +13,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-__all__ = [
-    "Architecture",
-    "AttentionSpec",
-    "Base",
-    "Capability",
-    "ConfigError",
-    "Conflict",
-    "CorruptFileError",
-    "Correction",
-    "Cost",
-    "CostSetting",
-    "Costs",
-    "Entry",
-    "FfnSpec",
-    "Gap",
-    "InfeasibleError",
-    "Interaction",
-    "Item",
-    "MissingMeasurementError",
-    "ModelShape",
-    "PuzzleError",
-    "Score",
-    "Site",
-    "Solution",
-    "Spec",
-    "StaleUnitError",
-    "Workload",
-    "from_json",
-    "to_json",
-]
-
 Part = Literal["attention", "ffn"]
 Phase = Literal["prefill", "decode"]
 Target = Literal[
     "transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
 ]  # what a student is written for
-TEACHER_BASE, TEACHER_CONTEXT = "teacher", "teacher"
+TEACHER_CONTEXT = "teacher"
 GIB = 2**30
 
 
@@ -169,33 +138,6 @@ class Item(Strict):
         _require(len(set(self.sites)) == len(self.sites), f"{self.id}: a site occurs twice")
         for site, spec in zip(self.sites, self.specs, strict=True):
             _require(isinstance(spec, AttentionSpec) == (site.part == "attention"), f"{self.id}: wrong spec for {site}")
-
-
-@dataclass(frozen=True)
-class Base(Strict):
-    """The teacher that items sit on: a width, or a step of a chain of students."""
-
-    id: str
-    parent_id: str | None
-    hidden_size: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Entry(Strict):
-    """One library entry. ``view`` is the slice of a nested unit (channels), None for a unit of its own."""
-
-    item_id: str
-    base_id: str
-    unit: str
-    view: int | None
-    status: str  # initial | trained | failed(reason)
-
-    def __post_init__(self) -> None:
-        known = self.status in ("initial", "trained") or (
-            self.status.startswith("failed(") and self.status.endswith(")")
-        )
-        _require(known, f"{self.item_id}: unknown status {self.status!r}")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,3 @@ def _solve(points: Sequence[WholePoint], columns: Sequence[int]) -> tuple[float,
 
 def _rms(errors: Sequence[float]) -> float:
     return math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
-
-
-__all__ = ["Fit", "WholeModel", "WholePoint", "fit", "fit_phase", "whole_models"]

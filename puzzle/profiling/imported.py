@@ -73,6 +73,3 @@ def _cost(record: dict[str, Any], source: str) -> Cost:
     ms = record["ms"]
     defaults = {"kv": record["weights"], "tensor_parallel": 1, "engine": ANY_ENGINE, "ms_p10": ms, "ms_p90": ms}
     return from_json(Cost, {**defaults, "source": "imported", **record}, source)
-
-
-__all__ = ["read_table", "write_table"]

@@ -192,6 +192,3 @@ def with_stand_ins(rows: Sequence[Cost], stand_in: Mapping[str, str]) -> tuple[C
     for asked, there in stand_in.items():
         found += [replace(cost, kv=asked, source="estimate") for cost in found if cost.kv == there]
     return tuple(found)
-
-
-__all__ = ["CostSource", "points_of", "with_stand_ins"]

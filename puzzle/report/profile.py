@@ -101,6 +101,3 @@ def fits_text(fits: tuple[Fit, ...]) -> str:
 def _errors(errors: tuple[float, ...]) -> str:
     sizes = [abs(error) for error in errors]
     return f"mean {math.fsum(sizes) / len(sizes):.1%}, worst {max(sizes):.1%}"
-
-
-__all__ = ["draw_profile", "fits_text", "profile_frame"]

@@ -146,6 +146,3 @@ def _estimate(value: Mapping[str, float]) -> str:
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:
     from_table = "not profiled" if predicted is None else f"{predicted:.2f}"
     return f"{from_table} / {timed['parts'][name]:.2f} / {timed['whole'][name]:.2f}"
-
-
-__all__ = ["Row", "Summary"]

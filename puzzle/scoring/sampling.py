@@ -68,6 +68,3 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return mean, math.inf
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-
-
-__all__ = ["may_reach", "num_draws", "rounds", "undecided"]
