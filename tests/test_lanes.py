@@ -16,7 +16,7 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types config yamlfiles artifacts formats variants capabilities space memory_plan checkpoint data data.streamed
+    types formats config yamlfiles artifacts variants capabilities space memory_plan checkpoint data data.streamed
     data.source data.inputs data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling
     profiling profiling.memory profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels
     profiling.roofline profiling.roofline_fit profiling.imported profiling.correction profiling.regression
