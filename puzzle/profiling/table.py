@@ -65,14 +65,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Milliseconds of an architecture at a workload: until the first token, and per token after it."""
-
-    ttft_ms: float
-    tpot_ms: float
-
-
-@dataclass(frozen=True)
 class CostTable:
     """The costs that hold on one workload's device, dtypes, parallelism and runtime.
 
@@ -139,14 +131,6 @@ class CostTable:
         the value is that of a step that finds ``isl``.
         """
         return self._mean(shape_id, "decode", batch_size, isl, max(isl, isl + osl - 2))
-
-    def predict(self, shape_ids: Sequence[str], batch_size: int, isl: int, osl: int) -> Prediction:
-        """The sum over an architecture's shapes (one per site, repeats included) and the rest."""
-        parts = (*shape_ids, REST)
-        return Prediction(
-            ttft_ms=math.fsum(self.prefill_ms(part, batch_size, isl) for part in parts),
-            tpot_ms=math.fsum(self.decode_ms(part, batch_size, isl, osl) for part in parts),
-        )
 
     def _mean(self, shape_id: str, phase: Phase, batch_size: int, first: int, last: int) -> float:
         if shape_id in SKIPPED:
