@@ -18,7 +18,7 @@ from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.tables import ScoreTable
-from puzzle.types import ConfigError, Cost, Costs, PuzzleError, Score
+from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
 
 TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
@@ -92,14 +92,8 @@ def _promised_costs(run: Run) -> Costs:
         device, weights = _profiled_device(run)
     shapes = {shape_id(spec, run.shape) for spec in run.specs}.difference(SKIPPED) | {REST}
     engine = COMPILED_ENGINE if run.config.profile.compile else ENGINE
-    rows = tuple(
-        Cost(
-            name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, engine,
-            1.0, 1.0, 1.0, "measured",
-        )
-        for point in run.grid_points
-        for name in sorted(shapes)
-    )  # fmt: skip
+    setting = CostSetting(device, weights, weights, 1, engine)
+    rows = tuple(point.cost(name, setting, (1.0, 1.0, 1.0)) for point in run.grid_points for name in sorted(shapes))
     return Costs(with_stand_ins(rows, run.config.profile.stand_in))
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.probes import DETAILS, DetailProbe, PointTooLargeError, Probe, site_probe, too_large
 from puzzle.profiling.stack import SiteStack
@@ -67,33 +66,15 @@ def measure_point(stack: SiteStack, point: GridPoint, repeats: int, seed: int) -
     except (PointTooLargeError, torch.OutOfMemoryError) as error:
         if not isinstance(error, PointTooLargeError):
             error = PointTooLargeError(too_large(stack.device, point))
-        return Measured((), (Gap(point.phase, point.batch_size, point.context_tokens, str(error)),))
-    found = {name: timing for name, timing in timings.items() if timing.ms > 0}
-    lost = [name for name in (*stack.sites, REST) if name not in found]
-    gaps = [
-        Gap(point.phase, point.batch_size, point.context_tokens, "too short to be told from noise", name)
-        for name in lost
-    ]
+        return Measured((), (point.gap(str(error)),))
+    found = {
+        name: point.cost(name, stack.setting, (timing.ms, timing.ms_p10, timing.ms_p90))
+        for name, timing in timings.items()
+        if timing.ms > 0
+    }
+    wanted = (*stack.sites, REST)
     return Measured(
-        tuple(_cost(stack, point, name, found[name]) for name in (*stack.sites, REST) if name in found),
-        tuple(gaps),
-        tuple(_cost(stack, point, name, found[name]) for name in DETAILS if name in found),
-    )
-
-
-def _cost(stack: SiteStack, point: GridPoint, name: str, timing: Timing) -> Cost:
-    return Cost(
-        shape_id=name,
-        phase=point.phase,
-        batch_size=point.batch_size,
-        context_tokens=point.context_tokens,
-        weights=stack.dtype,
-        kv=stack.dtype,
-        device=device_name(stack.device),
-        tensor_parallel=1,
-        engine=stack.engine,
-        ms=timing.ms,
-        ms_p10=timing.ms_p10,
-        ms_p90=timing.ms_p90,
-        source="measured",
+        tuple(found[name] for name in wanted if name in found),
+        tuple(point.gap("too short to be told from noise", name) for name in wanted if name not in found),
+        tuple(found[name] for name in DETAILS if name in found),
     )

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.modeling.configuration_puzzle import Span
+from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, SKIPPED
-from puzzle.types import AttentionSpec, ConfigError, ModelShape, Part, Site, Spec
+from puzzle.types import AttentionSpec, ConfigError, CostSetting, ModelShape, Part, Site, Spec
 from puzzle.variants import block_part, keep_spec, resolve, shape_id
 
 Dtype = Literal["fp32", "bf16"]
@@ -45,6 +46,11 @@ class SiteStack:
     neighbour_ids: tuple[str, str]  # shape_id of either part of a neighbour
     empty: tuple[nn.Module, ...]
     engine: str = ENGINE
+
+    @property
+    def setting(self) -> CostSetting:
+        """What its times hold for."""
+        return CostSetting(device_name(self.device), self.dtype, self.dtype, 1, self.engine)
 
     @classmethod
     def build(

@@ -25,7 +25,7 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stages.common import compute_of, forget_teacher
 from puzzle.teacher import load_config
-from puzzle.types import ConfigError, CostSetting, PuzzleError, Spec, to_json
+from puzzle.types import ConfigError, PuzzleError, Spec, to_json
 from puzzle.variants import block_part, shape_id
 
 
@@ -87,9 +87,9 @@ def _stack(run: Run) -> SiteStack:
 
 def _check_device(run: Run, stack: SiteStack) -> None:
     """A table is of one device and dtype: what was measured for this run already must be of this one's."""
-    here = f"{device_name(stack.device)} in {stack.dtype} ({stack.engine})"
-    for cost in run.cost_source.there:
-        if (there := f"{cost.device} in {cost.weights} ({cost.engine})") != here:
+    for cost in run.cost_source.published("costs"):
+        if cost.setting != stack.setting:
+            there, here = (f"{one.device} in {one.weights} ({one.engine})" for one in (cost.setting, stack.setting))
             raise ConfigError(
                 f"{run.folder}: costs were measured on {there}, this is {here}; start a new run here, or measure all "
                 "of them anew: `puzzle profile RUN --redo`"
@@ -127,8 +127,7 @@ def _measured_whole(
         )
     if not measured:
         raise PuzzleError(f"{name} fits at no point of the grid; in the grid file, add smaller batch sizes")
-    setting = CostSetting(device_name(stack.device), stack.dtype, stack.dtype, 1, stack.engine)
-    return WholeModel(name, setting, tuple(measured))
+    return WholeModel(name, stack.setting, tuple(measured))
 
 
 def _environment(device: str) -> dict[str, str]:
