@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
@@ -251,15 +252,8 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     _before("mkdir", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks, runs are not protected from one another there
-        yield
-        return
-    with open(run_dir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PuzzleError(
-                f"{run_dir}: another puzzle process is working on this run; wait for it or stop it"
-            ) from None
+        lock = FileLock(run_dir / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise PuzzleError(f"{run_dir}: another puzzle process is working on this run; wait for it or stop it") from None
+    with lock:
         yield

@@ -22,18 +22,6 @@ if TYPE_CHECKING:
 
 CONTEXT = "context"  # the item id of what the model itself comes to that changes are made to
 COMMANDS = {"scores": "puzzle score RUN", "costs": "puzzle profile RUN"}
-SCORE_COLUMNS = (
-    "item_id",
-    "base_id",
-    "context_id",
-    "metric",
-    "split",
-    "method",
-    "mean",
-    "standard_error",
-    "num_sequences",
-    "context_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -56,12 +44,7 @@ class ScoreTable:
     base: Mapping[str, Score] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        scores: Iterable[Score],
-        failed: Iterable[Failure] = (),
-        base: Iterable[Score] = (),
-    ) -> ScoreTable:
+    def of(cls, scores: Iterable[Score], failed: Iterable[Failure] = (), base: Iterable[Score] = ()) -> ScoreTable:
         """The table of these records. CorruptFileError where one item has two scores of the same metric."""
         by_key: dict[tuple[str, str], Score] = {}
         for score in scores:
@@ -152,8 +135,12 @@ def scores_frame(scores: ScoreTable | Iterable[Score]) -> pd.DataFrame:
     import pandas as pd
 
     records = scores.scores.values() if isinstance(scores, ScoreTable) else scores
-    rows = [{**vars(score), **_summary(score)} for score in records]
-    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+    named = [name for name in Score.__dataclass_fields__ if name != "per_sequence"]
+    rows = [
+        [*(getattr(one, name) for name in named), one.mean, one.standard_error, len(one.per_sequence)]
+        for one in records
+    ]
+    return pd.DataFrame(rows, columns=[*named, "mean", "standard_error", "num_sequences"])
 
 
 def costs_frame(costs: Costs) -> pd.DataFrame:
@@ -163,17 +150,9 @@ def costs_frame(costs: Costs) -> pd.DataFrame:
     return pd.DataFrame([asdict(cost) for cost in costs.rows], columns=list(Cost.__dataclass_fields__))
 
 
-def _summary(score: Score) -> dict[str, float]:
-    return {"mean": score.mean, "standard_error": score.standard_error, "num_sequences": len(score.per_sequence)}
-
-
-def _files(folder: Path) -> list[Path]:
-    # names with a leading dot are units that a crash left aside half-written
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-
-
 def _units(folder: Path, kind: str) -> Iterator[artifacts.Unit]:
-    files = _files(folder)
+    # names with a leading dot are units that a crash left aside half-written
+    files = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not files:
         raise MissingMeasurementError(f"{folder}: no {kind} there; run `{COMMANDS[kind]}`")
     return map(artifacts.read_unit, files)

@@ -53,7 +53,8 @@ def _sheet(
     pcie_gb_per_s: float = 0.0,
 ) -> Hardware:
     """``tflops``: of fp32, of bf16 and fp16 (one rate on all of these), and of fp8 where there is that."""
-    rates = dict(zip(("fp32", "bf16", "fp16", "fp8"), (*tflops[:1], *tflops[1:2], *tflops[1:]), strict=False))
+    fp32, half, *fp8 = tflops
+    rates = {"fp32": fp32, "bf16": half, "fp16": half} | ({"fp8": fp8[0]} if fp8 else {})
     return Hardware(
         device,
         memory_gb * GB,
@@ -67,18 +68,21 @@ def _sheet(
 
 _H100, _PCIE_5 = "NVIDIA H100 Tensor Core GPU data sheet", "link: PCIe 5.0 x16, without an NVLink bridge"
 _A100, _PCIE_4 = "NVIDIA A100 Tensor Core GPU data sheet", "link: PCIe 4.0 x16"
+_B200 = "NVIDIA HGX B200 data sheet, one of eight GPUs"
 _ADA = "NVIDIA Ada GPU architecture white paper, appendix A, with fp32 accumulation"
 HARDWARE: dict[str, Hardware] = {
     sheet.device: sheet
     for sheet in (
         _sheet("h100", f"{_H100}, SXM5 80 GB", 80, 3350, (67, 989.4, 1978.9), nvlink_gb_per_s=450),
         _sheet("h100-pcie", f"{_H100}, PCIe 80 GB; {_PCIE_5}", 80, 2000, (51, 756, 1513), pcie_gb_per_s=64),
-        _sheet("h200", "NVIDIA H200 Tensor Core GPU data sheet, SXM", 141, 4800, (67, 989.4, 1978.9), 450),
+        _sheet(
+            "h200", "NVIDIA H200 Tensor Core GPU data sheet, SXM", 141, 4800, (67, 989.4, 1978.9), nvlink_gb_per_s=450
+        ),
         # the A100 of 40 GB has 1555 GB/s
-        _sheet("a100", f"{_A100}, SXM4 80 GB", 80, 2039, (19.5, 312), 300),
+        _sheet("a100", f"{_A100}, SXM4 80 GB", 80, 2039, (19.5, 312), nvlink_gb_per_s=300),
         _sheet("l40s", f"NVIDIA L40S data sheet; {_PCIE_4}", 48, 864, (91.6, 362, 733), pcie_gb_per_s=32),
         _sheet("rtx-4090", f"{_ADA}; {_PCIE_4}", 24, 1008, (82.6, 165.2, 330.3), pcie_gb_per_s=32),
-        _sheet("b200", "NVIDIA HGX B200 data sheet, one of eight GPUs", 180, 7700, (75, 2250, 4500), 900),
+        _sheet("b200", _B200, 180, 7700, (75, 2250, 4500), nvlink_gb_per_s=900),
     )
 }
 
