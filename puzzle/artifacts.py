@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
 SCHEMA_VERSION = 1
 MARKER = "unit.json"
 ASIDE = ".aside-"
+CLOCK_TICK_SECONDS = 2  # the coarsest of file systems' clocks
 
 
 def _before(operation: str, path: Path) -> None:
@@ -43,6 +45,29 @@ def file_fingerprint(path: Path) -> str:
     """16 hex digits of the SHA-256 of the file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def remembered(path: Path) -> Iterator[dict[str, Any]]:
+    """What ``path`` remembers, and what is added to it in the block; kept only where its folder exists already."""
+    known = read_json(path) if path.exists() else {}
+    before = dict(known)
+    yield known
+    if known != before and path.parent.is_dir():
+        write_text(path, json.dumps(known, indent=1) + "\n")
+
+
+def known_fingerprint(file: Path, key: str, known: dict[str, Any]) -> str:
+    """:func:`file_fingerprint`; a file of the size and time of change in ``known[key]`` is not read again."""
+    status = file.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    entry = known.get(key)
+    if entry and entry[0] == stamp:
+        return str(entry[1])
+    content = file_fingerprint(file)
+    if time.time() - status.st_mtime > CLOCK_TICK_SECONDS:  # else it may change again without showing
+        known[key] = [stamp, content]
+    return content
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
-from puzzle.types import CorruptFileError, Cost, Costs, Gap, Item, MissingMeasurementError, Score, from_json
+from puzzle.types import (
+    CorruptFileError,
+    Cost,
+    Costs,
+    Gap,
+    Item,
+    MissingMeasurementError,
+    Score,
+    from_json,
+    mean_and_error,
+)
 from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
@@ -91,10 +101,7 @@ class ScoreTable:
         chosen = [self.scores[key].per_sequence for key in scored if key in self.scores]
         chosen += [self.base[metric].per_sequence] if self.base else []
         sums = [math.fsum(values) for values in zip(*chosen, strict=False)]
-        if len(sums) < 2:
-            return None
-        mean = math.fsum(sums) / len(sums)
-        return math.sqrt(math.fsum((value - mean) ** 2 for value in sums) / (len(sums) - 1) / len(sums))
+        return None if len(sums) < 2 else mean_and_error(sums)[1]
 
 
 def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTable:

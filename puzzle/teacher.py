@@ -6,8 +6,9 @@ work on. Shapes: ids (B, T) int64; hidden states (B, T, D).
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,9 +310,15 @@ def run_layer(layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> La
     return LayerPass(hidden, middle, middle + layer.ffn_delta(middle), context)
 
 
-def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
-    """(B, T, D) after the last norm: what the head reads."""
+def residual_stream(model: PuzzleForCausalLM, batch: Batch) -> Iterator[Tensor]:
+    """(B, T, D) after each layer, one after the other."""
     hidden, context = embed(model.model, batch, model.dtype), context_of(model.model, batch, model.dtype)
     for layer in layers_of(model):
         hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
-    return model.model.norm(hidden)  # type: ignore[no-any-return]
+        yield hidden
+
+
+def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
+    """(B, T, D) after the last norm: what the head reads."""
+    (last,) = collections.deque(residual_stream(model, batch), maxlen=1)
+    return model.model.norm(last)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ Units: ``_ms`` milliseconds, ``_bytes`` bytes, ``_tokens`` tokens, ``_nats`` nat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -140,6 +141,15 @@ class Item(Strict):
             _require(isinstance(spec, AttentionSpec) == (site.part == "attention"), f"{self.id}: wrong spec for {site}")
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; of a single value the error is unknown: infinite."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.inf
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
 @dataclass(frozen=True)
 class Score(Strict):
     """How much worse the model gets, one value per sequence (nats per token for KL and CE).
@@ -167,10 +177,7 @@ class Score(Strict):
     @property
     def standard_error(self) -> float:
         """Of the mean, from the spread over sequences; infinite for a single sequence."""
-        count = len(self.per_sequence)
-        if count < 2:
-            return math.inf
-        return math.sqrt(math.fsum((value - self.mean) ** 2 for value in self.per_sequence) / (count - 1) / count)
+        return mean_and_error(self.per_sequence)[1]
 
 
 @dataclass(frozen=True)

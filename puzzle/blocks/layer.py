@@ -47,13 +47,6 @@ def item_layer(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[s
     return layer_with(teacher_layer, parts_of(item), weights)
 
 
-def variant_layer(
-    teacher_layer: PuzzleDecoderLayer, part: Part, spec: Spec, weights: Mapping[str, Tensor]
-) -> PuzzleDecoderLayer:
-    """A copy of the teacher's layer with ``spec`` in ``part``; see :func:`layer_with`."""
-    return layer_with(teacher_layer, {part: spec}, weights)
-
-
 def layer_with(
     teacher_layer: PuzzleDecoderLayer, specs: Mapping[Part, Spec], weights: Mapping[str, Tensor]
 ) -> PuzzleDecoderLayer:

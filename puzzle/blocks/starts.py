@@ -33,7 +33,7 @@ from puzzle.blocks.candidates import (
     paper_nested,
     part_of,
 )
-from puzzle.blocks.layer import captured_inputs, output_projection, variant_layer
+from puzzle.blocks.layer import captured_inputs, layer_with, output_projection
 from puzzle.blocks.loss import LossAt, LossKind, local_loss
 from puzzle.blocks.moments import Moments, exact_device, token_weights
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
@@ -111,7 +111,7 @@ def _best(
     loss: tuple[LossAt, LossKind],
 ) -> Start:
     part = part_of(spec)
-    variants = {name: variant_layer(layer, part, spec, weights) for name, weights in ready.items()}
+    variants = {name: layer_with(layer, {part: spec}, weights) for name, weights in ready.items()}
     totals, count = dict.fromkeys(variants, 0.0), 0
     for one in held_out:
         count += 1
@@ -147,7 +147,7 @@ def refitted(
 ) -> dict[Spec, dict[str, Weights]]:
     """Weights of attention candidates by spec and name; the output projections that ask for it fitted, in one pass."""
     fits = {
-        (spec, name): _Fit.of(variant_layer(layer, "attention", spec, draft.weights))
+        (spec, name): _Fit.of(layer_with(layer, {"attention": spec}, draft.weights))
         for spec, of_spec in named.items()
         for name, draft in of_spec.items()
         if draft.refit

@@ -6,17 +6,21 @@ Gives Cost records, gaps and Timings; writes nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.profiling.correction import WholePoint
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.probes import DETAILS, DetailProbe, PointTooLargeError, Probe, site_probe, too_large
+from puzzle.profiling.probes import DETAILS, DetailProbe, ModelProbe, PointTooLargeError, Probe, site_probe, too_large
 from puzzle.profiling.stack import SiteStack
-from puzzle.profiling.table import REST
+from puzzle.profiling.table import REST, SKIPPED
 from puzzle.profiling.timer import Timing
-from puzzle.types import Cost, Gap
+from puzzle.space import PARTS
+from puzzle.types import Cost, Gap, Spec
+from puzzle.variants import shape_id
 
 WARMUP_ROUNDS = 2
 ROUNDS_AGAIN = 4  # times as many, where a time was lost in noise
@@ -78,3 +82,24 @@ def measure_point(stack: SiteStack, point: GridPoint, repeats: int, seed: int) -
         tuple(point.gap("too short to be told from noise", name) for name in wanted if name not in found),
         tuple(found[name] for name in DETAILS if name in found),
     )
+
+
+def measure_wholes(
+    stack: SiteStack,
+    models: Mapping[str, tuple[PuzzleForCausalLM, Sequence[Spec]]],
+    point: GridPoint,
+    repeats: int,
+    seed: int,
+) -> dict[str, WholePoint]:
+    """Whole models (and the specs at their sites), and the sums of their parts, in the same rounds.
+
+    PointTooLargeError, or torch's own error, where they do not fit in memory together.
+    """
+    probes = [site_probe(stack, point), *(ModelProbe(name, model, point) for name, (model, _) in models.items())]
+    ms = {name: timing.ms for name, timing in measure_many(probes, repeats, seed).items()}
+    found = {}
+    for name, (_, specs) in models.items():
+        ids = [one for spec in specs if (one := shape_id(spec, stack.shape)) not in SKIPPED]
+        attention, ffn = (sum(ms[one] for one in ids if one.startswith(part)) for part in PARTS)
+        found[name] = WholePoint(**vars(point), whole_ms=ms[name], rest_ms=ms[REST], attention_ms=attention, ffn_ms=ffn)
+    return found

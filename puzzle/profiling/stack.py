@@ -22,12 +22,12 @@ from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, SKIPPED
-from puzzle.types import AttentionSpec, ConfigError, CostSetting, ModelShape, Part, Site, Spec
+from puzzle.space import PARTS
+from puzzle.types import AttentionSpec, ConfigError, CostSetting, ModelShape, Site, Spec
 from puzzle.variants import block_part, keep_spec, resolve, shape_id
 
 Dtype = Literal["fp32", "bf16"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS: tuple[Part, Part] = ("attention", "ffn")
 NUM_NEIGHBOURS = 2  # whole layers of the teacher around the sites
 COMPILE_BACKEND, RECOMPILE_LIMIT = "inductor", 4096
 NUM_EMPTY = 2  # layers without a site, whose time is what calling a layer costs
