@@ -21,6 +21,7 @@ import itertools
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -166,7 +167,9 @@ def compared(
     """The incumbent's time over ours for the same items, and the largest relative difference of each metric."""
     script, out = Path(__file__).parent / "incumbent_scorer.py", folder / "incumbent.json"
     command = [str(python), str(script), str(folder), "--out", str(out), "--batch-size", str(size), "--shared-metrics"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{python} failed; it needs nvidia-modelopt[puzzletron] and a transformers it knows:\n{done.stderr}")
     theirs = json.loads(out.read_text())
     found: dict[str, float] = {}
     for metric, name in SAME.items():

@@ -40,6 +40,7 @@ class _Family:
 FAMILIES = {
     "llama": _Family(attention_bias=True, mlp_bias=True),
     "mistral": _Family(sliding_window=4096),
+    "ministral": _Family(sliding_window=4096),
     "qwen2": _Family(qkv_bias=True, sliding_window=4096, window_switch=True, first_window_layer=28),
     "qwen3": _Family(
         head_dim=128,
@@ -179,10 +180,10 @@ def _windows(config: Mapping[str, Any], family: _Family, num_layers: int) -> tup
     if window is None or window >= config["max_position_embeddings"]:
         return ()
     layers = range(num_layers)
-    if family.full_every is None and family.first_window_layer is None:
-        slides = [family.sliding_window is not None for _ in layers]
-    elif config.get("layer_types") is not None:
+    if config.get("layer_types") is not None:
         slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    elif family.full_every is None and family.first_window_layer is None:
+        slides = [family.sliding_window is not None for _ in layers]
     elif family.full_every is not None:
         every = config.get("sliding_window_pattern") or family.full_every
         slides = [(layer + 1) % every > 0 for layer in layers]

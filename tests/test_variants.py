@@ -95,7 +95,7 @@ def test_shapes_are_told_apart_by_what_they_cost() -> None:
         assert spec is not None and variants.shape_id(spec, MIXED) == shape_id
 
 
-FAMILIES_WITHOUT_BIAS = ("mistral", "gemma3_text", "qwen3_moe")
+FAMILIES_WITHOUT_BIAS = ("mistral", "ministral", "gemma3_text", "qwen3_moe")
 COUNTED: list[tuple[Part, str]] = [
     *(("attention", name) for name in ("keep", "gqa-1", "linear", "skip")),
     *(("ffn", name) for name in ("keep", "narrow-24", "experts-3", "active-1", "linear", "skip")),

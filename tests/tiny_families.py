@@ -57,6 +57,7 @@ OWN: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         },
     },
+    "ministral": {"head_dim": 16, "sliding_window": 5, "layer_types": [FULL, SLIDING, SLIDING, SLIDING]},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "tie_word_embeddings": True},
     "qwen3": {
         "head_dim": 16,

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.ministral import modeling_ministral
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
@@ -78,6 +79,12 @@ FAMILIES: dict[str, Family] = {
         mlp=modeling_mistral.MistralMLP,
         norm=modeling_mistral.MistralRMSNorm,
         rotary=modeling_mistral.MistralRotaryEmbedding,
+    ),
+    "ministral": Family(
+        attention=modeling_ministral.MinistralAttention,
+        mlp=modeling_ministral.MinistralMLP,
+        norm=modeling_ministral.MinistralRMSNorm,
+        rotary=modeling_ministral.MinistralRotaryEmbedding,
     ),
     "qwen2": Family(
         attention=modeling_qwen2.Qwen2Attention,

@@ -422,9 +422,7 @@ def test_other_impossible_configs_are_refused() -> None:
         PuzzleConfig(blocks=[{"attention": {"kind": "keep"}}])
     with pytest.raises(ValueError, match="'no-such-model' is not a model_type"):
         PuzzleConfig(family="no-such-model")
-    with pytest.raises(
-        ValueError, match="'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma3_text, qwen3_moe"
-    ):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama, mistral, "):
         PuzzleForCausalLM(PuzzleConfig(family="gpt2", blocks=[]))
 
 
