@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_name
 from puzzle.profiling.measure import measure_wholes
 from puzzle.profiling.probes import PointTooLargeError
 from puzzle.profiling.stack import TORCH_DTYPES, Dtype, SiteStack

@@ -98,7 +98,7 @@ def _promised_costs(run: Run) -> Costs:
 
 
 def _profiled_device(run: Run) -> tuple[str, str]:
-    from puzzle.profiling.device import device_name
+    from puzzle.profiling.hardware import device_name
     from puzzle.teacher import Compute
 
     device = str(Compute.choose(run.config.device, run.config.dtype).device)

@@ -200,10 +200,6 @@ def _experts_of(name: str, tensor: Tensor, kept: Tensor) -> Tensor:
     return tensor[kept.to(tensor.device)] if name.startswith(("mlp.experts.", "mlp.gate.")) else tensor
 
 
-def _active(seen: Seen, spec: Spec) -> dict[str, Draft]:
-    return {"teacher": Draft(part_state(seen.layer, "ffn"))}
-
-
 def paper_nested(layer: PuzzleDecoderLayer, width: int, activity: Tensor) -> Weights:
     """The teacher's ``width`` channels that contribute most, the first the most: each prefix is the paper's start."""
     state = part_state(layer, "ffn")
@@ -277,6 +273,6 @@ CANDIDATES: Mapping[str, Callable[[Seen, Spec], dict[str, Draft]]] = {
     "window": _window,
     "narrow": _narrow,
     "experts": _experts,
-    "active": _active,
+    "active": _keep,
     "linear": _linear,
 }

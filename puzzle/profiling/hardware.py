@@ -1,4 +1,8 @@
-"""The hardware sheet: what each known GPU can do at best, from its vendor's data sheet. Pure data.
+"""The hardware sheet: what each known GPU can do at best, from its vendor's data sheet; and what devices are called.
+
+Cost tables and workloads write ``cpu``, ``mps``, ``h200``. A PCIe or NVL board is a device of its own (``h100-pcie``):
+an H100 PCIe has 60 % of the bandwidth of an H100 SXM, the plain ``h100``, so a table of the one must not answer for the
+other. Only :func:`device_name` asks torch, for a GPU's name.
 
 Rates are *dense* (half of what data sheets print "with sparsity") and count a multiply-add as two. Bandwidths are bytes
 per second, those of links in one direction (vendors give the sum of both). What data sheets do not say is the same for
@@ -8,6 +12,7 @@ a message between GPUs ``NVLINK_US`` or ``PCIE_US``. How much of all this softwa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +21,9 @@ from puzzle.types import ConfigError, Workload
 
 KERNEL_US, NVLINK_US, PCIE_US = 2.5, 1.5, 5.0
 GB, TERA = 1e9, 1e12
+_VENDORS = {"nvidia", "tesla", "geforce", "quadro", "amd", "instinct", "radeon", "intel"}
+# memory sizes, and the form factors that a plain name means; a MIG slice (1g.10gb) is another device
+_BOARD = re.compile(r"\d+gb|hbm\d?e?|sxm\d?|oam")
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ HARDWARE: dict[str, Hardware] = {
 
 
 def hardware(device: str) -> Hardware:
-    """The sheet of a device by its name in workloads (device.py). ConfigError naming the known ones."""
+    """The sheet of a device by its name in workloads. ConfigError naming the known ones."""
     if device not in HARDWARE:
         known = ", ".join(HARDWARE)
         raise ConfigError(f"no hardware sheet for device {device!r}, so nothing to estimate from; known: {known}")
@@ -116,3 +124,19 @@ class Deployment:
     @classmethod
     def of(cls, workload: Workload) -> Deployment:
         return cls(hardware(workload.device), workload.weights, workload.kv, workload.tp)
+
+
+def device_slug(marketing_name: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` → ``h100``, ``NVIDIA H100 PCIe`` → ``h100-pcie``, ``… RTX 4090`` → ``rtx-4090``."""
+    words = [word for word in re.split(r"[\s-]+", marketing_name.lower()) if word]
+    kept = [word for word in words if word not in _VENDORS and not _BOARD.fullmatch(word)]
+    return "-".join(kept or words)
+
+
+def device_name(device: str) -> str:
+    """The name of a torch device (``cpu``, ``mps``, ``cuda``, ``cuda:1``) in cost tables."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return device_slug(torch.cuda.get_device_name(device))

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.modeling.configuration_puzzle import Span
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_name
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, SKIPPED
 from puzzle.space import PARTS

@@ -32,8 +32,8 @@ from typing import Any, Literal
 import numpy as np
 
 from puzzle.export.nemotron_nas import CONFIG_CODE, check_vllm, nemotron_nas_config
-from puzzle.profiling.device import device_slug
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_slug
 from puzzle.types import (
     Architecture,
     ConfigError,

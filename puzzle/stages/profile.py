@@ -13,8 +13,8 @@ import torch
 from puzzle import artifacts
 from puzzle.plans import Planned
 from puzzle.profiling.correction import WholeModel, WholePoint, whole_models
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, extremes
+from puzzle.profiling.hardware import device_name
 from puzzle.profiling.measure import measure_point, measure_wholes
 from puzzle.profiling.probes import PointTooLargeError
 from puzzle.profiling.regression import design
