@@ -252,14 +252,11 @@ def append_event(path: Path, event: Mapping[str, Any]) -> None:
     _before("append", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
-        if file.tell() and _last_byte(file) != b"\n":
-            file.write(b"\n")
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
         file.write(json.dumps(dict(event), allow_nan=False).encode() + b"\n")
-
-
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return bytes(file.read(1))
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

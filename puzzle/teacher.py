@@ -41,7 +41,8 @@ class Compute:
     @classmethod
     def choose(cls, device: str, dtype: str) -> Compute:
         """``auto`` takes CUDA, then MPS, then CPU, and bf16 where the device multiplies it faster than fp32."""
-        name = device if device != "auto" else _best_device()
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        name = device if device != "auto" else best
         if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.mps.is_available()):
             raise ConfigError(f"device: {name} is not available here; use --device cpu or auto")
         return cls(torch.device(name), dtype == "bf16" or (dtype == "auto" and _fast_bf16(name)))
@@ -55,10 +56,6 @@ class Compute:
         if not self.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 
 
 def _fast_bf16(device: str) -> bool:

@@ -123,6 +123,12 @@ class FfnSpec(Strict):
 
 
 Spec = AttentionSpec | FfnSpec
+
+
+def part_of(spec: Spec) -> Part:
+    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
+
+
 Architecture = tuple[tuple[AttentionSpec, FfnSpec], ...]  # both parts of every layer, resolved
 
 
@@ -423,4 +429,5 @@ def from_json(kind: type[Record], data: Any, source: object) -> Record:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"] if part != kind.__name__)
         message = first["msg"].removeprefix("Value error, ")
-        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}{message}") from None
+        found = f" (found {first['input']!r})" if isinstance(first["input"], str | float) else ""
+        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}{message}{found}") from None

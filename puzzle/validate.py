@@ -136,17 +136,13 @@ def dry_run(run: Run) -> str:
         total += minutes
         lines.append(f"{stage.name:<12}{undone:>8}{len(planned):>8}{minutes:>10.1f}")
     library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
-    teacher = _teacher_params(run)
+    teacher = sum(params(spec, run.shape) for spec in run.keep_specs) + rest_params(run.shape)
     memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
     lines += [
         f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)",
         f"{(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations",
     ]
     return "\n".join([*lines, "units:", *units])
-
-
-def _teacher_params(run: Run) -> int:
-    return sum(params(spec, run.shape) for spec in run.keep_specs) + rest_params(run.shape)
 
 
 def _stage_flops(run: Run, stage: str) -> float:

@@ -93,11 +93,16 @@ def output_projection(layer: PuzzleDecoderLayer, part: Part) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what ``module`` is called with inside the block."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+def captured_calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of every call of ``module`` inside the block."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        found.append((given.detach(), (output[0] if isinstance(output, tuple) else output).detach()))
+
+    handle = module.register_forward_hook(keep, with_kwargs=True)
     try:
-        yield seen
+        yield found
     finally:
         handle.remove()

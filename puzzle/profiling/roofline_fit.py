@@ -76,7 +76,10 @@ def fit(
         return np.log(work.ms(_efficiency(start, names, logs))) - np.log([cost.ms for cost in used])
 
     first = np.log([getattr(start, name) for name in names])
-    best = min((_minimise(log_ratios, first, begin) for begin in _starts(first, names)), key=lambda found: found[1])[0]
+    is_overhead = np.array([name == "overhead" for name in names])
+    scales = itertools.product(SHARES_TRIED, OVERHEADS_TRIED)
+    starts = [first + np.log(np.where(is_overhead, overhead, share)) for share, overhead in scales]
+    best = min((_minimise(log_ratios, first, begin) for begin in starts), key=lambda found: found[1])[0]
     return Fit(
         efficiency=_efficiency(start, names, best),
         num_costs=len(used),
@@ -87,13 +90,6 @@ def fit(
 
 def _efficiency(start: Efficiency, names: Sequence[str], logs: Array) -> Efficiency:
     return replace(start, **{name: math.exp(value) for name, value in zip(names, logs, strict=True)})
-
-
-def _starts(first: Array, names: Sequence[str]) -> list[Array]:
-    """``first`` with its shares and its overhead scaled."""
-    is_overhead = np.array([name == "overhead" for name in names])
-    scales = itertools.product(SHARES_TRIED, OVERHEADS_TRIED)
-    return [first + np.where(is_overhead, math.log(overhead), math.log(share)) for share, overhead in scales]
 
 
 def _median_error(log_ratios: Array) -> float:
@@ -114,11 +110,12 @@ class _Work:
 
     @classmethod
     def of(cls, costs: Sequence[tuple[Cost, Spec]], shape: ModelShape, hardware: Hardware) -> _Work:
-        rows = [
-            (number, *_ideal_ms(kernel, hardware), float(kernel.kind == "attention"))
-            for number, (cost, spec) in enumerate(costs)
-            for kernel in _kernels(cost, spec, shape, hardware)
-        ]
+        rows = []
+        for number, (cost, spec) in enumerate(costs):
+            deployment = Deployment(hardware, cost.weights, cost.kv, cost.tensor_parallel)
+            point = GridPoint(cost.phase, cost.batch_size, cost.context_tokens)
+            for kernel in site_kernels(spec, shape, point, deployment):
+                rows.append((number, *_ideal_ms(kernel, hardware), float(kernel.kind == "attention")))
         return cls(*np.array(rows, dtype=np.float64).T)
 
     def ms(self, efficiency: Efficiency) -> Array:
@@ -127,11 +124,6 @@ class _Work:
         ms = np.maximum(self.computing_ms / share, self.reading_ms / efficiency.bandwidth)
         ms += self.sending_ms / efficiency.link + self.latency_ms + self.overhead_ms * efficiency.overhead
         return np.asarray(np.bincount(self.cost.astype(np.int64), weights=ms), dtype=np.float64)
-
-
-def _kernels(cost: Cost, spec: Spec, shape: ModelShape, hardware: Hardware) -> tuple[Kernel, ...]:
-    setting = Deployment(hardware, cost.weights, cost.kv, cost.tensor_parallel)
-    return site_kernels(spec, shape, GridPoint(cost.phase, cost.batch_size, cost.context_tokens), setting)
 
 
 def _ideal_ms(kernel: Kernel, hardware: Hardware) -> tuple[float, float, float, float, float]:

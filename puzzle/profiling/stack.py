@@ -23,7 +23,7 @@ from puzzle.profiling.hardware import device_name
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, SKIPPED
 from puzzle.space import PARTS
-from puzzle.types import AttentionSpec, ConfigError, CostSetting, ModelShape, Site, Spec
+from puzzle.types import ConfigError, CostSetting, ModelShape, Site, Spec, part_of
 from puzzle.variants import block_part, keep_spec, resolve, shape_id
 
 Dtype = Literal["fp32", "bf16"]
@@ -63,7 +63,7 @@ class SiteStack:
         distinct = {name: spec for name, spec in by_shape.items() if name not in SKIPPED}
         keep, skip = {"kind": "keep"}, {"kind": "skip"}
         blocks = [{"attention": keep, "ffn": keep}] * NUM_NEIGHBOURS
-        blocks += [{"attention": skip, "ffn": skip, _part(spec): block_part(spec)} for spec in distinct.values()]
+        blocks += [{"attention": skip, "ffn": skip, part_of(spec): block_part(spec)} for spec in distinct.values()]
         blocks += [{"attention": skip, "ffn": skip}] * NUM_EMPTY
         kinds = [typical] * NUM_NEIGHBOURS + [_layer_for(spec, shape) for spec in distinct.values()]
         model = random_model(config, blocks, device, dtype, seed, layers=kinds + [typical] * NUM_EMPTY)
@@ -97,10 +97,6 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
     for layer in layers:
         layer.compile(dynamic=False, backend=COMPILE_BACKEND)
-
-
-def _part(spec: Spec) -> str:
-    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
 
 
 def _typical_layer(shape: ModelShape) -> int:

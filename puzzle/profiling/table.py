@@ -84,8 +84,12 @@ class CostTable:
 
         Raises MissingMeasurementError if none fits, CorruptFileError if a point is there twice.
         """
-        asked = setting_of(workload)
-        fitting = [cost for cost in costs.rows if _serves(cost.setting, asked)]
+        asked = CostSetting(workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
+        fitting = [
+            cost
+            for cost in costs.rows
+            if replace(cost.setting, engine=asked.engine) == asked and cost.engine in (asked.engine, ANY_ENGINE)
+        ]
         if not fitting:
             there = sorted({str(cost.setting) for cost in costs.rows})
             raise MissingMeasurementError(
@@ -171,15 +175,6 @@ class CostTable:
             f"{where}, batch size {batch_size}: {values} tokens lie outside the measured {tokens[0]} to {tokens[-1]}; "
             f"add {values} to {GRID_KEY[phase]} in the grid file and run `{COMMAND}`"
         )
-
-
-def setting_of(workload: Workload) -> CostSetting:
-    """What costs must hold for to answer for ``workload``."""
-    return CostSetting(workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
-
-
-def _serves(setting: CostSetting, asked: CostSetting) -> bool:
-    return replace(setting, engine=asked.engine) == asked and setting.engine in (asked.engine, ANY_ENGINE)
 
 
 def _curve(points: Mapping[int, float]) -> Curve:

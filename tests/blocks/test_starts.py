@@ -13,16 +13,16 @@ from torch import Tensor
 from puzzle.blocks import candidates, starts
 from puzzle.blocks.candidates import Draft, Seen
 from puzzle.blocks.channels import contribution_order, obs_order
-from puzzle.blocks.layer import captured_inputs, layer_with, part_state
+from puzzle.blocks.layer import captured_calls, layer_with, part_state
 from puzzle.blocks.loss import local_loss
 from puzzle.blocks.moments import ridge
 from puzzle.blocks.nested import prefix
-from puzzle.blocks.starts import Start, best_starts, paper_nested_start, paper_starts, part_of
+from puzzle.blocks.starts import Start, best_starts, paper_nested_start, paper_starts
 from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import LayerPass, attention_delta, freeze
-from puzzle.types import AttentionSpec, FfnSpec, Spec
+from puzzle.types import AttentionSpec, FfnSpec, Spec, part_of
 from tests.blocks.conftest import layer_passes
 from tests.tiny_families import OWN, make_kept, make_stock, make_tokens
 
@@ -177,7 +177,7 @@ def test_channels_are_cut_by_contribution_and_by_obs() -> None:
     layer, calibration, _ = passes_of("llama")
     found, state = all_candidates("llama")[NARROW], part_state(layer, "ffn")
     down = layer.mlp.down_proj
-    with captured_inputs(down) as seen, torch.no_grad():
+    with captured_calls(down) as seen, torch.no_grad():
         for one in calibration:
             layer.ffn_delta(one.middle)
     activations = torch.cat(seen)[:, 1:].flatten(0, 1).double()
