@@ -24,12 +24,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from environment import environment
 from transformers import LlamaConfig
 
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.regression import design, shape_ids
-from puzzle.profiling.vllm import Engine, ModelTime, engine_version, measure_model
+from puzzle.profiling.regression import Fit, design, shape_ids
+from puzzle.profiling.table import REST
+from puzzle.profiling.vllm import Engine, ModelTime, measure_model
 from puzzle.profiling.vllm_costs import PointFit, fit_points
 from puzzle.types import Architecture, AttentionSpec, FfnSpec, ModelShape, to_json
 
@@ -76,28 +78,35 @@ def measure_all(models: list[Architecture], engine: Engine, rng: random.Random) 
     return [found[number] for number in range(len(models))]
 
 
+def predicted(fit: Fit, layers: Architecture) -> tuple[float, float]:
+    """Milliseconds of a whole model, the rest included; the error is that of the sum, without a new start's spread."""
+    ids = shape_ids(layers, SHAPE)
+    counts = np.array([1.0 if name == REST else ids.count(name) for name in fit.shape_ids])
+    return float(counts @ fit.ms), math.sqrt(counts @ np.array(fit.covariance) @ counts)
+
+
 def compare(fits: list[PointFit], teacher: ModelTime, unseen: list[tuple[Architecture, list[ModelTime]]]) -> list[Any]:
     """One row per point and unseen model; times only as ratios."""
     rows = []
     for place, found in enumerate(fits):
         assert found.fit is not None
         for number, (layers, starts) in enumerate(unseen):
-            whole = found.fit.predict(shape_ids(layers, SHAPE))
+            ms, standard_error_ms = predicted(found.fit, layers)
             each = [start.points[place].ms for start in starts]
             measured, keep = statistics.fmean(each), teacher.points[place].ms
             # of the prediction's error, and of the starts that it is compared with
-            error = math.hypot(whole.standard_error_ms, found.fit.start_spread * measured / math.sqrt(len(each)))
-            predicted_keep = found.fit.predict(shape_ids(((ATTENTION[0], FFN[0]),) * SHAPE.num_layers, SHAPE)).ms
+            error = math.hypot(standard_error_ms, found.fit.start_spread * measured / math.sqrt(len(each)))
+            predicted_keep = predicted(found.fit, ((ATTENTION[0], FFN[0]),) * SHAPE.num_layers)[0]
             rows.append(
                 {
                     "point": found.point.id,
                     "model": number,
-                    "predicted_over_measured": whole.ms / measured,
-                    "relative_standard_error": whole.standard_error_ms / whole.ms,
-                    "error_in_standard_errors": (whole.ms - measured) / error,
+                    "predicted_over_measured": ms / measured,
+                    "relative_standard_error": standard_error_ms / ms,
+                    "error_in_standard_errors": (ms - measured) / error,
                     "larger_over_smaller_start": max(each) / min(each),
                     "measured_over_teacher": measured / keep,
-                    "saving_error_of_teacher": (whole.ms / predicted_keep) - (measured / keep),
+                    "saving_error_of_teacher": (ms / predicted_keep) - (measured / keep),
                     "p99_over_p50": [start.points[place].ms_p99 / start.points[place].ms_p50 for start in starts],
                 }
             )
@@ -161,7 +170,7 @@ def main() -> None:
         "seconds_per_start": seconds / len(times),
     }
     print(json.dumps(summary, indent=1))
-    header = environment() | {"engine": engine_version(args.python), "load_average": os.getloadavg()[0]}
+    header = environment() | {"engine": f"vllm {times[0].version}", "load_average": os.getloadavg()[0]}
     settings = {"weights": args.weights, "clock": args.clock, "repeats": args.repeats, "seed": args.seed}
     result = {
         "environment": header,

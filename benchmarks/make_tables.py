@@ -22,8 +22,8 @@ from puzzle import yamlfiles
 from puzzle.checkpoint import read_shape
 from puzzle.config import SpaceFile
 from puzzle.modeling import PuzzleConfig
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_name
 from puzzle.profiling.imported import write_table
 from puzzle.profiling.measure import measure_point
 from puzzle.profiling.stack import SiteStack

@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
@@ -26,6 +28,7 @@ from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
 SCHEMA_VERSION = 1
 MARKER = "unit.json"
 ASIDE = ".aside-"
+CLOCK_TICK_SECONDS = 2  # the coarsest of file systems' clocks
 
 
 def _before(operation: str, path: Path) -> None:
@@ -42,6 +45,29 @@ def file_fingerprint(path: Path) -> str:
     """16 hex digits of the SHA-256 of the file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def remembered(path: Path) -> Iterator[dict[str, Any]]:
+    """What ``path`` remembers, and what is added to it in the block; kept only where its folder exists already."""
+    known = read_json(path) if path.exists() else {}
+    before = dict(known)
+    yield known
+    if known != before and path.parent.is_dir():
+        write_text(path, json.dumps(known, indent=1) + "\n")
+
+
+def known_fingerprint(file: Path, key: str, known: dict[str, Any]) -> str:
+    """:func:`file_fingerprint`; a file of the size and time of change in ``known[key]`` is not read again."""
+    status = file.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    entry = known.get(key)
+    if entry and entry[0] == stamp:
+        return str(entry[1])
+    content = file_fingerprint(file)
+    if time.time() - status.st_mtime > CLOCK_TICK_SECONDS:  # else it may change again without showing
+        known[key] = [stamp, content]
+    return content
 
 
 @dataclass(frozen=True)
@@ -226,14 +252,11 @@ def append_event(path: Path, event: Mapping[str, Any]) -> None:
     _before("append", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
-        if file.tell() and _last_byte(file) != b"\n":
-            file.write(b"\n")
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
         file.write(json.dumps(dict(event), allow_nan=False).encode() + b"\n")
-
-
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return bytes(file.read(1))
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -251,15 +274,8 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     _before("mkdir", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks, runs are not protected from one another there
-        yield
-        return
-    with open(run_dir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PuzzleError(
-                f"{run_dir}: another puzzle process is working on this run; wait for it or stop it"
-            ) from None
+        lock = FileLock(run_dir / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise PuzzleError(f"{run_dir}: another puzzle process is working on this run; wait for it or stop it") from None
+    with lock:
         yield

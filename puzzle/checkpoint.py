@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle.artifacts import file_fingerprint, fingerprint, read_json, write_text
+from puzzle.artifacts import file_fingerprint, fingerprint, known_fingerprint, read_json, remembered
 from puzzle.types import ConfigError, CorruptFileError, ModelShape
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"
@@ -248,17 +248,9 @@ def check_safetensors(path: Path) -> dict[str, Any]:
 def checkpoint_fingerprint(folder: Path, memory: Path) -> str:
     """By content: ``config.json`` and all weights. ``memory`` remembers hashes by size and time of change, so that
     hundreds of GB are read once; it is written only where its folder exists already."""
-    known = read_json(memory) if memory.exists() else {}
-    found: dict[str, Any] = {}
-    for file in (folder / "config.json", *weight_files(folder)):
-        status = file.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        entry = known.get(file.name)
-        content = entry[1] if entry and entry[0] == stamp else file_fingerprint(file)
-        found[file.name] = [stamp, content]
-    if found != known and memory.parent.is_dir():
-        write_text(memory, json.dumps(found, indent=1) + "\n")
-    return fingerprint({name: content for name, (_, content) in found.items()})
+    with remembered(memory) as known:
+        files = (folder / "config.json", *weight_files(folder))
+        return fingerprint({file.name: known_fingerprint(file, file.name, known) for file in files})
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

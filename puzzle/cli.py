@@ -87,7 +87,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from puzzle.pipeline import STAGES
+    from puzzle.pipeline import ON_REQUEST, STAGES
 
     parser = argparse.ArgumentParser(prog="puzzle", description="The most accurate model that fits your limits.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -109,10 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         "--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew"
     )
 
-    for stage in STAGES:
+    own = {"additivity": _additivity, "fit-costs": _fit_costs}
+    for stage in (*STAGES, *ON_REQUEST):
         staged = with_run(commands.add_parser(stage.name, help=stage.summary))
         staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
-        staged.set_defaults(command=_stage, stage=stage.name)
+        staged.set_defaults(command=own.get(stage.name, _stage), stage=stage.name)
     commands.choices["score"].add_argument(
         "--until-se",
         type=float,
@@ -120,15 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         help="add sequences until a site's variants are told apart, or so close",
     )
 
-    additivity = with_run(commands.add_parser("additivity", help="see how far sums of scores are from the truth"))
-    additivity.add_argument("--architectures", type=int, help="how many are evaluated truly (default 120)")
-    additivity.add_argument("--redo", action="store_true", help="do it anew even where it is done")
-    additivity.set_defaults(command=_additivity)
-
-    fit = with_run(commands.add_parser("fit-costs", help="measure whole models, and correct predicted times by them"))
-    fit.add_argument("--redo", action="store_true", help="do it anew even where it is done")
-    fit.set_defaults(command=_fit_costs)
-
+    commands.choices["additivity"].add_argument(
+        "--architectures", type=int, help="how many are evaluated truly (default 120)"
+    )
     cli_search.add_commands(commands)
     cli_explain.add_commands(commands)
 

@@ -1,6 +1,7 @@
 """What may stand in the files that users write: run configuration, constraint file, search space, profiling grid.
 
-Frozen pydantic models; unknown keys are errors. yamlfiles.py reads files into them.
+Frozen pydantic models; unknown keys are errors. yamlfiles.py reads files into them; editors show the descriptions
+(schema.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from puzzle.formats import FORMATS
 from puzzle.types import Target
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
@@ -30,6 +32,7 @@ Size = Annotated[int, Field(gt=0, le=10**9, strict=True)]  # of a workload
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Natural = Annotated[int, Field(ge=0)]
 
 
 LARGEST = 1e18  # of any amount in a constraint file: beyond what any model or machine has
@@ -54,25 +57,25 @@ class _Model(BaseModel):
 
 
 class SourceConfig(_Model):
-    """One source of documents, in a ``column`` of text (default ``text``), or one of ``messages`` [{role, content}, …].
+    """One source of documents."""
 
-    ``path``: a .txt, .md, .py, .jsonl, .parquet file (.gz too), a folder of them, or ``demo``. ``dataset``: whatever
-    the `datasets` library can stream, with its ``name``, ``split``, ``revision`` and ``data_files``.
-    """
-
-    path: str | None = None
-    dataset: str | None = None
-    name: str | None = None
-    split: str | None = None
-    revision: str | None = None
+    path: str | None = Field(
+        None, description="a .txt, .md, .py, .jsonl, .parquet file (.gz too), a folder of them, or demo"
+    )
+    dataset: str | None = Field(None, description="a data set that the datasets library can stream")
+    name: str | None = Field(None, description="the data set's configuration")
+    split: str | None = Field(None, description="the data set's split")
+    revision: str | None = Field(None, description="the data set's revision")
     data_files: Annotated[
         tuple[str, ...],
         BeforeValidator(_one_or_more),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-    ] = ()
-    column: str | None = None
-    messages: str | None = None
-    weight: PositiveFloat | None = None
+    ] = Field((), description="the data set's files")
+    column: str | None = Field(None, description="the column of text (default text)")
+    messages: str | None = Field(
+        None, description="the column of chat messages [{role, content}, …], in the place of text"
+    )
+    weight: PositiveFloat | None = Field(None, description="share of the tokens")
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:
@@ -94,25 +97,24 @@ class SourceConfig(_Model):
 class TokensConfig(_Model):
     """How many tokens to take for each split."""
 
-    train: Positive
-    score: Positive
-    select: Positive
-    report: Positive
+    train: Positive = Field(description="tokens to train on")
+    score: Positive = Field(description="tokens to score variants on")
+    select: Positive = Field(description="tokens to choose between candidates on")
+    report: Positive = Field(description="tokens for the figures at the end")
 
 
 class DataConfig(_Model):
-    """``text``: ``demo``, a file or a folder; or ``sources``: several, mixed by weight (shares of tokens, every split).
+    """``sequence_tokens`` and ``within_documents`` act when tokens are read: changing them tokenises nothing anew."""
 
-    Without ``tokens`` everything there is is taken, as far as the weights allow. ``sequence_tokens`` and
-    ``within_documents`` (attention does not cross from one document to the next) act when tokens are read: changing
-    them tokenises nothing anew.
-    """
-
-    text: str = "demo"
-    sources: tuple[SourceConfig, ...] = ()
-    tokens: TokensConfig | None = None
-    sequence_tokens: Positive = 256
-    within_documents: bool = False
+    text: str = Field("demo", description="demo, a file (.txt, .md, .py, .jsonl, .parquet) or a folder")
+    sources: tuple[SourceConfig, ...] = Field(
+        (), description="several, mixed by weight (shares of tokens, in every split), in the place of text"
+    )
+    tokens: TokensConfig | None = Field(
+        None, description="how many to take for each split (default: all there are, as far as weights allow)"
+    )
+    sequence_tokens: Positive = Field(256, description="length of a training or scoring sequence")
+    within_documents: bool = Field(False, description="attention does not cross from one document to the next")
 
     @model_validator(mode="before")
     @classmethod
@@ -148,32 +150,37 @@ class DataConfig(_Model):
 
 
 class InitConfig(_Model):
-    """``sequences`` of train are what starts are made from; ``start: best`` takes, variant by variant, the one with the
-    lowest loss on windows of train that are held out."""
+    """``start: best`` takes, variant by variant, the one with the lowest loss on windows of train that are held out."""
 
-    start: Literal["best", "paper"] = "best"
-    sequences: Positive = 128
+    start: Literal["best", "paper"] = Field(
+        "best", description="the best of all starting points on held-out windows, or the paper's"
+    )
+    sequences: Positive = Field(128, description="how many of train they are made from")
 
 
 class DistillConfig(_Model):
-    """BLD. ``tokens`` per variant; 0 leaves the starting points as they are. Of a ``nested`` FFN only the widths in the
-    space are drawn: one more means training it anew.
+    """BLD. Of a ``nested`` FFN only the widths in the space are drawn: one more means training it anew.
 
-    ``patience``: a variant stops after so many checks (20 in a whole training) without getting better by 0.1 %; null
-    trains all to the end. ``nested``: one FFN per site holds all its ``narrow`` variants. ``residual``: where the
-    teacher's activations between layers are kept.
+    ``patience`` counts checks, 20 in a whole training, and getting better means by 0.1 %.
     """
 
-    tokens: Annotated[int, Field(ge=0)] = 1_000_000
-    batch_size: Positive = 8
-    learning_rate: PositiveFloat = 5e-4
-    weight_decay: NonNegative = 0.1
-    warmup_fraction: Fraction = 0.05
-    loss_at: Literal["layer", "site"] = "layer"
-    loss: Literal["mse", "cosine"] = "mse"
-    patience: Positive | None = None
-    nested: bool = False
-    residual: Literal["auto", "memory", "disk", "recompute"] = "auto"
+    tokens: Natural = Field(1_000_000, description="per variant; 0 leaves the starting points as they are")
+    batch_size: Positive = Field(8, description="sequences in a step")
+    learning_rate: PositiveFloat = Field(5e-4, description="at its highest")
+    weight_decay: NonNegative = Field(0.1, description="of AdamW")
+    warmup_fraction: Fraction = Field(0.05, description="share of the steps until the rate is at its highest")
+    loss_at: Literal["layer", "site"] = Field(
+        "layer", description="the layer's output (the paper's), or what the site adds"
+    )
+    loss: Literal["mse", "cosine"] = Field("mse", description="between activations")
+    patience: Positive | None = Field(
+        None,
+        description="stop a variant after so many checks without getting better; null trains all to the end",
+    )
+    nested: bool = Field(False, description="one FFN per site holds all its narrow variants")
+    residual: Literal["auto", "memory", "disk", "recompute"] = Field(
+        "auto", description="where the teacher's activations between layers are kept"
+    )
 
 
 OBJECTIVES = {  # name in the file: name of the score
@@ -185,17 +192,21 @@ BUILT_IN = {"kl", "ce_delta", "agreement", "hidden_distance"}  # scores that are
 
 
 class ScoreConfig(_Model):
-    """``mode``: every variant on the whole model (exact), or estimated from the teacher's gradients (one-pass), while
-    what decides a search is still measured exactly; auto: exact up to 30 layers.
-    ``until_se`` (nats): where two variants of a site are not told apart, sequences are added, twice as many each
-    time, until the standard error of their difference is below it. ``tasks``: metrics of the user's own by name,
-    ``module:function`` (scoring/exact.py, Task).
+    """``until_se`` adds sequences, twice as many each time, where two variants of a site are not told apart, until the
+    standard error of their difference is below it. ``tasks``: see scoring/exact.py, Task.
     """
 
-    mode: Literal["auto", "exact", "one-pass"] = "auto"
-    sequences: Positive = 32
-    until_se: PositiveFloat | None = None
-    tasks: dict[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = {}
+    mode: Literal["auto", "exact", "one-pass"] = Field(
+        "auto",
+        description="measure all variants, or estimate them and measure what decides; auto: exact up to 30 layers",
+    )
+    sequences: Positive = Field(32, description="how many of score")
+    until_se: PositiveFloat | None = Field(
+        None, description="add sequences until a site's variants are told apart, or so close (nats)"
+    )
+    tasks: dict[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(
+        {}, description="scores of your own: name to module:function"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -206,48 +217,48 @@ class ScoreConfig(_Model):
 
 
 class AdditivityConfig(_Model):
-    """How many architectures are evaluated truly: near-optimal and random ones, mild and hard, in equal numbers."""
+    """Near-optimal and random architectures, mild and hard, in equal numbers."""
 
-    architectures: Positive = 120
+    architectures: Positive = Field(120, description="how many are evaluated truly")
 
 
 class VllmConfig(_Model):
-    """vLLM's own environment, and how it is started.
+    """vLLM's own environment, and how it is started."""
 
-    ``python``: the interpreter there. ``num_layers``: of the models that are measured, default the teacher's.
-    ``kv_cache_gib``: default as much as vLLM takes.
-    """
-
-    python: str
-    tp: Positive = 1
-    num_layers: Positive | None = None
-    max_batched_tokens: Positive = 8192
-    kv_cache_gib: PositiveFloat | None = None
+    python: str = Field(description="the interpreter of vLLM's own environment")
+    tp: Positive = Field(1, description="tensor parallelism")
+    num_layers: Positive | None = Field(None, description="of the models that are measured; default the teacher's")
+    max_batched_tokens: Positive = Field(8192, description="of all prompts in one forward")
+    kv_cache_gib: PositiveFloat | None = Field(None, description="default: as much as vLLM takes")
 
 
 class ProfileConfig(_Model):
     """Where times come from, and how they are used.
 
-    ``backend``: ``measured`` here, on the ``grid``; ``vllm``, as whole models on the grid; ``roofline``, estimated from
-    a sheet of the hardware for whatever the constraint file asks (profiling/roofline.py); ``imported`` from ``table``,
-    a CSV or JSON file of Cost records. A ``table`` of this teacher's shapes on any device of the sheet makes estimates
-    better: their efficiency is fitted.
-    ``weights``: the dtype that is timed (KV cache likewise); ``auto`` is bf16 on a GPU, fp32 elsewhere. ``compile``:
-    under torch.compile, which workloads name as runtime transformers-compiled.
-    ``stand_in``: devices or dtypes whose times are to be taken from another's, as in ``{h100: h200}``.
-    ``safety``: the search keeps so many standard errors of predicted times clear of limits, once `puzzle fit-costs`
-    has measured whole models (``fit_models`` at random, beside the teacher); 1.64 lets one in twenty miss.
+    A ``table`` of this teacher's shapes on any device of the sheet makes estimates better: their efficiency is fitted.
+    ``safety`` counts once `puzzle fit-costs` has measured whole models; 1.64 lets one in twenty miss.
     """
 
-    backend: Literal["measured", "vllm", "roofline", "imported"] = "measured"
-    grid: str = "demo"
-    weights: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
-    table: str | None = None
-    vllm: VllmConfig | None = None
-    stand_in: dict[str, str] = {}
-    fit_models: Annotated[int, Field(ge=3)] = 6
-    safety: NonNegative = 1.64
+    backend: Literal["measured", "vllm", "roofline", "imported"] = Field(
+        "measured",
+        description="measured here, in vllm, estimated from a data sheet (roofline), or imported from table",
+    )
+    grid: str = Field("demo", description="what is measured: a file, or the name of a shipped one")
+    weights: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="the dtype that is timed, of the KV cache, too; auto: bf16 on a GPU, else fp32"
+    )
+    compile: bool = Field(False, description="under torch.compile; workloads then name runtime transformers-compiled")
+    table: str | None = Field(None, description="CSV or JSON of costs: imported, or what estimates are fitted to")
+    vllm: VllmConfig | None = Field(None, description="where vLLM is, and how it is started")
+    stand_in: dict[str, str] = Field(
+        {}, description="devices or dtypes whose times are taken from another's, e.g. {h100: h200}"
+    )
+    fit_models: Annotated[int, Field(ge=3)] = Field(
+        6, description="how many random models puzzle fit-costs measures beside the teacher"
+    )
+    safety: NonNegative = Field(
+        1.64, description="standard errors of predicted times that the search keeps clear of limits"
+    )
 
     @model_validator(mode="after")
     def _what_the_backend_needs(self) -> ProfileConfig:
@@ -266,18 +277,18 @@ class KdConfig(_Model):
     ``divergence``: forward is KL(teacher || student), reverse the other way round, jsd their symmetric mean.
     """
 
-    tokens: Annotated[int, Field(ge=0)] = 10_000_000
-    batch_size: Positive = 8
-    learning_rate: PositiveFloat = 5e-4
-    min_learning_rate: NonNegative = 5e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
-    weight_decay: NonNegative = 0.1
-    kl_weight: NonNegative = 1.0
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    temperature: PositiveFloat = 1.0
-    cosine_weight: NonNegative = 1.0
-    lm_weight: NonNegative = 0.0
-    checkpoint_steps: Positive = 100
+    tokens: Natural = Field(10_000_000, description="0 leaves the student as it was built")
+    batch_size: Positive = Field(8, description="sequences in a step")
+    learning_rate: PositiveFloat = Field(5e-4, description="at its highest")
+    min_learning_rate: NonNegative = Field(5e-5, description="at the end")
+    warmup_steps: Natural = Field(40, description="until the rate is at its highest")
+    weight_decay: NonNegative = Field(0.1, description="of AdamW")
+    kl_weight: NonNegative = Field(1.0, description="of the divergence between the predictions")
+    divergence: Literal["forward", "reverse", "jsd"] = Field("forward", description="KL(teacher || student) or other")
+    temperature: PositiveFloat = Field(1.0, description="that both models' logits are divided by, in the divergence")
+    cosine_weight: NonNegative = Field(1.0, description="of 1 - cos, summed over the layers")
+    lm_weight: NonNegative = Field(0.0, description="of the language model's cross-entropy")
+    checkpoint_steps: Positive = Field(100, description="how often it can be continued from")
 
     @model_validator(mode="after")
     def _some_loss(self) -> KdConfig:
@@ -289,76 +300,81 @@ class KdConfig(_Model):
 class EvaluateConfig(_Model):
     """At least two sequences: one has no standard error."""
 
-    sequences: Annotated[int, Field(ge=2)] = 64
+    sequences: Annotated[int, Field(ge=2)] = Field(64, description="how many of report")
 
 
 class RunConfig(_Model):
-    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage.
+    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage."""
 
-    ``memory_budget_gib``: what ``init``, ``distill`` and ``score`` may take on the device; by default most of what is
-    free.
-    """
-
-    run: str
-    teacher: str = "demo"
-    constraints: str
-    space: str = "demo"
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    memory_budget_gib: PositiveFloat | None = None
-    data: DataConfig = DataConfig()
-    init: InitConfig = InitConfig()
-    distill: DistillConfig = DistillConfig()
-    score: ScoreConfig = ScoreConfig()
-    additivity: AdditivityConfig = AdditivityConfig()
-    profile: ProfileConfig = ProfileConfig()
-    kd: KdConfig = KdConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    run: str = Field(description="the folder that everything is written to")
+    teacher: str = Field("demo", description="a Hugging Face folder, a hub id, org/name@revision, or demo")
+    constraints: str = Field(description="what the student must fit: a file, or the name of a shipped one")
+    space: str = Field("demo", description="the variants on offer: a file, or the name of a shipped one")
+    seed: Natural = Field(0, description="of all that is random")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="what computes")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="what trains and scores: bf16 where it is fast, unless said otherwise"
+    )
+    memory_budget_gib: PositiveFloat | None = Field(
+        None, description="what init, distill and score may take on the device (default: most of what is free)"
+    )
+    data: DataConfig = Field(DataConfig(), description="the text")
+    init: InitConfig = Field(InitConfig(), description="starting points of the variants")
+    distill: DistillConfig = Field(DistillConfig(), description="block-wise local distillation")
+    score: ScoreConfig = Field(ScoreConfig(), description="how much worse the model gets with each variant")
+    additivity: AdditivityConfig = Field(AdditivityConfig(), description="puzzle additivity")
+    profile: ProfileConfig = Field(ProfileConfig(), description="where times come from")
+    kd: KdConfig = Field(KdConfig(), description="global distillation of the student")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the final comparison")
 
 
 class LayerSpaceFile(_Model):
-    attention: tuple[str, ...] | None = None
-    ffn: tuple[str, ...] | None = None
+    attention: tuple[str, ...] | None = Field(None, description="this layer's attention variants")
+    ffn: tuple[str, ...] | None = Field(None, description="this layer's FFN variants")
 
 
 class SpaceFile(_Model):
-    """A search space: variant names per part (variants.py), for all layers and, in ``layers``, other ones for some.
+    """A search space: variant names per part (variants.py), for all layers and, in ``layers``, other ones for some."""
 
-    Percentages are rounded to ``ffn_multiple_of`` channels (default: what hardware likes, see space.py). ``pairs``: the
-    attention and the FFN of a layer are trained, scored and chosen together. ``runs``: leaving out up to so many
-    consecutive layers whole is on offer as one item, scored as one.
-    """
-
-    attention: tuple[str, ...]
-    ffn: tuple[str, ...]
-    ffn_multiple_of: Positive | None = None
-    layers: dict[int, LayerSpaceFile] = {}
-    pairs: bool = False
-    runs: Annotated[int, Field(ge=0)] = 0
+    attention: tuple[str, ...] = Field(
+        description="variants of every attention: keep, gqa-K, gqa-*, window-W, window-W-sinks-S, linear, skip"
+    )
+    ffn: tuple[str, ...] = Field(
+        description="variants of every FFN: keep, narrow-N, narrow-50%, experts-N, active-K, linear, skip"
+    )
+    ffn_multiple_of: Positive | None = Field(
+        None, description="what percentages of the FFN's width are rounded to (default: what hardware likes)"
+    )
+    layers: dict[int, LayerSpaceFile] = Field(
+        {}, description="other variants for single layers, by their numbers from 0"
+    )
+    pairs: bool = Field(False, description="attention and FFN of a layer are trained, scored and chosen together")
+    runs: Natural = Field(0, description="offer leaving out up to so many consecutive layers whole, scored as one")
 
 
 class GridFile(_Model):
     """What ``profile`` measures: every batch size with every prompt length, and with every context length in decode."""
 
-    batch_sizes: tuple[Positive, ...]
-    prefill_tokens: tuple[Positive, ...]
-    decode_context_tokens: tuple[Positive, ...]
-    repeats: Positive = 20
+    batch_sizes: tuple[Positive, ...] = Field(description="every one of them is measured")
+    prefill_tokens: tuple[Positive, ...] = Field(description="prompt lengths, at every batch size")
+    decode_context_tokens: tuple[Positive, ...] = Field(
+        description="tokens in the KV cache when one more is made, at every batch size"
+    )
+    repeats: Positive = Field(20, description="rounds of timing")
 
 
 class WorkloadFile(_Model):
-    isl: Size
-    osl: Size
+    isl: Size = Field(description="prompt tokens of a request")
+    osl: Size = Field(description="generated tokens of a request")
     batch_size: Annotated[
         Annotated[Size, Tag("<size>")] | Annotated[tuple[Size, ...], Tag("<sizes>")],
         Discriminator(lambda given: "<sizes>" if isinstance(given, list | tuple) else "<size>"),
-    ] = 1
-    weights: Name = "bf16"
-    kv: Name = "bf16"
-    device: Name = "cpu"
-    tp: Size = 1
-    runtime: Name = "transformers"
+    ] = Field(1, description="requests at once; of a list the search takes the best")
+    weights: Name = Field("bf16", description=f"dtype of the weights: {', '.join(FORMATS)}")
+    kv: Name = Field("bf16", description="dtype of the KV cache")
+    device: Name = Field("cpu", description="where the times are measured or estimated for, e.g. h100")
+    tp: Size = Field(1, description="GPUs that share the model (tensor parallelism); memory is per GPU")
+    runtime: Name = Field("transformers", description="the serving program")
 
 
 def _amount(given: Any) -> Any:
@@ -390,9 +406,9 @@ Amount = Annotated[
 class BoundFile(_Model):
     """Bounds on one metric; a bare scalar in the file is read in the metric's natural direction."""
 
-    min: Amount | None = None
-    max: Amount | None = None
-    eq: Amount | None = None
+    min: Amount | None = Field(None, description="at least")
+    max: Amount | None = Field(None, description="at most")
+    eq: Amount | None = Field(None, description="exactly; of whole numbers only")
 
     @model_validator(mode="after")
     def _some_bound(self) -> BoundFile:
@@ -408,7 +424,7 @@ class BoundFile(_Model):
 class ValuesFile(_Model):
     """One search for each of ``values``, each read as a bare scalar would be (search/fan_out.py)."""
 
-    values: tuple[Amount, ...]
+    values: tuple[Amount, ...] = Field(description="one search for each")
 
     @model_validator(mode="before")
     @classmethod
@@ -426,8 +442,8 @@ class ValuesFile(_Model):
 
 
 class SolutionsFile(_Model):
-    count: Positive = 1
-    min_difference: Fraction = 0.2
+    count: Positive = Field(1, description="how many")
+    min_difference: Fraction = Field(0.2, description="share of the sites in which each differs from every other")
 
 
 def _kind_of_limit(given: Any) -> str:
@@ -445,14 +461,21 @@ LimitFile = Annotated[
 class ConstraintFile(_Model):
     """What the student must fit, as written; what the metrics mean is ``puzzle.search.constraints``' business."""
 
-    workloads: dict[Name, WorkloadFile] = {}
-    constraints: dict[Name, LimitFile]
+    workloads: dict[Name, WorkloadFile] = Field({}, description="what is served, by names of your own")
+    constraints: dict[Name, LimitFile] = Field(
+        description="bounds: metric, or workload.metric; a number, a percentage of the teacher's own value (75%), "
+        "{min, max, eq}, or {values: [...]} for one search each. Without a workload: every workload"
+    )
     serve_on: Annotated[
         tuple[Target, ...],
         BeforeValidator(_one_or_more),
         WithJsonSchema(
             {"anyOf": [{"enum": [*get_args(Target)]}, {"type": "array", "items": {"enum": [*get_args(Target)]}}]}
         ),
-    ] = ()
-    objective: str = "kl_nats"
-    solutions: SolutionsFile = SolutionsFile()
+    ] = Field((), description="only variants that all these runtimes can load")
+    objective: str = Field(
+        "kl_nats",
+        description="the score whose sum is made as small as possible; or a cost such as chat.e2e_ms, while "
+        "constraints bound such a sum",
+    )
+    solutions: SolutionsFile = Field(SolutionsFile(), description="how many different answers")

@@ -25,7 +25,7 @@ from puzzle.data.batches import Batch
 from puzzle.metrics import divergence_loss, prediction_weights
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
-from puzzle.teacher import Compute, context_of, embed, freeze, layers_of, read_tensors
+from puzzle.teacher import Compute, freeze, read_tensors, residual_stream
 from puzzle.types import ConfigError
 
 STATE = "state.safetensors"
@@ -34,8 +34,8 @@ STATE = "state.safetensors"
 def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batch: Batch, config: KdConfig) -> Tensor:
     """The loss above; where only some tokens count, KL and CE are those of predicting them."""
     with torch.no_grad():
-        teacher_states = _residual_stream(teacher, batch)
-    states = _residual_stream(student, batch)
+        teacher_states = list(residual_stream(teacher, batch))
+    states = list(residual_stream(student, batch))
     hidden, teacher_hidden = student.model.norm(states[-1]), teacher.model.norm(teacher_states[-1])
     loss = torch.zeros((), device=batch.ids.device)
     weights = prediction_weights(batch)
@@ -53,16 +53,6 @@ def distillation_loss(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, ba
         counted = weights[:, :-1].flatten()
         loss = loss + config.lm_weight * (each * counted).sum() / counted.sum().clamp_min(1)
     return loss
-
-
-def _residual_stream(model: PuzzleForCausalLM, batch: Batch) -> list[Tensor]:
-    """The residual stream after each layer."""
-    hidden, context = embed(model.model, batch, model.dtype), context_of(model.model, batch, model.dtype)
-    states = []
-    for layer in layers_of(model):
-        hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
-        states.append(hidden)
-    return states
 
 
 class Distillation:

@@ -103,11 +103,8 @@ def plan_bld(
         fixed += {"memory": residual_bytes, "disk": 0.0, "recompute": float(chunk * one_batch)}[residual]
     groups, needed = _groups(units, machine.budget_bytes - fixed, layer_bytes)
     if needed + fixed > machine.budget_bytes:
-        raise ConfigError(
-            f"distill: one unit at a time needs {(needed + fixed) / GIB:.2f} GiB where "
-            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, "
-            "or lower distill.batch_size or data.sequence_tokens"
-        )
+        advice = "or lower distill.batch_size or data.sequence_tokens"
+        raise _too_much("distill: one unit at a time needs", needed + fixed, machine, advice)
     return BldPlan(residual, hold, chunk, groups, needed + fixed)
 
 
@@ -140,11 +137,8 @@ def plan_scores(shape: ModelShape, batches: Batches, machine: Machine, most: int
         return ScorePlan(hold, together, batches.count, in_memory)
     chunk = int((room - own) // one_batch)
     if chunk < 1:
-        raise ConfigError(
-            f"score: one change on one batch needs {(fixed + own + one_batch) / GIB:.2f} GiB where "
-            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, "
-            "or lower score.sequences or data.sequence_tokens"
-        )
+        advice = "or lower score.sequences or data.sequence_tokens"
+        raise _too_much("score: one change on one batch needs", fixed + own + one_batch, machine, advice)
     return ScorePlan(hold, 1, chunk, in_memory)
 
 
@@ -167,11 +161,8 @@ def check_init(shape: ModelShape, specs: Mapping[int, Collection[Spec]], batches
     stream = batches.count * batches.tokens * shape.hidden_size * batches.dtype_bytes if machine.shared else 0
     needed = stream + max(init_bytes(shape, layer, of_layer, batches.tokens) for layer, of_layer in specs.items())
     if needed > machine.budget_bytes:
-        raise ConfigError(
-            f"init: the starting points of one layer need {needed / GIB:.2f} GiB where "
-            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, lower data.sequence_tokens, "
-            "or set init.start: paper"
-        )
+        advice = "lower data.sequence_tokens, or set init.start: paper"
+        raise _too_much("init: the starting points of one layer need", needed, machine, advice)
 
 
 def init_bytes(shape: ModelShape, layer: int, specs: Collection[Spec], tokens: int) -> float:
@@ -238,10 +229,8 @@ def plan_one_pass(shape: ModelShape, batches: Batches, draws: int, machine: Mach
     held = one_batch * (shape.num_layers + 1 + draws)
     least = fixed + own + (held if machine.shared else 0.0)
     if least > machine.budget_bytes:
-        raise ConfigError(
-            f"score: one variant on one batch needs {least / GIB:.2f} GiB where "
-            f"{machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, or lower data.sequence_tokens"
-        )
+        advice = "or lower data.sequence_tokens"
+        raise _too_much("score: one variant on one batch needs", least, machine, advice)
     if machine.shared:
         room = min(RESIDUAL_SHARE * machine.budget_bytes, machine.budget_bytes - fixed - own)
         chunk = int(min(batches.count, max(1, room // held)))
@@ -270,6 +259,11 @@ def _standing_bytes(shape: ModelShape, batches: Batches, hold: bool) -> float:
     """What scoring holds on the device in any case: the teacher or a layer, the head, one batch's activations."""
     layers = batches.dtype_bytes * _largest_layer(shape) * (shape.num_layers if hold else 1)
     return layers + 4.0 * rest_params(shape) + activation_bytes(shape, batches.tokens)
+
+
+def _too_much(what: str, needed: float, machine: Machine, advice: str) -> ConfigError:
+    allowed = f"where {machine.budget_bytes / GIB:.2f} GiB may be used; raise memory_budget_gib, {advice}"
+    return ConfigError(f"{what} {needed / GIB:.2f} GiB {allowed}")
 
 
 def activation_bytes(shape: ModelShape, tokens: int) -> float:

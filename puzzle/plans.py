@@ -161,10 +161,11 @@ def plan_search(run: Run) -> list[Planned]:
 
 
 def plan_build(run: Run) -> list[Planned]:
+    chosen = run.chosen_items() if run.solution.exists() else ()
     inputs = {
         "teacher": run.teacher_fingerprint,
         "solution": artifacts.content_of(run.solution),
-        "library": _library_content(run, _chosen_if_any(run)),
+        "library": _library_content(run, chosen),
     }
     return [Planned(run.student / "initial", inputs)]
 
@@ -229,19 +230,11 @@ def search_inputs(run: Run) -> dict[str, str]:
 
 def tables(run: Run) -> dict[str, str]:
     """What a search sees before anything is scored anew for it."""
+    # a key that came later and is not in the file leaves the solutions of before their names
+    unused = {"serve_on"} if not run.constraint_file.serve_on else set()
     return {
         "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in plan_score(run)]),
         "costs": run.cost_source.fingerprint,
-        "constraints": _limits_fingerprint(run),
+        "constraints": artifacts.fingerprint(run.constraint_file.model_dump(mode="json", exclude=unused)),
         "space": artifacts.fingerprint([item.id for item in run.items]),
     }
-
-
-def _limits_fingerprint(run: Run) -> str:
-    # a key that came later and is not in the file leaves the solutions of before their names
-    unused = {"serve_on"} if not run.constraint_file.serve_on else set()
-    return artifacts.fingerprint(run.constraint_file.model_dump(mode="json", exclude=unused))
-
-
-def _chosen_if_any(run: Run) -> tuple[Item, ...]:
-    return run.chosen_items() if run.solution.exists() else ()

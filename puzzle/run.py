@@ -231,7 +231,7 @@ class Run:
             raise ConfigError(f"{self.teacher / 'config.json'}: dtype {dtype!r} is not supported; supported: {allowed}")
         return dtype
 
-    @property
+    @cached_property
     def cost_source(self) -> CostSource:
         """Where times come from; not what an earlier grid left in the folder."""
         settings = self.config.profile

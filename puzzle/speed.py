@@ -15,17 +15,16 @@ import torch
 from torch import nn
 
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.measure import measure_many
-from puzzle.profiling.probes import ModelProbe, PointTooLargeError, site_probe
+from puzzle.profiling.hardware import device_name
+from puzzle.profiling.measure import measure_wholes
+from puzzle.profiling.probes import PointTooLargeError
 from puzzle.profiling.stack import TORCH_DTYPES, Dtype, SiteStack
-from puzzle.profiling.table import ENGINE, REST, SKIPPED
+from puzzle.profiling.table import ENGINE
 from puzzle.progress import console
 from puzzle.run import Run
 from puzzle.search.constraints import workloads
 from puzzle.types import Spec, Workload
-from puzzle.variants import shape_id
 
 DECODE_POINTS = 3
 
@@ -91,17 +90,13 @@ def _measure(run: Run, workload: Workload, batch_size: int, subjects: Mapping[st
         {round(workload.isl + (last - workload.isl) * k / (DECODE_POINTS - 1)) for k in range(DECODE_POINTS)}
     )
     points = [GridPoint("prefill", batch_size, workload.isl), *(GridPoint("decode", batch_size, c) for c in contexts)]
-    whole: dict[str, list[float]] = {name: [] for name in models}
-    parts: dict[str, list[float]] = {name: [] for name in models}
-    for point in points:
-        probes = [site_probe(stack, point), *(ModelProbe(name, model, point) for name, model in models.items())]
-        timings = measure_many(probes, run.grid.repeats, run.config.seed)
-        for name, subject in subjects.items():
-            ids = [shape_id(spec, run.shape) for spec in subject.specs]
-            whole[name].append(timings[name].ms)
-            parts[name].append(sum(timings[part].ms for part in (REST, *ids) if part not in SKIPPED))
+    pairs = {name: (model, subjects[name].specs) for name, model in models.items()}
+    found = [measure_wholes(stack, pairs, point, run.grid.repeats, run.config.seed) for point in points]
     return {
-        name: Timed(_speed(workload, batch_size, whole[name]), _speed(workload, batch_size, parts[name]))
+        name: Timed(
+            _speed(workload, batch_size, [at[name].whole_ms for at in found]),
+            _speed(workload, batch_size, [at[name].parts_ms for at in found]),
+        )
         for name in models
     }
 
@@ -113,6 +108,3 @@ def _speed(workload: Workload, batch_size: int, values: list[float]) -> Speed:
     tpot = sum(inner) / len(inner)
     end_to_end = ttft + (workload.osl - 1) * tpot
     return Speed(ttft, tpot, batch_size * workload.osl / end_to_end * 1e3)
-
-
-__all__ = ["Speed", "Subject", "Timed", "measured_speed"]

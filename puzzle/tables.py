@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
-from puzzle.types import CorruptFileError, Cost, Costs, Gap, Item, MissingMeasurementError, Score, from_json
+from puzzle.types import (
+    CorruptFileError,
+    Cost,
+    Costs,
+    Gap,
+    Item,
+    MissingMeasurementError,
+    Score,
+    from_json,
+    mean_and_error,
+)
 from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
@@ -22,18 +32,6 @@ if TYPE_CHECKING:
 
 CONTEXT = "context"  # the item id of what the model itself comes to that changes are made to
 COMMANDS = {"scores": "puzzle score RUN", "costs": "puzzle profile RUN"}
-SCORE_COLUMNS = (
-    "item_id",
-    "base_id",
-    "context_id",
-    "metric",
-    "split",
-    "method",
-    "mean",
-    "standard_error",
-    "num_sequences",
-    "context_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,7 @@ class ScoreTable:
     base: Mapping[str, Score] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        scores: Iterable[Score],
-        failed: Iterable[Failure] = (),
-        base: Iterable[Score] = (),
-    ) -> ScoreTable:
+    def of(cls, scores: Iterable[Score], failed: Iterable[Failure] = (), base: Iterable[Score] = ()) -> ScoreTable:
         """The table of these records. CorruptFileError where one item has two scores of the same metric."""
         by_key: dict[tuple[str, str], Score] = {}
         for score in scores:
@@ -108,10 +101,7 @@ class ScoreTable:
         chosen = [self.scores[key].per_sequence for key in scored if key in self.scores]
         chosen += [self.base[metric].per_sequence] if self.base else []
         sums = [math.fsum(values) for values in zip(*chosen, strict=False)]
-        if len(sums) < 2:
-            return None
-        mean = math.fsum(sums) / len(sums)
-        return math.sqrt(math.fsum((value - mean) ** 2 for value in sums) / (len(sums) - 1) / len(sums))
+        return None if len(sums) < 2 else mean_and_error(sums)[1]
 
 
 def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTable:
@@ -152,8 +142,12 @@ def scores_frame(scores: ScoreTable | Iterable[Score]) -> pd.DataFrame:
     import pandas as pd
 
     records = scores.scores.values() if isinstance(scores, ScoreTable) else scores
-    rows = [{**vars(score), **_summary(score)} for score in records]
-    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+    named = [name for name in Score.__dataclass_fields__ if name != "per_sequence"]
+    rows = [
+        [*(getattr(one, name) for name in named), one.mean, one.standard_error, len(one.per_sequence)]
+        for one in records
+    ]
+    return pd.DataFrame(rows, columns=[*named, "mean", "standard_error", "num_sequences"])
 
 
 def costs_frame(costs: Costs) -> pd.DataFrame:
@@ -163,17 +157,9 @@ def costs_frame(costs: Costs) -> pd.DataFrame:
     return pd.DataFrame([asdict(cost) for cost in costs.rows], columns=list(Cost.__dataclass_fields__))
 
 
-def _summary(score: Score) -> dict[str, float]:
-    return {"mean": score.mean, "standard_error": score.standard_error, "num_sequences": len(score.per_sequence)}
-
-
-def _files(folder: Path) -> list[Path]:
-    # names with a leading dot are units that a crash left aside half-written
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-
-
 def _units(folder: Path, kind: str) -> Iterator[artifacts.Unit]:
-    files = _files(folder)
+    # names with a leading dot are units that a crash left aside half-written
+    files = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not files:
         raise MissingMeasurementError(f"{folder}: no {kind} there; run `{COMMANDS[kind]}`")
     return map(artifacts.read_unit, files)

@@ -6,8 +6,9 @@ work on. Shapes: ids (B, T) int64; hidden states (B, T, D).
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Compute:
     @classmethod
     def choose(cls, device: str, dtype: str) -> Compute:
         """``auto`` takes CUDA, then MPS, then CPU, and bf16 where the device multiplies it faster than fp32."""
-        name = device if device != "auto" else _best_device()
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        name = device if device != "auto" else best
         if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.mps.is_available()):
             raise ConfigError(f"device: {name} is not available here; use --device cpu or auto")
         return cls(torch.device(name), dtype == "bf16" or (dtype == "auto" and _fast_bf16(name)))
@@ -54,10 +56,6 @@ class Compute:
         if not self.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 
 
 def _fast_bf16(device: str) -> bool:
@@ -309,9 +307,15 @@ def run_layer(layer: PuzzleDecoderLayer, hidden: Tensor, context: Context) -> La
     return LayerPass(hidden, middle, middle + layer.ffn_delta(middle), context)
 
 
-def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
-    """(B, T, D) after the last norm: what the head reads."""
+def residual_stream(model: PuzzleForCausalLM, batch: Batch) -> Iterator[Tensor]:
+    """(B, T, D) after each layer, one after the other."""
     hidden, context = embed(model.model, batch, model.dtype), context_of(model.model, batch, model.dtype)
     for layer in layers_of(model):
         hidden = layer(hidden, position_embeddings=context.position, attention_mask=context.masks)
-    return model.model.norm(hidden)  # type: ignore[no-any-return]
+        yield hidden
+
+
+def final_hidden(model: PuzzleForCausalLM, batch: Batch) -> Tensor:
+    """(B, T, D) after the last norm: what the head reads."""
+    (last,) = collections.deque(residual_stream(model, batch), maxlen=1)
+    return model.model.norm(last)  # type: ignore[no-any-return]

@@ -8,48 +8,18 @@ Units: ``_ms`` milliseconds, ``_bytes`` bytes, ``_tokens`` tokens, ``_nats`` nat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-__all__ = [
-    "Architecture",
-    "AttentionSpec",
-    "Base",
-    "Capability",
-    "ConfigError",
-    "Conflict",
-    "CorruptFileError",
-    "Correction",
-    "Cost",
-    "CostSetting",
-    "Costs",
-    "Entry",
-    "FfnSpec",
-    "Gap",
-    "InfeasibleError",
-    "Interaction",
-    "Item",
-    "MissingMeasurementError",
-    "ModelShape",
-    "PuzzleError",
-    "Score",
-    "Site",
-    "Solution",
-    "Spec",
-    "StaleUnitError",
-    "Workload",
-    "from_json",
-    "to_json",
-]
 
 Part = Literal["attention", "ffn"]
 Phase = Literal["prefill", "decode"]
 Target = Literal[
     "transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
 ]  # what a student is written for
-TEACHER_BASE, TEACHER_CONTEXT = "teacher", "teacher"
+TEACHER_CONTEXT = "teacher"
 GIB = 2**30
 
 
@@ -153,6 +123,12 @@ class FfnSpec(Strict):
 
 
 Spec = AttentionSpec | FfnSpec
+
+
+def part_of(spec: Spec) -> Part:
+    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
+
+
 Architecture = tuple[tuple[AttentionSpec, FfnSpec], ...]  # both parts of every layer, resolved
 
 
@@ -171,31 +147,13 @@ class Item(Strict):
             _require(isinstance(spec, AttentionSpec) == (site.part == "attention"), f"{self.id}: wrong spec for {site}")
 
 
-@dataclass(frozen=True)
-class Base(Strict):
-    """The teacher that items sit on: a width, or a step of a chain of students."""
-
-    id: str
-    parent_id: str | None
-    hidden_size: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Entry(Strict):
-    """One library entry. ``view`` is the slice of a nested unit (channels), None for a unit of its own."""
-
-    item_id: str
-    base_id: str
-    unit: str
-    view: int | None
-    status: str  # initial | trained | failed(reason)
-
-    def __post_init__(self) -> None:
-        known = self.status in ("initial", "trained") or (
-            self.status.startswith("failed(") and self.status.endswith(")")
-        )
-        _require(known, f"{self.item_id}: unknown status {self.status!r}")
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; of a single value the error is unknown: infinite."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.inf
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 @dataclass(frozen=True)
@@ -225,10 +183,7 @@ class Score(Strict):
     @property
     def standard_error(self) -> float:
         """Of the mean, from the spread over sequences; infinite for a single sequence."""
-        count = len(self.per_sequence)
-        if count < 2:
-            return math.inf
-        return math.sqrt(math.fsum((value - self.mean) ** 2 for value in self.per_sequence) / (count - 1) / count)
+        return mean_and_error(self.per_sequence)[1]
 
 
 @dataclass(frozen=True)
@@ -474,4 +429,5 @@ def from_json(kind: type[Record], data: Any, source: object) -> Record:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"] if part != kind.__name__)
         message = first["msg"].removeprefix("Value error, ")
-        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}{message}") from None
+        found = f" (found {first['input']!r})" if isinstance(first["input"], str | float) else ""
+        raise CorruptFileError(f"{source}: not a valid {kind.__name__}: {where}{message}{found}") from None

@@ -18,7 +18,7 @@ from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.tables import ScoreTable
-from puzzle.types import ConfigError, Cost, Costs, PuzzleError, Score
+from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
 
 TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
@@ -92,19 +92,13 @@ def _promised_costs(run: Run) -> Costs:
         device, weights = _profiled_device(run)
     shapes = {shape_id(spec, run.shape) for spec in run.specs}.difference(SKIPPED) | {REST}
     engine = COMPILED_ENGINE if run.config.profile.compile else ENGINE
-    rows = tuple(
-        Cost(
-            name, point.phase, point.batch_size, point.context_tokens, weights, weights, device, 1, engine,
-            1.0, 1.0, 1.0, "measured",
-        )
-        for point in run.grid_points
-        for name in sorted(shapes)
-    )  # fmt: skip
+    setting = CostSetting(device, weights, weights, 1, engine)
+    rows = tuple(point.cost(name, setting, (1.0, 1.0, 1.0)) for point in run.grid_points for name in sorted(shapes))
     return Costs(with_stand_ins(rows, run.config.profile.stand_in))
 
 
 def _profiled_device(run: Run) -> tuple[str, str]:
-    from puzzle.profiling.device import device_name
+    from puzzle.profiling.hardware import device_name
     from puzzle.teacher import Compute
 
     device = str(Compute.choose(run.config.device, run.config.dtype).device)
@@ -142,17 +136,13 @@ def dry_run(run: Run) -> str:
         total += minutes
         lines.append(f"{stage.name:<12}{undone:>8}{len(planned):>8}{minutes:>10.1f}")
     library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
-    teacher = _teacher_params(run)
+    teacher = sum(params(spec, run.shape) for spec in run.keep_specs) + rest_params(run.shape)
     memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
     lines += [
         f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)",
         f"{(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations",
     ]
     return "\n".join([*lines, "units:", *units])
-
-
-def _teacher_params(run: Run) -> int:
-    return sum(params(spec, run.shape) for spec in run.keep_specs) + rest_params(run.shape)
 
 
 def _stage_flops(run: Run, stage: str) -> float:

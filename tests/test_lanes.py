@@ -16,9 +16,9 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types config yamlfiles artifacts formats variants capabilities space memory_plan checkpoint data data.streamed
+    types formats config yamlfiles artifacts variants capabilities space memory_plan checkpoint data data.streamed
     data.source data.inputs data.chat data.encode data.packing schedule ranks tables scoring.draws scoring.sampling
-    profiling profiling.memory profiling.table profiling.grid profiling.device profiling.hardware profiling.kernels
+    profiling profiling.memory profiling.table profiling.grid profiling.hardware profiling.kernels
     profiling.roofline profiling.roofline_fit profiling.imported profiling.correction profiling.regression
     export.nemotron_nas profiling.vllm profiling.vllm_costs profiling.source search.problem search.metrics search.goal
     search.fan_out schema search.constraints search.meaning search.puzzletron search.programme search.linear
@@ -40,8 +40,6 @@ ALONE = {
     "export.verify_child",
     "export.configuration_decilm",
     "profiling.vllm_child",
-    "demo",
-    "demo.make_teacher",
     "__main__",
     "",
 }

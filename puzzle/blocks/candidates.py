@@ -31,7 +31,7 @@ from puzzle.blocks.layer import block_of, config_with, part_state
 from puzzle.blocks.linear_channels import GatedMoments, best_mixture
 from puzzle.blocks.moments import RIDGE_TO_ZERO, Moments, exact_device, ridge
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle.types import AttentionSpec, FfnSpec, Part, Spec
+from puzzle.types import AttentionSpec, FfnSpec, Part, Spec, part_of
 
 HORIZON = 4  # times the calibration window: how far apart the tokens are that merged keys are made for
 Weights = dict[str, Tensor]
@@ -93,10 +93,6 @@ class Seen:
     experts: Tensor | None = None
 
 
-def part_of(spec: Spec) -> Part:
-    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
-
-
 def drafts(seen: Seen, spec: Spec) -> dict[str, Draft]:
     """The candidates for ``spec`` by name; the paper's first."""
     return CANDIDATES[spec.kind](seen, spec)
@@ -109,7 +105,9 @@ def paper(layer: PuzzleDecoderLayer, spec: Spec, activity: Tensor | None = None)
     """
     state = part_state(layer, part_of(spec))
     if isinstance(spec, AttentionSpec) and spec.num_kv_heads is not None and spec.kind == "gqa":
-        return _pooled(layer, spec.num_kv_heads)
+        attention: Any = layer.self_attn
+        own = heads.Heads.of(state, attention.head_dim, exact_device(state["self_attn.k_proj.weight"].device))
+        return heads.mean_pooled(own, spec.num_kv_heads).state(state)
     if isinstance(spec, FfnSpec) and spec.intermediate_size is not None:
         assert activity is not None
         order = channels.contribution_order(activity, state["mlp.down_proj.weight"])
@@ -124,13 +122,6 @@ def paper(layer: PuzzleDecoderLayer, spec: Spec, activity: Tensor | None = None)
         size = layer.config.hidden_size
         return {**norms, matrix: some.new_zeros(size, size) if product is None else product}
     return state
-
-
-def _pooled(layer: PuzzleDecoderLayer, num_kv_heads: int) -> Weights:
-    attention: Any = layer.self_attn
-    state = part_state(layer, "attention")
-    own = heads.Heads.of(state, attention.head_dim, exact_device(state["self_attn.k_proj.weight"].device))
-    return heads.mean_pooled(own, num_kv_heads).state(state)
 
 
 def _keep(seen: Seen, spec: Spec) -> dict[str, Draft]:
@@ -198,10 +189,6 @@ def _experts(seen: Seen, spec: Spec) -> dict[str, Draft]:
 
 def _experts_of(name: str, tensor: Tensor, kept: Tensor) -> Tensor:
     return tensor[kept.to(tensor.device)] if name.startswith(("mlp.experts.", "mlp.gate.")) else tensor
-
-
-def _active(seen: Seen, spec: Spec) -> dict[str, Draft]:
-    return {"teacher": Draft(part_state(seen.layer, "ffn"))}
 
 
 def paper_nested(layer: PuzzleDecoderLayer, width: int, activity: Tensor) -> Weights:
@@ -277,6 +264,6 @@ CANDIDATES: Mapping[str, Callable[[Seen, Spec], dict[str, Draft]]] = {
     "window": _window,
     "narrow": _narrow,
     "experts": _experts,
-    "active": _active,
+    "active": _keep,
     "linear": _linear,
 }

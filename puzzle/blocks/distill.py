@@ -240,6 +240,3 @@ class _Group:
             parts: Goal.of(target_of(parts, one, config.loss_at), one.context, config.loss, add_up)
             for parts in sorted({learner.parts for learner in learners})
         }
-
-
-__all__ = ["Distilled", "Task", "distill"]

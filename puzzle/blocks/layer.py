@@ -47,13 +47,6 @@ def item_layer(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[s
     return layer_with(teacher_layer, parts_of(item), weights)
 
 
-def variant_layer(
-    teacher_layer: PuzzleDecoderLayer, part: Part, spec: Spec, weights: Mapping[str, Tensor]
-) -> PuzzleDecoderLayer:
-    """A copy of the teacher's layer with ``spec`` in ``part``; see :func:`layer_with`."""
-    return layer_with(teacher_layer, {part: spec}, weights)
-
-
 def layer_with(
     teacher_layer: PuzzleDecoderLayer, specs: Mapping[Part, Spec], weights: Mapping[str, Tensor]
 ) -> PuzzleDecoderLayer:
@@ -100,11 +93,16 @@ def output_projection(layer: PuzzleDecoderLayer, part: Part) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what ``module`` is called with inside the block."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+def captured_calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of every call of ``module`` inside the block."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        found.append((given.detach(), (output[0] if isinstance(output, tuple) else output).detach()))
+
+    handle = module.register_forward_hook(keep, with_kwargs=True)
     try:
-        yield seen
+        yield found
     finally:
         handle.remove()

@@ -21,13 +21,13 @@ COLUMNS = (".down_proj.weight",)
 
 def prefix(weights: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     """The tensors of the FFN's first ``width`` channels; others as they are."""
-    return {name: _first(name, tensor, width) for name, tensor in weights.items()}
 
+    def of(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(ROWS):
+            return tensor[:width]
+        return tensor[:, :width] if name.endswith(COLUMNS) else tensor
 
-def _first(name: str, tensor: Tensor, width: int) -> Tensor:
-    if name.endswith(ROWS):
-        return tensor[:width]
-    return tensor[:, :width] if name.endswith(COLUMNS) else tensor
+    return {name: of(name, tensor) for name, tensor in weights.items()}
 
 
 class PrefixFfn(nn.Module):

@@ -12,7 +12,6 @@ adds.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,14 +30,13 @@ from puzzle.blocks.candidates import (
     nested_weights,
     paper,
     paper_nested,
-    part_of,
 )
-from puzzle.blocks.layer import captured_inputs, output_projection, variant_layer
+from puzzle.blocks.layer import captured_calls, layer_with, output_projection
 from puzzle.blocks.loss import LossAt, LossKind, local_loss
 from puzzle.blocks.moments import Moments, exact_device, token_weights
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import LayerPass, attention_delta
-from puzzle.types import Part, Spec
+from puzzle.types import Part, Spec, part_of
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,9 @@ def _activity(layer: PuzzleDecoderLayer, calibration: Iterable[LayerPass]) -> Te
     down = output_projection(layer, "ffn")
     total = torch.zeros(down.in_features, dtype=torch.float64, device=exact_device(down.weight.device))
     for one in calibration:
-        with captured_inputs(down) as features:
+        with captured_calls(down) as calls:
             layer.ffn_delta(one.middle)
-        total += features[0][token_weights(one.middle) > 0].abs().sum(0).to(total)
+        total += calls[0][0][token_weights(one.middle) > 0].abs().sum(0).to(total)
     return total
 
 
@@ -111,7 +109,7 @@ def _best(
     loss: tuple[LossAt, LossKind],
 ) -> Start:
     part = part_of(spec)
-    variants = {name: variant_layer(layer, part, spec, weights) for name, weights in ready.items()}
+    variants = {name: layer_with(layer, {part: spec}, weights) for name, weights in ready.items()}
     totals, count = dict.fromkeys(variants, 0.0), 0
     for one in held_out:
         count += 1
@@ -147,7 +145,7 @@ def refitted(
 ) -> dict[Spec, dict[str, Weights]]:
     """Weights of attention candidates by spec and name; the output projections that ask for it fitted, in one pass."""
     fits = {
-        (spec, name): _Fit.of(variant_layer(layer, "attention", spec, draft.weights))
+        (spec, name): _Fit.of(layer_with(layer, {"attention": spec}, draft.weights))
         for spec, of_spec in named.items()
         for name, draft in of_spec.items()
         if draft.refit
@@ -179,10 +177,10 @@ class _Fit:
         return cls(variant, last, Moments.zeros(last.in_features, last.out_features, last.weight.device))
 
     def add(self, one: LayerPass, outputs: Tensor, weights: Tensor) -> None:
-        with captured_inputs(self.projection) as features:
+        with captured_calls(self.projection) as calls:
             _delta(self.variant, "attention", one)
         bias = self.projection.bias
-        self.moments.add(features[0], outputs if bias is None else outputs - bias, weights)
+        self.moments.add(calls[0][0], outputs if bias is None else outputs - bias, weights)
 
     @property
     def matrix(self) -> Weights:
@@ -216,11 +214,12 @@ def _see(seen: Seen, one: LayerPass, weights: Tensor) -> None:
         if seen.experts is not None:
             seen.experts.add_(_experts_use(layer.mlp, run.inputs[weights > 0]).to(seen.experts.device))
     else:
-        with captured_inputs(output_projection(layer, part)) as features:
+        with captured_calls(output_projection(layer, part)) as calls:
             run = _run(layer, part, one)
-        together = torch.cat([features[0], with_one(run.inputs)], -1)
+        features = calls[0][0]
+        together = torch.cat([features, with_one(run.inputs)], -1)
         gated.joint.add(together, None, _as_normed(layer, part, run.outputs, weights))
-        gated.activity.add_(features[0][weights > 0].abs().sum(0).to(gated.activity.device))
+        gated.activity.add_(features[weights > 0].abs().sum(0).to(gated.activity.device))
     seen.inputs.add(with_one(run.inputs), run.delta, weights)
 
 
@@ -261,26 +260,10 @@ class _Run:
 
 
 def _run(layer: PuzzleDecoderLayer, part: Part, one: LayerPass) -> _Run:
-    with _captured_call(layer.self_attn if part == "attention" else layer.mlp) as call:
+    with captured_calls(layer.self_attn if part == "attention" else layer.mlp) as calls:
         delta = _delta(layer, part, one)
-    return _Run(call[0], call[1], delta)
+    return _Run(*calls[0], delta)
 
 
 def _delta(layer: PuzzleDecoderLayer, part: Part, one: LayerPass) -> Tensor:
     return attention_delta(layer, one.before, one.context) if part == "attention" else layer.ffn_delta(one.middle)
-
-
-@contextlib.contextmanager
-def _captured_call(module: nn.Module) -> Iterator[list[Tensor]]:
-    """[input, output] of the one call of ``module`` inside the context."""
-    found: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_hook(keep, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,27 +21,13 @@ from puzzle.types import ConfigError, CorruptFileError
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class ChatTokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
-
-    chat_template: Any
-
-    def __call__(self, text: str, **settings: Any) -> Any: ...
-
-    def get_chat_template(self) -> str: ...
-
-    def apply_chat_template(self, conversation: Conversation, **settings: Any) -> Any: ...
-
-
-def check_template(tokenizer: ChatTokenizer, label: str) -> None:
+def check_template(tokenizer: Any, label: str) -> None:
     """ConfigError if the tokenizer has no chat template for the conversations in ``label``."""
     if not tokenizer.chat_template:
         raise ConfigError(f"{label}: the teacher's tokenizer has no chat template; give a column of text, not messages")
 
 
-def conversation_tokens(
-    tokenizer: ChatTokenizer, conversation: Conversation, where: str
-) -> tuple[np.ndarray, np.ndarray]:
+def conversation_tokens(tokenizer: Any, conversation: Conversation, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The ids (N,) int32, and which of them the assistant wrote (N,) bool.
 
     ConfigError for a template that does not let one tell, CorruptFileError for a conversation that the template refuses
@@ -67,7 +53,7 @@ def conversation_tokens(
 
 
 def _by_difference(
-    tokenizer: ChatTokenizer, render: Callable[..., Any], conversation: Conversation, where: str
+    tokenizer: Any, render: Callable[..., Any], conversation: Conversation, where: str
 ) -> tuple[Any, np.ndarray]:
     text = str(render(conversation, tokenize=False))
     try:

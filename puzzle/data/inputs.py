@@ -6,14 +6,10 @@ change) and asks the hub for the commit of a data set whose revision is not one,
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puzzle.artifacts import file_fingerprint, fingerprint, read_json, write_text
+from puzzle.artifacts import fingerprint, known_fingerprint, remembered
 from puzzle.config import DataConfig, SourceConfig
 from puzzle.data import streamed
 from puzzle.data.source import text_files, text_path
@@ -21,12 +17,11 @@ from puzzle.data.source import text_files, text_path
 FORMAT = 2  # of the unit: one more whenever the same text would be written otherwise
 MEMORY = "text-fingerprints.json"
 MANY_BYTES = 100_000_000
-CLOCK_TICK_SECONDS = 2  # the coarsest of file systems' clocks
 
 
 def data_inputs(data: DataConfig, run_dir: Path) -> dict[str, str]:
     """Named fingerprints of the text and of how it is mixed; sequence length and attention are no part of it."""
-    with _memory(run_dir) as known:
+    with remembered(run_dir / MEMORY) as known:
         sources = [
             [_address(source), _contents(_files(source), known)]
             for source in _pinned(data, known, ask=not (run_dir / "data").exists())
@@ -41,7 +36,7 @@ def pinned_sources(data: DataConfig, run_dir: Path) -> tuple[SourceConfig, ...]:
 
     A run stays with one commit, and needs no network once its data is made. What cannot be reached stays as written.
     """
-    with _memory(run_dir) as known:
+    with remembered(run_dir / MEMORY) as known:
         return _pinned(data, known, ask=False)
 
 
@@ -79,28 +74,4 @@ def _contents(files: list[tuple[str, Path]], known: dict[str, Any]) -> list[tupl
     """The files' names and fingerprints; what is known is asked and told only where reading them all takes a while."""
     if sum(file.stat().st_size for _, file in files) < MANY_BYTES:
         known = {}
-    return [(name, _content(file, known)) for name, file in files]
-
-
-def _content(file: Path, known: dict[str, Any]) -> str:
-    """The file's fingerprint; one of the same size and time of change as before is not read again."""
-    status, key = file.stat(), str(file.resolve())
-    stamp = [status.st_size, status.st_mtime_ns]
-    entry = known.get(key)
-    if entry and entry[0] == stamp:
-        return str(entry[1])
-    content = file_fingerprint(file)
-    if time.time() - status.st_mtime > CLOCK_TICK_SECONDS:  # else it may change again without showing
-        known[key] = [stamp, content]
-    return content
-
-
-@contextmanager
-def _memory(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """What the run knows already, kept for the next time if there is a run folder to keep it in."""
-    path = run_dir / MEMORY
-    known = read_json(path) if path.exists() else {}
-    before = dict(known)
-    yield known
-    if known != before and run_dir.is_dir():
-        write_text(path, json.dumps(known, indent=1) + "\n")
+    return [(name, known_fingerprint(file, str(file.resolve()), known)) for name, file in files]

@@ -14,7 +14,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,7 +102,7 @@ def _in_file(source: SourceConfig, path: Path) -> Iterator[Document]:
     elif source.messages is not None or source.column is not None:
         raise ConfigError(f"{path}: plain text has no column {_column(source)!r}; give .jsonl or .parquet files")
     else:
-        for index, piece in enumerate(_pieces(path)):
+        for index, piece in enumerate(_reads(path, lambda file: file.read(PIECE_CHARACTERS))):
             yield Document(f"{path}: piece {index}", _split_of(piece.encode()), piece)
 
 
@@ -147,7 +147,7 @@ def _split_of(text: bytes) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_reads(path, lambda file: file.readline()), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -155,34 +155,14 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 raise CorruptFileError(f"{path}:{number}: no valid JSON ({error})") from None
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with _opened(path) as file:
-        yield from _readable(path, iter(file.readline, ""))
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    with _opened(path) as file:
-        yield from _readable(path, iter(lambda: file.read(PIECE_CHARACTERS), ""))
-
-
-def _opened(path: Path) -> TextIO:
+def _reads(path: Path, read: Callable[[TextIO], str]) -> Iterator[str]:
+    """What ``read`` gives, time and again, to the end of the file."""
     try:
-        if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8", newline="\n")
-        return open(path, encoding="utf-8", newline="\n")
-    except OSError as error:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+            while text := read(file):
+                yield text
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{path}: unreadable text ({error})") from None
-
-
-def _readable(path: Path, reads: Iterator[str]) -> Iterator[str]:
-    while True:
-        try:
-            text = next(reads, None)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise CorruptFileError(f"{path}: unreadable text ({error})") from None
-        if text is None:
-            return
-        yield text
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:

@@ -22,20 +22,16 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def rows(source: SourceConfig, start: int) -> Iterator[dict[str, Any]]:
     """The rows of ``source`` from the ``start``-th on. ConfigError if it cannot be opened, CorruptFileError if reading
     stops half-way: a damaged file, or a host that does not answer any more."""
-    iterator = iter(_open(source).skip(start))
-    index = start
-    while True:
-        try:
-            row = next(iterator, None)
-        except Exception as error:  # file systems, HTTP libraries, Arrow: all of it means that there is no next row
-            raise CorruptFileError(
-                f"dataset {source.label}: unreadable after {index} rows ({_reason(error)}); "
-                "the same command continues from there"
-            ) from None
-        if row is None:
-            return
-        yield row
-        index += 1
+    stream, index = _open(source).skip(start), start
+    try:
+        for row in stream:
+            yield row
+            index += 1
+    except Exception as error:  # file systems, HTTP libraries, Arrow: all of it means that there is no next row
+        raise CorruptFileError(
+            f"dataset {source.label}: unreadable after {index} rows ({_reason(error)}); "
+            "the same command continues from there"
+        ) from None
 
 
 def library(source: SourceConfig) -> Any:

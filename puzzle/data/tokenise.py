@@ -19,8 +19,8 @@ from puzzle import artifacts
 from puzzle.config import DataConfig, SourceConfig
 from puzzle.data.chat import check_template
 from puzzle.data.encode import Encoded, Encoder
-from puzzle.data.packing import Arrays, Counts, map_tensors, pack, quotas, shares
-from puzzle.data.source import SPLITS, Conversation, Document, check_source, documents
+from puzzle.data.packing import Counts, map_tensors, pack, quotas, shares
+from puzzle.data.source import SPLITS, Document, check_source, documents
 from puzzle.data.streamed import is_pinned
 from puzzle.progress import Progress, console
 from puzzle.types import ConfigError
@@ -122,7 +122,8 @@ def tokenise_all(
 def pack_all(settings: DataConfig, folder: Path, inputs: Mapping[str, str], aside: Path) -> dict[str, Any]:
     """Packs what :func:`tokenise_all` left in ``folder``; the unit's payload. ConfigError for an empty split."""
     labels = [source.label for source in settings.all_sources]
-    shards = [_read_shards(folder / f"{index:02d}", inputs) for index in range(len(labels))]
+    folders = [folder / f"{index:02d}" for index in range(len(labels))]
+    shards = [[map_tensors(unit.path / _FILE) for unit in finished(one, inputs)] for one in folders]
     available = [{split: sum(len(one[f"{split}.ids"]) for one in some) for split in SPLITS} for some in shards]
     weights = [source.weight for source in settings.all_sources]
     for split in SPLITS:
@@ -153,11 +154,6 @@ def finished(folder: Path, inputs: Mapping[str, str]) -> list[artifacts.Unit]:
         else:
             artifacts.remove(path)
     return found
-
-
-def _read_shards(folder: Path, inputs: Mapping[str, str]) -> list[Arrays]:
-    """What the shards hold, memory-mapped."""
-    return [map_tensors(unit.path / _FILE) for unit in finished(folder, inputs)]
 
 
 def _enough(counts: Counts, quota: Counts | None) -> bool:
@@ -192,7 +188,8 @@ def _batches(stream: Iterator[Document], wants: Callable[[str], bool]) -> Iterat
     num_records = size = 0
     for document in stream:
         num_records += 1
-        text = document.content if isinstance(document.content, str) else _spoken(document.content)
+        content = document.content
+        text = content if isinstance(content, str) else "".join(turn["content"] for turn in content)
         if wants(document.split) and text.strip():
             batch.append(document)
             size += len(text)
@@ -200,7 +197,3 @@ def _batches(stream: Iterator[Document], wants: Callable[[str], bool]) -> Iterat
             yield batch, num_records
             batch, num_records, size = [], 0, 0
     yield batch, num_records
-
-
-def _spoken(conversation: Conversation) -> str:
-    return "".join(turn["content"] for turn in conversation)

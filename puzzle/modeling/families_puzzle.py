@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,21 +35,40 @@ def _embedding(config: PuzzleConfig) -> nn.Embedding:
 
 @dataclass(frozen=True)
 class Family:
-    """The stock modules of one model family, with the signatures in which transformers builds them.
+    """The stock modules of one model family: the classes of ``module`` whose names begin with ``prefix``, with the
+    signatures in which transformers builds them.
 
     ``attention_norms`` and ``ffn_norms`` are the names within a layer of the norm before the block and of the one after
     it, None where there is none; the blocks themselves are ``self_attn`` and ``mlp`` everywhere.
     """
 
-    attention: Callable[..., nn.Module]  # (config, layer_idx)
-    mlp: Callable[..., nn.Module]  # (config)
-    norm: type[nn.Module]  # (hidden_size, eps=)
-    rotary: type[nn.Module]  # (config)
+    module: ModuleType
+    prefix: str
+    own_attention: Callable[..., nn.Module] | None = None  # (config, layer_idx); None: the family's stock one
     embedding: Callable[[PuzzleConfig], nn.Embedding] = _embedding
     experts: Callable[..., nn.Module] | None = None  # (config)
     attention_norms: tuple[str, str | None] = ("input_layernorm", None)
     ffn_norms: tuple[str, str | None] = ("post_attention_layernorm", None)
     rope_by_layer_type: bool = False
+
+    @property
+    def attention(self) -> Any:  # (config, layer_idx)
+        return self.own_attention or self._stock("Attention")
+
+    @property
+    def mlp(self) -> Any:  # (config)
+        return self._stock("MLP")
+
+    @property
+    def norm(self) -> Any:  # (hidden_size, eps=)
+        return self._stock("RMSNorm")
+
+    @property
+    def rotary(self) -> Any:  # (config)
+        return self._stock("RotaryEmbedding")
+
+    def _stock(self, name: str) -> Any:
+        return getattr(self.module, self.prefix + name)
 
 
 class _Llama(modeling_llama.LlamaAttention):
@@ -68,53 +88,20 @@ def _scaled_embedding(config: PuzzleConfig) -> nn.Embedding:
 
 # By Hugging Face model_type. The config class of a family is transformers' own.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        attention=_Llama,
-        mlp=modeling_llama.LlamaMLP,
-        norm=modeling_llama.LlamaRMSNorm,
-        rotary=modeling_llama.LlamaRotaryEmbedding,
-    ),
-    "mistral": Family(
-        attention=modeling_mistral.MistralAttention,
-        mlp=modeling_mistral.MistralMLP,
-        norm=modeling_mistral.MistralRMSNorm,
-        rotary=modeling_mistral.MistralRotaryEmbedding,
-    ),
-    "ministral": Family(
-        attention=modeling_ministral.MinistralAttention,
-        mlp=modeling_ministral.MinistralMLP,
-        norm=modeling_ministral.MinistralRMSNorm,
-        rotary=modeling_ministral.MinistralRotaryEmbedding,
-    ),
-    "qwen2": Family(
-        attention=modeling_qwen2.Qwen2Attention,
-        mlp=modeling_qwen2.Qwen2MLP,
-        norm=modeling_qwen2.Qwen2RMSNorm,
-        rotary=modeling_qwen2.Qwen2RotaryEmbedding,
-    ),
-    "qwen3": Family(
-        attention=modeling_qwen3.Qwen3Attention,
-        mlp=modeling_qwen3.Qwen3MLP,
-        norm=modeling_qwen3.Qwen3RMSNorm,
-        rotary=modeling_qwen3.Qwen3RotaryEmbedding,
-    ),
+    "llama": Family(modeling_llama, "Llama", own_attention=_Llama),
+    "mistral": Family(modeling_mistral, "Mistral"),
+    "ministral": Family(modeling_ministral, "Ministral"),
+    "qwen2": Family(modeling_qwen2, "Qwen2"),
+    "qwen3": Family(modeling_qwen3, "Qwen3"),
     "gemma3_text": Family(
-        attention=modeling_gemma3.Gemma3Attention,
-        mlp=modeling_gemma3.Gemma3MLP,
-        norm=modeling_gemma3.Gemma3RMSNorm,
-        rotary=modeling_gemma3.Gemma3RotaryEmbedding,
+        modeling_gemma3,
+        "Gemma3",
         embedding=_scaled_embedding,
         attention_norms=("input_layernorm", "post_attention_layernorm"),
         ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         rope_by_layer_type=True,
     ),
-    "qwen3_moe": Family(
-        attention=modeling_qwen3_moe.Qwen3MoeAttention,
-        mlp=modeling_qwen3_moe.Qwen3MoeMLP,
-        norm=modeling_qwen3_moe.Qwen3MoeRMSNorm,
-        rotary=modeling_qwen3_moe.Qwen3MoeRotaryEmbedding,
-        experts=modeling_qwen3_moe.Qwen3MoeSparseMoeBlock,
-    ),
+    "qwen3_moe": Family(modeling_qwen3_moe, "Qwen3Moe", experts=modeling_qwen3_moe.Qwen3MoeSparseMoeBlock),
 }
 
 

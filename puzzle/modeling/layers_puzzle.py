@@ -31,29 +31,18 @@ Rotary = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # by key (cos, sin), e
 Masks = Mapping[Span, Any]  # a value may be None, as transformers says that its kernel needs none
 
 
-# Not "…Attention": transformers takes a module of that name for one with its own backends, and then refuses
+# Its name is not "…Attention": transformers takes a module of that name for one with its own backends, and then refuses
 # set_attn_implementation() for the whole model.
-class LinearAttn(nn.Module):
-    """One matrix in place of the attention: each token sees itself only."""
+class LinearBlock(nn.Module):
+    """One matrix, called ``name``, in place of the attention or the FFN: each token sees itself only."""
 
-    def __init__(self, config: PuzzleConfig) -> None:
+    def __init__(self, config: PuzzleConfig, name: str) -> None:
         super().__init__()
-        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.matrix_name = name
+        self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.linear_attn(hidden)
-        return output
-
-
-class LinearMlp(nn.Module):
-    """One matrix in place of the FFN."""
-
-    def __init__(self, config: PuzzleConfig) -> None:
-        super().__init__()
-        self.linear_mlp = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.linear_mlp(hidden)
+        output: torch.Tensor = self.get_submodule(self.matrix_name)(hidden)
         return output
 
 
@@ -83,7 +72,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         if self.attention_kind != "skip":
             add_norm(family.attention_norms[0])
             if self.attention_kind == "linear":
-                self.self_attn: nn.Module = LinearAttn(config)
+                self.self_attn: nn.Module = LinearBlock(config, "linear_attn")
             else:
                 self.self_attn = family.attention(layer_config, layer_idx)
                 self.self_attn.layer_idx = cache_idx  # type: ignore[assignment]
@@ -91,7 +80,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         if self.ffn_kind != "skip":
             add_norm(family.ffn_norms[0])
             if self.ffn_kind == "linear":
-                self.mlp: nn.Module = LinearMlp(config)
+                self.mlp: nn.Module = LinearBlock(config, "linear_mlp")
             else:
                 has_experts = family.experts is not None and config.has_experts(layer_idx)
                 self.mlp = (family.experts if has_experts else family.mlp)(layer_config)  # type: ignore[misc]

@@ -105,17 +105,15 @@ def fit(models: Sequence[WholeModel]) -> Mapping[Phase, Fit]:
     }
 
 
-def predicted_ms(point: WholePoint, solution: tuple[float, float, float]) -> float:
-    overhead, attention, ffn = solution
-    return point.rest_ms + overhead + attention * point.attention_ms + ffn * point.ffn_ms
-
-
 def _left_out(points: Mapping[str, Sequence[WholePoint]], columns: Sequence[int]) -> list[float]:
     """Relative errors, signed, each model predicted by a fit to the others."""
     errors = []
     for name, own in points.items():
-        solution = _solve([point for other, of in points.items() if other != name for point in of], columns)
-        errors += [predicted_ms(point, solution) / point.whole_ms - 1 for point in own]
+        others = [point for other, of in points.items() if other != name for point in of]
+        overhead, attention, ffn = _solve(others, columns)
+        for point in own:
+            predicted = point.rest_ms + overhead + attention * point.attention_ms + ffn * point.ffn_ms
+            errors.append(predicted / point.whole_ms - 1)
     return errors
 
 
@@ -137,6 +135,3 @@ def _solve(points: Sequence[WholePoint], columns: Sequence[int]) -> tuple[float,
 
 def _rms(errors: Sequence[float]) -> float:
     return math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
-
-
-__all__ = ["Fit", "WholeModel", "WholePoint", "fit", "fit_phase", "whole_models"]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from puzzle.config import GridFile
-from puzzle.types import ConfigError, ModelShape, Phase
+from puzzle.profiling.table import GRID_KEY
+from puzzle.types import ConfigError, Cost, CostSetting, Gap, ModelShape, Phase
 
 
 @dataclass(frozen=True)
@@ -39,35 +41,40 @@ class GridPoint:
     def total_tokens(self) -> int:
         return self.cached_tokens + self.new_tokens
 
+    def cost(
+        self,
+        shape_id: str,
+        setting: CostSetting,
+        ms: tuple[float, float, float],
+        source: Literal["measured", "estimate"] = "measured",
+    ) -> Cost:
+        """What a shape takes of this forward: ``ms`` are the median, 10th and 90th percentile."""
+        median, p10, p90 = ms
+        return Cost(shape_id, **vars(self), **vars(setting), ms=median, ms_p10=p10, ms_p90=p90, source=source)
+
+    def gap(self, reason: str, shape_id: str | None = None) -> Gap:
+        """Why there is no time of this forward, or of one shape in it."""
+        return Gap(**vars(self), reason=reason, shape_id=shape_id)
+
 
 def grid_points(grid: GridFile, shape: ModelShape) -> tuple[GridPoint, ...]:
     """Every point of the grid once, sorted within each phase. ConfigError for one longer than the model's positions."""
+    lengths: dict[Phase, tuple[int, ...]] = {"prefill": grid.prefill_tokens, "decode": grid.decode_context_tokens}
     points = tuple(
         GridPoint(phase, batch_size, tokens)
-        for phase, lengths in _lengths(grid)
+        for phase, of_phase in lengths.items()
         for batch_size in sorted(set(grid.batch_sizes))
-        for tokens in sorted(set(lengths))
+        for tokens in sorted(set(of_phase))
     )
     if not points:
         raise ConfigError("the profiling grid is empty; give batch_sizes and prefill_tokens or decode_context_tokens")
     for point in points:
-        if point.total_tokens > shape.max_position_embeddings:
-            key, most = _limit(point, shape)
+        if (excess := point.total_tokens - shape.max_position_embeddings) > 0:
             raise ConfigError(
-                f"profiling grid: {key} contains {point.context_tokens}, but the model has "
-                f"{shape.max_position_embeddings} positions; at most {most} is allowed"
+                f"profiling grid: {GRID_KEY[point.phase]} contains {point.context_tokens}, but the model has "
+                f"{shape.max_position_embeddings} positions; at most {point.context_tokens - excess} is allowed"
             )
     return points
-
-
-def _lengths(grid: GridFile) -> tuple[tuple[Phase, tuple[int, ...]], ...]:
-    return ("prefill", grid.prefill_tokens), ("decode", grid.decode_context_tokens)
-
-
-def _limit(point: GridPoint, shape: ModelShape) -> tuple[str, int]:
-    if point.phase == "prefill":
-        return "prefill_tokens", shape.max_position_embeddings
-    return "decode_context_tokens", shape.max_position_embeddings - 1
 
 
 def extremes(points: Iterable[GridPoint]) -> tuple[GridPoint, ...]:

@@ -17,8 +17,6 @@ from puzzle.profiling.table import ANY_ENGINE
 from puzzle.types import CorruptFileError, Cost, Costs, from_json, to_json
 
 NEEDED = ("shape_id", "phase", "batch_size", "context_tokens", "weights", "device", "ms")
-WHOLE = ("batch_size", "context_tokens", "tensor_parallel")
-NUMBERS = ("ms", "ms_p10", "ms_p90")
 
 
 def read_table(path: Path) -> Costs:
@@ -47,14 +45,7 @@ def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         source = f"{path}:{number}"
         if None in row or None in row.values():
             raise CorruptFileError(f"{source}: {len(reader.fieldnames or ())} columns expected; mend the line")
-        yield source, {name: _number(name, text, source) for name, text in row.items() if text != ""}
-
-
-def _number(name: str, text: str, source: str) -> object:
-    try:
-        return int(text) if name in WHOLE else float(text) if name in NUMBERS else text
-    except ValueError:
-        raise CorruptFileError(f"{source}: {name} is {text!r}, not a number") from None
+        yield source, {name: text for name, text in row.items() if text != ""}
 
 
 def _json_records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -73,6 +64,3 @@ def _cost(record: dict[str, Any], source: str) -> Cost:
     ms = record["ms"]
     defaults = {"kv": record["weights"], "tensor_parallel": 1, "engine": ANY_ENGINE, "ms_p10": ms, "ms_p90": ms}
     return from_json(Cost, {**defaults, "source": "imported", **record}, source)
-
-
-__all__ = ["read_table", "write_table"]

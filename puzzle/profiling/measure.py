@@ -6,18 +6,21 @@ Gives Cost records, gaps and Timings; writes nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from puzzle.profiling.device import device_name
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.profiling.correction import WholePoint
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.probes import DETAILS, DetailProbe, PointTooLargeError, Probe, site_probe, too_large
+from puzzle.profiling.probes import DETAILS, DetailProbe, ModelProbe, PointTooLargeError, Probe, site_probe, too_large
 from puzzle.profiling.stack import SiteStack
-from puzzle.profiling.table import REST
+from puzzle.profiling.table import REST, SKIPPED
 from puzzle.profiling.timer import Timing
-from puzzle.types import Cost, Gap
+from puzzle.space import PARTS
+from puzzle.types import Cost, Gap, Spec
+from puzzle.variants import shape_id
 
 WARMUP_ROUNDS = 2
 ROUNDS_AGAIN = 4  # times as many, where a time was lost in noise
@@ -67,33 +70,36 @@ def measure_point(stack: SiteStack, point: GridPoint, repeats: int, seed: int) -
     except (PointTooLargeError, torch.OutOfMemoryError) as error:
         if not isinstance(error, PointTooLargeError):
             error = PointTooLargeError(too_large(stack.device, point))
-        return Measured((), (Gap(point.phase, point.batch_size, point.context_tokens, str(error)),))
-    found = {name: timing for name, timing in timings.items() if timing.ms > 0}
-    lost = [name for name in (*stack.sites, REST) if name not in found]
-    gaps = [
-        Gap(point.phase, point.batch_size, point.context_tokens, "too short to be told from noise", name)
-        for name in lost
-    ]
+        return Measured((), (point.gap(str(error)),))
+    found = {
+        name: point.cost(name, stack.setting, (timing.ms, timing.ms_p10, timing.ms_p90))
+        for name, timing in timings.items()
+        if timing.ms > 0
+    }
+    wanted = (*stack.sites, REST)
     return Measured(
-        tuple(_cost(stack, point, name, found[name]) for name in (*stack.sites, REST) if name in found),
-        tuple(gaps),
-        tuple(_cost(stack, point, name, found[name]) for name in DETAILS if name in found),
+        tuple(found[name] for name in wanted if name in found),
+        tuple(point.gap("too short to be told from noise", name) for name in wanted if name not in found),
+        tuple(found[name] for name in DETAILS if name in found),
     )
 
 
-def _cost(stack: SiteStack, point: GridPoint, name: str, timing: Timing) -> Cost:
-    return Cost(
-        shape_id=name,
-        phase=point.phase,
-        batch_size=point.batch_size,
-        context_tokens=point.context_tokens,
-        weights=stack.dtype,
-        kv=stack.dtype,
-        device=device_name(stack.device),
-        tensor_parallel=1,
-        engine=stack.engine,
-        ms=timing.ms,
-        ms_p10=timing.ms_p10,
-        ms_p90=timing.ms_p90,
-        source="measured",
-    )
+def measure_wholes(
+    stack: SiteStack,
+    models: Mapping[str, tuple[PuzzleForCausalLM, Sequence[Spec]]],
+    point: GridPoint,
+    repeats: int,
+    seed: int,
+) -> dict[str, WholePoint]:
+    """Whole models (and the specs at their sites), and the sums of their parts, in the same rounds.
+
+    PointTooLargeError, or torch's own error, where they do not fit in memory together.
+    """
+    probes = [site_probe(stack, point), *(ModelProbe(name, model, point) for name, (model, _) in models.items())]
+    ms = {name: timing.ms for name, timing in measure_many(probes, repeats, seed).items()}
+    found = {}
+    for name, (_, specs) in models.items():
+        ids = [one for spec in specs if (one := shape_id(spec, stack.shape)) not in SKIPPED]
+        attention, ffn = (sum(ms[one] for one in ids if one.startswith(part)) for part in PARTS)
+        found[name] = WholePoint(**vars(point), whole_ms=ms[name], rest_ms=ms[REST], attention_ms=attention, ffn_ms=ffn)
+    return found

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_name
 from puzzle.profiling.stack import NUM_NEIGHBOURS, ForwardStep, SiteStack
 from puzzle.profiling.table import REST
 from puzzle.profiling.timer import Clock, graph_pool, make_clock, synchronize

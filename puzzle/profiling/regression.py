@@ -39,7 +39,6 @@ EXCHANGE_PASSES = 8
 CONCENTRATION = 0.5  # of the Dirichlet distribution of shares: below 1, models made of few shapes are common
 LEAST = 0.1  # standard errors that every time is at least
 IDENTIFIED = 1e-8  # singular values below this part of the largest are zero
-Z_90 = 1.2815515655446004  # 90th percentile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -83,38 +82,15 @@ class Fit:
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
+        from scipy.special import stdtrit
+
+        # Student's t at 90 %; of the normal distribution, whose degrees of freedom are infinite, where there are none
+        quantile = float(stdtrit(self.degrees_of_freedom or math.inf, 0.9))
         errors = [math.sqrt(row[number]) for number, row in enumerate(self.covariance)]
-        return tuple(map(self._estimate, self.shape_ids, self.ms, errors))
-
-    def predict(self, shape_ids: Iterable[str]) -> Estimate:
-        """A whole model, the rest included; the error is that of the sum, without the spread of a new start.
-
-        MissingMeasurementError for a shape that was not measured.
-        """
-        numbers = Counter(name for name in shape_ids if name not in SKIPPED)
-        missing = sorted(numbers.keys() - set(self.shape_ids))
-        if missing:
-            raise MissingMeasurementError(f"{missing[0]} is in none of the measured models")
-        counts = np.array([1 if name == REST else numbers[name] for name in self.shape_ids], dtype=float)
-        variance = float(counts @ np.array(self.covariance) @ counts)
-        return self._estimate("model", float(counts @ np.array(self.ms)), math.sqrt(max(0.0, variance)))
-
-    def _estimate(self, name: str, ms: float, error: float) -> Estimate:
-        margin = error * _t_90(self.degrees_of_freedom)
-        return Estimate(name, ms, error, max(0.0, ms - margin), ms + margin)
-
-
-def _t_90(degrees_of_freedom: int) -> float:
-    """90th percentile of Student's t by its Cornish-Fisher expansion; of the normal distribution for 0."""
-    if degrees_of_freedom == 0:
-        return Z_90
-    z, n = Z_90, degrees_of_freedom
-    terms = (
-        (z**3 + z) / 4 / n,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96 / n**2,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384 / n**3,
-    )
-    return z + math.fsum(terms)
+        return tuple(
+            Estimate(name, ms, error, max(0.0, ms - quantile * error), ms + quantile * error)
+            for name, ms, error in zip(self.shape_ids, self.ms, errors, strict=True)
+        )
 
 
 def shape_ids(layers: Architecture, shape: ModelShape) -> tuple[str, ...]:
@@ -239,6 +215,8 @@ def regress(observations: Sequence[Observation], wanted: Iterable[str] = ()) -> 
 
     Raises MissingMeasurementError, naming the shapes, where the models do not tell them apart.
     """
+    from scipy.optimize import nnls
+
     if not observations:
         raise MissingMeasurementError("no model was measured")
     names = sorted({*wanted, *(name for model in observations for name in model.shape_ids)} - {*SKIPPED, REST})
@@ -254,7 +232,7 @@ def regress(observations: Sequence[Observation], wanted: Iterable[str] = ()) -> 
     scaled, goal = counts / deviation[:, None], times / deviation
     covariance = np.linalg.inv(scaled.T @ scaled)
     least = LEAST * np.sqrt(np.diag(covariance))
-    ms = least + _non_negative(scaled, goal - scaled @ least)
+    ms = least + nnls(scaled, goal - scaled @ least)[0]
     residuals = counts @ ms / times - 1
     rows = tuple(tuple(map(float, row)) for row in covariance)
     return Fit(unknowns, tuple(map(float, ms)), rows, spread, freedom, tuple(map(float, residuals)))
@@ -274,7 +252,8 @@ def _check_identified(counts: Matrix, unknowns: Sequence[str]) -> None:
 
 
 def _start_spread(counts: Matrix, times: Matrix, own: Matrix, freedom: int) -> float:
-    """t of the module's docstring, by bisection; 0 without degrees of freedom."""
+    """t of the module's docstring; 0 without degrees of freedom."""
+    from scipy.optimize import brentq
 
     def excess(spread: float) -> float:
         deviation = np.sqrt(own**2 + (spread * times) ** 2)
@@ -284,35 +263,7 @@ def _start_spread(counts: Matrix, times: Matrix, own: Matrix, freedom: int) -> f
 
     if freedom == 0 or excess(0.0) <= 0:
         return 0.0
-    low, high = 0.0, 1.0
+    high = 1.0
     while excess(high) > 0:
         high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return high
-
-
-def _non_negative(scaled: Matrix, goal: Matrix) -> Matrix:
-    """Least squares with no solution below zero (Lawson and Hanson 1974, algorithm NNLS)."""
-    size = scaled.shape[1]
-    solution, free = np.zeros(size), np.zeros(size, dtype=bool)
-    tolerance = 1e-10 * float(np.abs(scaled.T @ goal).max())
-    for _ in range(10 * size):
-        gradient = scaled.T @ (goal - scaled @ solution)
-        bound = np.where(free, -np.inf, gradient)
-        if bound.max() <= tolerance:
-            break
-        free[int(np.argmax(bound))] = True
-        while True:
-            trial = np.zeros(size)
-            trial[free] = np.linalg.lstsq(scaled[:, free], goal, rcond=None)[0]
-            negative = free & (trial < 0)
-            if not negative.any():
-                solution = trial
-                break
-            steps = solution[negative] / (solution[negative] - trial[negative])
-            solution = solution + float(steps.min()) * (trial - solution)
-            free &= solution > 1e-14 * max(1e-300, float(solution.max()))
-            solution[~free] = 0.0
-    return solution
+    return float(brentq(excess, 0.0, high, xtol=1e-15))

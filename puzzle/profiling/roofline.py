@@ -21,7 +21,7 @@ from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Deployment
 from puzzle.profiling.kernels import Kernel, rest_kernels, site_kernels
 from puzzle.profiling.table import ANY_ENGINE, REST, SKIPPED
-from puzzle.types import ConfigError, Cost, ModelShape, Spec
+from puzzle.types import ConfigError, Cost, CostSetting, ModelShape, Spec
 from puzzle.variants import shape_id
 
 
@@ -70,10 +70,10 @@ def estimate(
         if name not in SKIPPED and name not in kernels:
             kernels[name] = site_kernels(spec, shape, point, deployment)
     kernels[REST] = rest_kernels(shape, point, deployment)
-    return tuple(
-        _cost(name, point, deployment, math.fsum(kernel_ms(kernel, deployment, efficiency) for kernel in run))
-        for name, run in kernels.items()
-    )
+    ms = {name: math.fsum(kernel_ms(kernel, deployment, efficiency) for kernel in run) for name, run in kernels.items()}
+    device, weights, kv, tp = deployment.hardware.device, deployment.weights, deployment.kv, deployment.tp
+    setting = CostSetting(device, weights, kv, tp, ANY_ENGINE)
+    return tuple(point.cost(name, setting, (value, value, value), "estimate") for name, value in ms.items())
 
 
 def kernel_ms(kernel: Kernel, deployment: Deployment, efficiency: Efficiency = DEFAULT) -> float:
@@ -87,21 +87,3 @@ def kernel_ms(kernel: Kernel, deployment: Deployment, efficiency: Efficiency = D
     computing = kernel.flops / (sheet.matmul_flops_per_s(kernel.dtype) * share)
     reading = kernel.memory_bytes / (sheet.bandwidth_bytes_per_s * efficiency.bandwidth)
     return 1e3 * max(computing, reading) + overhead
-
-
-def _cost(name: str, point: GridPoint, deployment: Deployment, ms: float) -> Cost:
-    return Cost(
-        shape_id=name,
-        phase=point.phase,
-        batch_size=point.batch_size,
-        context_tokens=point.context_tokens,
-        weights=deployment.weights,
-        kv=deployment.kv,
-        device=deployment.hardware.device,
-        tensor_parallel=deployment.tp,
-        engine=ANY_ENGINE,
-        ms=ms,
-        ms_p10=ms,
-        ms_p90=ms,
-        source="estimate",
-    )

@@ -4,9 +4,9 @@ Minimises over the logarithms θ of the Efficiency's numbers::
 
     sum over measured costs of huber(log(estimate / measured))  +  RIDGE * number of costs * |θ - θ_start|²
 
-by Levenberg-Marquardt from several starts, since where a kernel is bound by bandwidth, its rate has no gradient. The
-ridge is too weak to matter where measurements decide, and leaves what they say nothing about (the rate, if only decode
-was measured) where it was. What a runtime does between the sites is not the roofline's: the rest is left out.
+from several starts, since where a kernel is bound by bandwidth, its rate has no gradient. The ridge is too weak to
+matter where measurements decide, and leaves what they say nothing about (the rate, if only decode was measured) where
+it was. What a runtime does between the sites is not the roofline's: the rest is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ COSTS_PER_NUMBER = 3
 RIDGE = 1e-5
 HUBER = 0.1  # log ratios beyond count linearly
 SHARES_TRIED, OVERHEADS_TRIED = (1.0, 0.5, 0.2), (1.0, 5.0)  # starts, relative to the one given
-ROUNDS, SMALLEST_GAIN = 200, 1e-10
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,10 @@ def fit(
         return np.log(work.ms(_efficiency(start, names, logs))) - np.log([cost.ms for cost in used])
 
     first = np.log([getattr(start, name) for name in names])
-    best = min((_minimise(log_ratios, first, begin) for begin in _starts(first, names)), key=lambda found: found[1])[0]
+    is_overhead = np.array([name == "overhead" for name in names])
+    scales = itertools.product(SHARES_TRIED, OVERHEADS_TRIED)
+    starts = [first + np.log(np.where(is_overhead, overhead, share)) for share, overhead in scales]
+    best = min((_minimise(log_ratios, first, begin) for begin in starts), key=lambda found: found[1])[0]
     return Fit(
         efficiency=_efficiency(start, names, best),
         num_costs=len(used),
@@ -88,13 +90,6 @@ def fit(
 
 def _efficiency(start: Efficiency, names: Sequence[str], logs: Array) -> Efficiency:
     return replace(start, **{name: math.exp(value) for name, value in zip(names, logs, strict=True)})
-
-
-def _starts(first: Array, names: Sequence[str]) -> list[Array]:
-    """``first`` with its shares and its overhead scaled."""
-    is_overhead = np.array([name == "overhead" for name in names])
-    scales = itertools.product(SHARES_TRIED, OVERHEADS_TRIED)
-    return [first + np.where(is_overhead, math.log(overhead), math.log(share)) for share, overhead in scales]
 
 
 def _median_error(log_ratios: Array) -> float:
@@ -115,11 +110,12 @@ class _Work:
 
     @classmethod
     def of(cls, costs: Sequence[tuple[Cost, Spec]], shape: ModelShape, hardware: Hardware) -> _Work:
-        rows = [
-            (number, *_ideal_ms(kernel, hardware), float(kernel.kind == "attention"))
-            for number, (cost, spec) in enumerate(costs)
-            for kernel in _kernels(cost, spec, shape, hardware)
-        ]
+        rows = []
+        for number, (cost, spec) in enumerate(costs):
+            deployment = Deployment(hardware, cost.weights, cost.kv, cost.tensor_parallel)
+            point = GridPoint(cost.phase, cost.batch_size, cost.context_tokens)
+            for kernel in site_kernels(spec, shape, point, deployment):
+                rows.append((number, *_ideal_ms(kernel, hardware), float(kernel.kind == "attention")))
         return cls(*np.array(rows, dtype=np.float64).T)
 
     def ms(self, efficiency: Efficiency) -> Array:
@@ -128,11 +124,6 @@ class _Work:
         ms = np.maximum(self.computing_ms / share, self.reading_ms / efficiency.bandwidth)
         ms += self.sending_ms / efficiency.link + self.latency_ms + self.overhead_ms * efficiency.overhead
         return np.asarray(np.bincount(self.cost.astype(np.int64), weights=ms), dtype=np.float64)
-
-
-def _kernels(cost: Cost, spec: Spec, shape: ModelShape, hardware: Hardware) -> tuple[Kernel, ...]:
-    setting = Deployment(hardware, cost.weights, cost.kv, cost.tensor_parallel)
-    return site_kernels(spec, shape, GridPoint(cost.phase, cost.batch_size, cost.context_tokens), setting)
 
 
 def _ideal_ms(kernel: Kernel, hardware: Hardware) -> tuple[float, float, float, float, float]:
@@ -147,34 +138,13 @@ def _ideal_ms(kernel: Kernel, hardware: Hardware) -> tuple[float, float, float, 
 
 
 def _minimise(log_ratios: Callable[[Array], Array], prior: Array, begin: Array) -> tuple[Array, float]:
-    """Where the penalised Huber loss is least, found from ``begin`` by reweighted steps, and its value."""
-    ridge = RIDGE * len(log_ratios(begin))
+    """Where the penalised Huber loss is least, found from ``begin``, and its value."""
+    from scipy.optimize import least_squares
 
-    def loss(logs: Array) -> float:
-        size = np.abs(log_ratios(logs))
-        huber = np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))
-        return float(huber.sum() + ridge / 2 * ((logs - prior) ** 2).sum())
+    ridge = math.sqrt(RIDGE * len(log_ratios(begin)))
 
-    at, value, damping = begin, loss(begin), 1e-3
-    for _ in range(ROUNDS):
-        ratios = log_ratios(at)
-        slopes = _slopes(log_ratios, at)
-        weights = np.minimum(1.0, HUBER / np.maximum(np.abs(ratios), 1e-12))
-        gradient = slopes.T @ (weights * ratios) + ridge * (at - prior)
-        curvature = slopes.T @ (weights[:, None] * slopes) + ridge * np.eye(len(at))
-        step = np.linalg.solve(curvature + damping * np.diag(np.diag(curvature)), -gradient)
-        tried = at + np.clip(step, -1.0, 1.0)
-        gain = value - loss(tried)
-        if gain > 0:
-            at, value, damping = tried, value - gain, damping / 3
-        else:
-            damping *= 4
-        if abs(gain) < SMALLEST_GAIN and damping < 1 or damping > 1e9:
-            break
-    return at, value
+    def residuals(logs: Array) -> Array:
+        return np.append(log_ratios(logs), ridge * (logs - prior))
 
-
-def _slopes(log_ratios: Callable[[Array], Array], at: Array, step: float = 1e-5) -> Array:
-    """Central differences: rows are costs, columns the numbers."""
-    moved = np.eye(len(at)) * step
-    return np.stack([(log_ratios(at + move) - log_ratios(at - move)) / (2 * step) for move in moved], axis=1)
+    found = least_squares(residuals, begin, "3-point", loss="huber", f_scale=HUBER, ftol=1e-12, xtol=1e-12)
+    return found.x, float(found.cost)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from puzzle import artifacts, yamlfiles
 from puzzle.config import ProfileConfig
@@ -19,7 +20,7 @@ from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Deployment, hardware
 from puzzle.profiling.imported import read_table
 from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate
-from puzzle.profiling.vllm import ENGINE, Engine
+from puzzle.profiling.vllm import Engine
 from puzzle.profiling.vllm_costs import MeasuredModel, costs_of, num_models
 from puzzle.tables import read_costs
 from puzzle.types import (
@@ -69,43 +70,37 @@ class CostSource:
         names = ["teacher", *(f"random-{number:02}" for number in range(self.settings.fit_models))]
         return tuple(self.folder / "whole-models" / f"{name}.json" for name in names)
 
-    @cached_property
+    @property
     def fits(self) -> tuple[correction.Fit, ...]:
         """What whole models say of the sums, once all of them were measured from what the parts are measured from."""
         if self.settings.backend != "measured" or not all(path.exists() for path in self.whole_models):
             return ()
-        if any(artifacts.changed_inputs(path, self.made_from) for path in self.whole_models):
-            return ()
         units = [artifacts.read_unit(path) for path in self.whole_models]
+        if any(unit.inputs != self.made_from for unit in units):
+            return ()
         models = [from_json(WholeModel, unit.payload["model"], unit.path) for unit in units]
         return tuple(correction.fit(models).values())
 
-    @property
-    def there(self) -> tuple[Cost, ...]:
+    def _there(self) -> list[artifacts.Unit]:
         """What has been measured so far."""
-        names = [path.name for path in self.units if path.exists()] if self.settings.backend == "measured" else []
-        return read_costs(self.folder / "costs", names).rows if names else ()
+        return [artifacts.read_unit(path) for path in self.units if path.exists()]
 
-    @property
-    def details(self) -> tuple[Cost, ...]:
-        """Times of one norm and of the head, at the points that were measured."""
-        units = [artifacts.read_unit(path) for path in self.units if path.exists()]
-        return tuple(from_json(Cost, entry, unit.path) for unit in units for entry in unit.payload.get("details", ()))
+    def published(self, what: Literal["costs", "details"]) -> tuple[Cost, ...]:
+        """What has been measured so far here: times of shapes, or of one norm and of the head."""
+        return tuple(from_json(Cost, one, unit.path) for unit in self._there() for one in unit.payload.get(what, ()))
 
     @property
     def environment(self) -> Mapping[str, str]:
         """What the last unit was measured on, and when; nothing where nothing is measured."""
-        there = [path for path in self.units if path.exists()]
-        return dict(artifacts.read_unit(there[-1]).payload.get("environment", {})) if there else {}
+        return dict(there[-1].payload.get("environment", {})) if (there := self._there()) else {}
 
     def read(self) -> Costs:
         """MissingMeasurementError where nothing was measured, CorruptFileError for a table that cannot be used."""
         costs = self._read()
-        corrections = tuple(fit.correction for fit in self.fits)
         return replace(
             costs,
             rows=with_stand_ins(costs.rows, self.settings.stand_in),
-            corrections=corrections,
+            corrections=tuple(fit.correction for fit in self.fits),
             safety=self.settings.safety,
         )
 
@@ -117,6 +112,11 @@ class CostSource:
         if self.settings.backend == "imported":
             assert self.table is not None
             return self.table
+        return self.estimates
+
+    @cached_property
+    def estimates(self) -> Costs:
+        """At every point that some workload consists of, each once."""
         settings = {(workload, size) for workload in self.workloads for size in workload.batch_sizes}
         rows: dict[tuple[CostSetting, str, str, int, int], Cost] = {}
         for workload, size in settings:
@@ -141,14 +141,13 @@ class CostSource:
         )
 
     def _read_vllm(self) -> Costs:
-        if missing := sum(not path.exists() for path in self.units):
+        units = self._there()
+        if missing := len(self.units) - len(units):
             raise MissingMeasurementError(
                 f"{missing} of {len(self.units)} models were not measured in vLLM; run `puzzle profile RUN`"
             )
-        units = [artifacts.read_unit(path) for path in self.units]
         measured = [from_json(MeasuredModel, unit.payload["measured"], unit.path) for unit in units]
-        weights, tp = self.engine.weights, self.engine.tensor_parallel
-        return costs_of(self.shape, self.specs, measured, CostSetting("", weights, weights, tp, ENGINE))
+        return costs_of(self.shape, self.specs, measured, self.engine.weights, self.engine.tensor_parallel)
 
     @cached_property
     def table(self) -> Costs | None:
@@ -192,6 +191,3 @@ def with_stand_ins(rows: Sequence[Cost], stand_in: Mapping[str, str]) -> tuple[C
     for asked, there in stand_in.items():
         found += [replace(cost, kv=asked, source="estimate") for cost in found if cost.kv == there]
     return tuple(found)
-
-
-__all__ = ["CostSource", "points_of", "with_stand_ins"]

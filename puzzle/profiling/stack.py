@@ -19,14 +19,15 @@ from transformers import AutoModelForCausalLM
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.modeling.configuration_puzzle import Span
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_name
 from puzzle.profiling.kv_cache import PreallocatedCache, Slot
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, SKIPPED
-from puzzle.types import AttentionSpec, ConfigError, ModelShape, Part, Site, Spec
+from puzzle.space import PARTS
+from puzzle.types import ConfigError, CostSetting, ModelShape, Site, Spec, part_of
 from puzzle.variants import block_part, keep_spec, resolve, shape_id
 
 Dtype = Literal["fp32", "bf16"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS: tuple[Part, Part] = ("attention", "ffn")
 NUM_NEIGHBOURS = 2  # whole layers of the teacher around the sites
 COMPILE_BACKEND, RECOMPILE_LIMIT = "inductor", 4096
 NUM_EMPTY = 2  # layers without a site, whose time is what calling a layer costs
@@ -46,6 +47,11 @@ class SiteStack:
     empty: tuple[nn.Module, ...]
     engine: str = ENGINE
 
+    @property
+    def setting(self) -> CostSetting:
+        """What its times hold for."""
+        return CostSetting(device_name(self.device), self.dtype, self.dtype, 1, self.engine)
+
     @classmethod
     def build(
         cls, shape: ModelShape, config: PuzzleConfig, specs: Iterable[Spec], device: str, dtype: Dtype, seed: int = 0
@@ -57,7 +63,7 @@ class SiteStack:
         distinct = {name: spec for name, spec in by_shape.items() if name not in SKIPPED}
         keep, skip = {"kind": "keep"}, {"kind": "skip"}
         blocks = [{"attention": keep, "ffn": keep}] * NUM_NEIGHBOURS
-        blocks += [{"attention": skip, "ffn": skip, _part(spec): block_part(spec)} for spec in distinct.values()]
+        blocks += [{"attention": skip, "ffn": skip, part_of(spec): block_part(spec)} for spec in distinct.values()]
         blocks += [{"attention": skip, "ffn": skip}] * NUM_EMPTY
         kinds = [typical] * NUM_NEIGHBOURS + [_layer_for(spec, shape) for spec in distinct.values()]
         model = random_model(config, blocks, device, dtype, seed, layers=kinds + [typical] * NUM_EMPTY)
@@ -91,10 +97,6 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
     for layer in layers:
         layer.compile(dynamic=False, backend=COMPILE_BACKEND)
-
-
-def _part(spec: Spec) -> str:
-    return "attention" if isinstance(spec, AttentionSpec) else "ffn"
 
 
 def _typical_layer(shape: ModelShape) -> int:

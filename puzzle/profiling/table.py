@@ -65,14 +65,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Milliseconds of an architecture at a workload: until the first token, and per token after it."""
-
-    ttft_ms: float
-    tpot_ms: float
-
-
-@dataclass(frozen=True)
 class CostTable:
     """The costs that hold on one workload's device, dtypes, parallelism and runtime.
 
@@ -92,8 +84,12 @@ class CostTable:
 
         Raises MissingMeasurementError if none fits, CorruptFileError if a point is there twice.
         """
-        asked = setting_of(workload)
-        fitting = [cost for cost in costs.rows if _serves(cost.setting, asked)]
+        asked = CostSetting(workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
+        fitting = [
+            cost
+            for cost in costs.rows
+            if replace(cost.setting, engine=asked.engine) == asked and cost.engine in (asked.engine, ANY_ENGINE)
+        ]
         if not fitting:
             there = sorted({str(cost.setting) for cost in costs.rows})
             raise MissingMeasurementError(
@@ -140,14 +136,6 @@ class CostTable:
         """
         return self._mean(shape_id, "decode", batch_size, isl, max(isl, isl + osl - 2))
 
-    def predict(self, shape_ids: Sequence[str], batch_size: int, isl: int, osl: int) -> Prediction:
-        """The sum over an architecture's shapes (one per site, repeats included) and the rest."""
-        parts = (*shape_ids, REST)
-        return Prediction(
-            ttft_ms=math.fsum(self.prefill_ms(part, batch_size, isl) for part in parts),
-            tpot_ms=math.fsum(self.decode_ms(part, batch_size, isl, osl) for part in parts),
-        )
-
     def _mean(self, shape_id: str, phase: Phase, batch_size: int, first: int, last: int) -> float:
         if shape_id in SKIPPED:
             return 0.0
@@ -187,15 +175,6 @@ class CostTable:
             f"{where}, batch size {batch_size}: {values} tokens lie outside the measured {tokens[0]} to {tokens[-1]}; "
             f"add {values} to {GRID_KEY[phase]} in the grid file and run `{COMMAND}`"
         )
-
-
-def setting_of(workload: Workload) -> CostSetting:
-    """What costs must hold for to answer for ``workload``."""
-    return CostSetting(workload.device, workload.weights, workload.kv, workload.tp, workload.runtime)
-
-
-def _serves(setting: CostSetting, asked: CostSetting) -> bool:
-    return replace(setting, engine=asked.engine) == asked and setting.engine in (asked.engine, ANY_ENGINE)
 
 
 def _curve(points: Mapping[int, float]) -> Curve:

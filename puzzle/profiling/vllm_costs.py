@@ -20,10 +20,8 @@ from puzzle.types import (
     Cost,
     Costs,
     CostSetting,
-    Gap,
     MissingMeasurementError,
     ModelShape,
-    Phase,
     Spec,
     Strict,
 )
@@ -49,20 +47,20 @@ def num_models(specs: Iterable[Spec], shape: ModelShape) -> int:
 
 
 def costs_of(
-    shape: ModelShape, specs: Iterable[Spec], measured: Sequence[MeasuredModel], setting: CostSetting
+    shape: ModelShape, specs: Iterable[Spec], measured: Sequence[MeasuredModel], weights: str, tensor_parallel: int
 ) -> Costs:
-    """All that the models say of ``specs``: costs and gaps. ``setting`` names the dtypes and the parallelism."""
-    models, times = [one.layers for one in measured], [one.time for one in measured]
-    fits = fit_points(shape, models, times)
-    device = CostSetting(times[0].device, setting.weights, setting.kv, setting.tensor_parallel, ENGINE)
+    """All that the models say of ``specs``: costs and gaps, for these ``weights`` (and KV cache) and parallelism."""
+    times = [one.time for one in measured]
+    fits = fit_points(shape, [one.layers for one in measured], times)
     refused = {shape_id(spec, shape): reason for spec in specs if (reason := vllm_refusal(spec, shape))}
-    gaps = [Gap(*_place(found.point), found.reason) for found in fits if found.reason is not None]
+    gaps = [found.point.gap(found.reason) for found in fits if found.reason is not None]
     gaps += [
-        Gap(*_place(found.point), f"vLLM cannot load it: {reason}; take it out of the space", name)
+        found.point.gap(f"vLLM cannot load it: {reason}; take it out of the space", name)
         for found in fits
         for name, reason in refused.items()
     ]
-    return Costs(tuple(costs(fits, device)), tuple(gaps))
+    setting = CostSetting(times[0].device, weights, weights, tensor_parallel, ENGINE)
+    return Costs(tuple(costs(fits, setting)), tuple(gaps))
 
 
 @dataclass(frozen=True)
@@ -105,26 +103,8 @@ def _point(time: PointTime) -> GridPoint:
 def costs(fits: Sequence[PointFit], setting: CostSetting) -> list[Cost]:
     """The records of all shapes, and of the rest, at the points that have a fit; percentiles are the estimates'."""
     return [
-        Cost(
-            shape_id=estimate.shape_id,
-            phase=found.point.phase,
-            batch_size=found.point.batch_size,
-            context_tokens=found.point.context_tokens,
-            weights=setting.weights,
-            kv=setting.kv,
-            device=setting.device,
-            tensor_parallel=setting.tensor_parallel,
-            engine=setting.engine,
-            ms=estimate.ms,
-            ms_p10=estimate.ms_p10,
-            ms_p90=estimate.ms_p90,
-            source="measured",
-        )
+        found.point.cost(one.shape_id, setting, (one.ms, one.ms_p10, one.ms_p90))
         for found in fits
         if found.fit is not None
-        for estimate in found.fit.estimates
+        for one in found.fit.estimates
     ]
-
-
-def _place(point: GridPoint) -> tuple[Phase, int, int]:
-    return point.phase, point.batch_size, point.context_tokens

@@ -118,6 +118,3 @@ def draw(table: pd.DataFrame, found: Sequence[Fit], path: Path) -> None:
     axes.set_title("When sums lie")
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
-
-
-__all__ = ["draw", "evaluations", "fits", "frame", "report"]

@@ -31,7 +31,7 @@ def profile_frame(run: Run) -> pd.DataFrame:
     import pandas as pd
 
     ms: dict[tuple[str, str, str, int, int], dict[str, float]] = {}
-    for cost in (*run.read_costs().rows, *run.cost_source.details):
+    for cost in (*run.read_costs().rows, *run.cost_source.published("details")):
         at = (cost.device, cost.weights, cost.phase, cost.batch_size, cost.context_tokens)
         ms.setdefault(at, {})[cost.shape_id] = cost.ms
     parts = {at: _parts(of, run.shape, run.keep_specs) for at, of in ms.items()}
@@ -101,6 +101,3 @@ def fits_text(fits: tuple[Fit, ...]) -> str:
 def _errors(errors: tuple[float, ...]) -> str:
     sizes = [abs(error) for error in errors]
     return f"mean {math.fsum(sizes) / len(sizes):.1%}, worst {max(sizes):.1%}"
-
-
-__all__ = ["draw_profile", "fits_text", "profile_frame"]

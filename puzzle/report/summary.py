@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from puzzle import artifacts, search
 from puzzle.run import STORED_DTYPES
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 
 MODELS = ("teacher", "student before GKD", "student")
 TIMES = {"ttft_ms": "ms", "tpot_ms": "ms", "output_tok_per_s": "tok/s"}
+FIGURES = {
+    "ce_nats": "CE, nats/token",
+    "bits_per_byte": "bits per byte",
+    "kl_nats": "KL to the teacher, nats/token",
+    "ce_gap_nats": "CE gap to the teacher",
+    "agreement": "top-1 agreement",
+}
 NOTES = """\
 Standard errors (±) are over sequences of the report split, on which nothing was chosen. Times: what the search
 predicted from the profile; then, measured in the same rounds, the sum of the parts and the whole model. Parts against
 whole says whether times add up; predicted against whole also holds how the machine drifted since the profile."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a figure for the teacher, the student before GKD, and the student."""
-
-    name: str
-    cells: tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -76,51 +75,32 @@ class Summary:
             front=pareto.front(problem, cost),
         )
 
-    def rows(self) -> list[Row]:
-        """Parameters and bytes, quality, then times: predicted beside measured."""
-        rows = [
-            self._row("parameters", lambda model: f"{self.params[model]:,}"),
-            self._row(
-                f"weights, GiB ({self.stored_dtype})",
-                lambda model: f"{self.params[model] * STORED_DTYPES[self.stored_dtype] / GIB:.4g}",
-            ),
+    def rows(self) -> list[tuple[str, ...]]:
+        """A figure's name, and its cells for MODELS: parameters, bytes, quality, then times, predicted and measured."""
+        sizes = {name: count * STORED_DTYPES[self.stored_dtype] / GIB for name, count in self.params.items()}
+        rows: list[tuple[str, ...]] = [
+            ("parameters", *(f"{self.params[model]:,}" for model in MODELS)),
+            (f"weights, GiB ({self.stored_dtype})", *(f"{sizes[model]:.4g}" for model in MODELS)),
         ]
-        for name, label in (
-            ("ce_nats", "CE, nats/token"),
-            ("bits_per_byte", "bits per byte"),
-            ("kl_nats", "KL to the teacher, nats/token"),
-            ("ce_gap_nats", "CE gap to the teacher"),
-            ("agreement", "top-1 agreement"),
-        ):
-            rows.append(self._row(label, lambda model, name=name: _estimate(self.quality[model][name])))
+        for name, label in FIGURES.items():
+            rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
         for metric in self.predicted["student"]:
             if metric.endswith(("memory_gib", "kv_cache_gib")):
-                rows.append(
-                    Row(
-                        f"{metric}, predicted",
-                        self._two(f"{self.predicted[m][metric]:.4g}" for m in ("teacher", "student")),
-                    )
-                )
+                teacher, student = (f"{self.predicted[model][metric]:.4g}" for model in ("teacher", "student"))
+                rows.append((f"{metric}, predicted", teacher, "", student))
         for workload, of in self.speed.items():
             for name, unit in TIMES.items():
                 key = f"{workload}.{name}"
-                cells = self._two(_times(self.predicted[m].get(key), of[m], name) for m in ("teacher", "student"))
+                teacher, student = (
+                    _times(self.predicted[model].get(key), of[model], name) for model in ("teacher", "student")
+                )
                 predicted = "estimate" if key in self.solution.estimated else "predicted"
-                rows.append(Row(f"{key}, {unit}: {predicted} / parts / whole", cells))
+                rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
         return rows
-
-    def _row(self, name: str, cell: Any) -> Row:
-        first, second, third = (cell(model) for model in MODELS)
-        return Row(name, (first, second, third))
-
-    @staticmethod
-    def _two(cells: Any) -> tuple[str, str, str]:
-        teacher, student = cells
-        return teacher, "", student
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
-        lines += [f"| {row.name} | {' | '.join(row.cells)} |" for row in self.rows()]
+        lines += [f"| {' | '.join(row)} |" for row in self.rows()]
         lines += ["", NOTES, ""]
         lines += ["| layer | attention | FFN |", "|---|---|---|"]
         lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
@@ -146,6 +126,3 @@ def _estimate(value: Mapping[str, float]) -> str:
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:
     from_table = "not profiled" if predicted is None else f"{predicted:.2f}"
     return f"{from_table} / {timed['parts'][name]:.2f} / {timed['whole'][name]:.2f}"
-
-
-__all__ = ["Row", "Summary"]

@@ -43,6 +43,3 @@ class ScoringContext:
             if name.startswith(part_prefixes(layer.config, part))
         }
         return layer_with(layer, specs, weights)
-
-
-__all__ = ["ReadWeights", "ScoringContext"]

@@ -138,6 +138,3 @@ class Design:
         first, second = self._ends
         products = 2 * amplitudes[:, first] * amplitudes[:, second] * (owners[:, first] != owners[:, second])
         return np.concatenate([products, products @ self._means], 1)
-
-
-__all__ = ["Design", "Floats", "Ints", "Single", "singles"]

@@ -88,6 +88,3 @@ def _at_size(
         else:
             high = middle
     return tuple(item.id for item in at(high))
-
-
-__all__ = ["NOISE", "SIZES", "Draw", "draw"]

@@ -185,6 +185,3 @@ def _through(layer: PuzzleDecoderLayer, one: LayerPass, changes_attention: bool)
     if changes_attention:
         return run_layer(layer, one.before, one.context).after
     return one.middle + layer.ffn_delta(one.middle)
-
-
-__all__ = ["METRICS", "Change", "Scorer", "Task", "Values", "finals_of"]

@@ -167,6 +167,3 @@ def _pulled_back(added: Tensor, start: Tensor, gradients: Tensor) -> Tensor:
     if not added.requires_grad:
         return torch.zeros_like(gradients)
     return torch.stack([torch.autograd.grad(added, start, one.to(added), retain_graph=True)[0] for one in gradients])
-
-
-__all__ = ["SATURATED_NATS", "one_pass_scores"]

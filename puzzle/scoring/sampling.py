@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from puzzle.memory_plan import MOST_DRAWS
+from puzzle.types import mean_and_error
 
 SURE = 2.0  # standard errors
 RELATIVE_ERROR = 0.1  # of a one-pass score, that the draws are to reach
@@ -52,22 +53,10 @@ def undecided(scores: Mapping[str, Sequence[float]], until_se: float) -> list[tu
 
 def may_reach(values: Sequence[float], limit: float) -> bool:
     """Whether the mean that a score's values per sequence stand for may be ``limit`` or more; so too for no numbers."""
-    mean, error = _mean_and_error(values)
+    mean, error = mean_and_error(values)
     return not mean + SURE * error < limit
 
 
 def _open(differences: Sequence[float], until_se: float) -> bool:
-    mean, error = _mean_and_error(differences)
+    mean, error = mean_and_error(differences)
     return error > until_se and abs(mean) < SURE * error
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Of a single value the error is unknown: infinite."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return mean, math.inf
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-
-
-__all__ = ["may_reach", "num_draws", "rounds", "undecided"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import subprocess
@@ -12,21 +13,20 @@ import torch
 from puzzle import artifacts
 from puzzle.plans import Planned
 from puzzle.profiling.correction import WholeModel, WholePoint, whole_models
-from puzzle.profiling.device import device_name
 from puzzle.profiling.grid import GridPoint, extremes
-from puzzle.profiling.measure import measure_many, measure_point
-from puzzle.profiling.probes import ModelProbe, PointTooLargeError, site_probe
+from puzzle.profiling.hardware import device_name
+from puzzle.profiling.measure import measure_point, measure_wholes
+from puzzle.profiling.probes import PointTooLargeError
 from puzzle.profiling.regression import design
-from puzzle.profiling.stack import PARTS, Dtype, SiteStack, compile_layers, random_model
-from puzzle.profiling.table import REST, SKIPPED
+from puzzle.profiling.stack import Dtype, SiteStack, compile_layers, random_model
 from puzzle.profiling.vllm import measure_model
 from puzzle.profiling.vllm_costs import MeasuredModel, loadable
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stages.common import compute_of, forget_teacher
 from puzzle.teacher import load_config
-from puzzle.types import ConfigError, CostSetting, PuzzleError, Spec, to_json
-from puzzle.variants import block_part, shape_id
+from puzzle.types import ConfigError, PuzzleError, Spec, to_json
+from puzzle.variants import block_part
 
 
 def make_profile(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -87,9 +87,9 @@ def _stack(run: Run) -> SiteStack:
 
 def _check_device(run: Run, stack: SiteStack) -> None:
     """A table is of one device and dtype: what was measured for this run already must be of this one's."""
-    here = f"{device_name(stack.device)} in {stack.dtype} ({stack.engine})"
-    for cost in run.cost_source.there:
-        if (there := f"{cost.device} in {cost.weights} ({cost.engine})") != here:
+    for cost in run.cost_source.published("costs"):
+        if cost.setting != stack.setting:
+            there, here = (f"{one.device} in {one.weights} ({one.engine})" for one in (cost.setting, stack.setting))
             raise ConfigError(
                 f"{run.folder}: costs were measured on {there}, this is {here}; start a new run here, or measure all "
                 "of them anew: `puzzle profile RUN --redo`"
@@ -104,31 +104,15 @@ def _measured_whole(
     model = random_model(load_config(run.teacher), blocks, stack.device, stack.dtype, run.config.seed)
     if run.config.profile.compile:
         compile_layers(model.model.layers)
-    ids = [name for spec in specs if (name := shape_id(spec, run.shape)) not in SKIPPED]
-    measured = []
+    measured: list[WholePoint] = []
     for point in points:
         progress.fraction(1, f"{name}: {point.id}")
-        try:
-            probes = [site_probe(stack, point), ModelProbe("whole", model, point)]
-            timings = measure_many(probes, run.grid.repeats, run.config.seed)
-        except (PointTooLargeError, torch.OutOfMemoryError):
-            continue  # the profile has said so
-        attention, ffn = (sum(timings[one].ms for one in ids if one.startswith(part)) for part in PARTS)
-        measured.append(
-            WholePoint(
-                phase=point.phase,
-                batch_size=point.batch_size,
-                context_tokens=point.context_tokens,
-                whole_ms=timings["whole"].ms,
-                rest_ms=timings[REST].ms,
-                attention_ms=attention,
-                ffn_ms=ffn,
-            )
-        )
+        # a point that does not fit is left out: the profile has said so
+        with contextlib.suppress(PointTooLargeError, torch.OutOfMemoryError):
+            measured += measure_wholes(stack, {name: (model, specs)}, point, run.grid.repeats, run.config.seed).values()
     if not measured:
         raise PuzzleError(f"{name} fits at no point of the grid; in the grid file, add smaller batch sizes")
-    setting = CostSetting(device_name(stack.device), stack.dtype, stack.dtype, 1, stack.engine)
-    return WholeModel(name, setting, tuple(measured))
+    return WholeModel(name, stack.setting, tuple(measured))
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -12,7 +12,6 @@ import torch
 from puzzle import artifacts, build, kd
 from puzzle.evaluate import evaluate
 from puzzle.export.card import model_card
-from puzzle.modeling import PuzzleForCausalLM
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
@@ -26,12 +25,9 @@ from puzzle.types import PuzzleError, to_json
 def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     student = build.build_student(teacher_of(run), run.chosen_items(), functools.partial(item_weights, run))
-    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, student, stored_dtype(run)))
+    write = functools.partial(build.write_model, student, dtype=stored_dtype(run))
+    artifacts.publish_folder(unit.path, unit.inputs, write)
     progress.done(unit.path.name)
-
-
-def _write_model(model: PuzzleForCausalLM, dtype: torch.dtype, aside: Path) -> None:
-    build.write_model(model, aside, dtype)
 
 
 def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -53,7 +49,8 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
             artifacts.publish_folder(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save)
             for path in older:
                 artifacts.remove(path)
-    artifacts.publish_folder(unit.path, unit.inputs, functools.partial(_write_model, job.finish(), stored_dtype(run)))
+    write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
+    artifacts.publish_folder(unit.path, unit.inputs, write)
     progress.done(unit.path.name)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from puzzle.blocks import heads
 from puzzle.blocks.heads import Heads, gains_of, grouping, mean_pooled, merged_heads, pair_costs, regrouped
 from puzzle.blocks.keys import Distances, ScoreMoments
-from puzzle.blocks.layer import part_state, variant_layer
+from puzzle.blocks.layer import layer_with, part_state
 from puzzle.data.batches import Batch
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import LayerPass, attention_delta, freeze
@@ -50,7 +50,7 @@ def difference(layer: PuzzleDecoderLayer, one: LayerPass, changed: Heads) -> flo
     """Squared error of the variant with these heads, relative to what the teacher's attention adds."""
     state = changed.state(part_state(layer, "attention"))
     spec = AttentionSpec("gqa", num_kv_heads=len(changed.key), window_tokens=layer.span[0])
-    variant = variant_layer(layer, "attention", spec, state)
+    variant = layer_with(layer, {"attention": spec}, state)
     delta = one.middle - one.before
     error = attention_delta(variant, one.before, one.context) - delta
     return (error.square().sum() / delta.square().sum()).item()
@@ -59,7 +59,7 @@ def difference(layer: PuzzleDecoderLayer, one: LayerPass, changed: Heads) -> flo
 def with_heads(layer: PuzzleDecoderLayer, one: LayerPass, changed: Heads) -> tuple[PuzzleDecoderLayer, LayerPass]:
     """Another teacher, with these heads, and its pass over the same batch."""
     state = changed.state(part_state(layer, "attention"))
-    other = variant_layer(layer, "attention", AttentionSpec("keep", window_tokens=layer.span[0]), state)
+    other = layer_with(layer, {"attention": AttentionSpec("keep", window_tokens=layer.span[0])}, state)
     middle = one.before + attention_delta(other, one.before, one.context)
     return other, LayerPass(one.before, middle, middle, one.context)
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from puzzle.blocks import candidates, starts
 from puzzle.blocks.candidates import Draft, Seen
 from puzzle.blocks.channels import contribution_order, obs_order
-from puzzle.blocks.layer import captured_inputs, part_state, variant_layer
+from puzzle.blocks.layer import captured_calls, layer_with, part_state
 from puzzle.blocks.loss import local_loss
 from puzzle.blocks.moments import ridge
 from puzzle.blocks.nested import prefix
-from puzzle.blocks.starts import Start, best_starts, paper_nested_start, paper_starts, part_of
+from puzzle.blocks.starts import Start, best_starts, paper_nested_start, paper_starts
 from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.teacher import LayerPass, attention_delta, freeze
-from puzzle.types import AttentionSpec, FfnSpec, Spec
+from puzzle.types import AttentionSpec, FfnSpec, Spec, part_of
 from tests.blocks.conftest import layer_passes
 from tests.tiny_families import OWN, make_kept, make_stock, make_tokens
 
@@ -73,7 +73,7 @@ def _arguments(family: str) -> tuple[PuzzleDecoderLayer, list[Spec], Passes, Pas
 
 
 def loss(layer: PuzzleDecoderLayer, spec: Spec, weights: dict[str, Tensor], passes: Passes, loss_at: str) -> float:
-    variant = variant_layer(layer, part_of(spec), spec, weights)
+    variant = layer_with(layer, {part_of(spec): spec}, weights)
     with torch.no_grad():
         losses = [local_loss(variant, (part_of(spec),), one, loss_at).item() for one in passes]
     return sum(losses) / len(losses)
@@ -132,7 +132,7 @@ def squared_error(layer: PuzzleDecoderLayer, spec: Spec, weights: dict[str, Tens
     """What a fit minimises: the error of the block's output relative to its size, token by token where a norm follows
     (only a linear variant is fitted behind it)."""
     part = part_of(spec)
-    variant, total = variant_layer(layer, part, spec, weights), 0.0
+    variant, total = layer_with(layer, {part: spec}, weights), 0.0
     block = "self_attn" if part == "attention" else "mlp"
     for one in passes:
         with torch.no_grad(), outputs_of(getattr(variant, block)) as ours, outputs_of(getattr(layer, block)) as theirs:
@@ -177,7 +177,7 @@ def test_channels_are_cut_by_contribution_and_by_obs() -> None:
     layer, calibration, _ = passes_of("llama")
     found, state = all_candidates("llama")[NARROW], part_state(layer, "ffn")
     down = layer.mlp.down_proj
-    with captured_inputs(down) as seen, torch.no_grad():
+    with captured_calls(down) as seen, torch.no_grad():
         for one in calibration:
             layer.ffn_delta(one.middle)
     activations = torch.cat(seen)[:, 1:].flatten(0, 1).double()
@@ -216,7 +216,7 @@ def test_every_prefix_of_a_nested_ffn_in_the_papers_order_is_the_papers_start() 
         spec = FfnSpec("narrow", intermediate_size=width)
         ((_, start),) = paper_starts(layer, [spec], calibration)
         found, expected = (
-            variant_layer(layer, "ffn", spec, weights).ffn_delta(one.middle)
+            layer_with(layer, {"ffn": spec}, weights).ffn_delta(one.middle)
             for weights in (prefix(nested, width), start.weights)
         )
         torch.testing.assert_close(found, expected)
@@ -228,7 +228,7 @@ def test_a_linear_attention_begins_as_attending_to_oneself() -> None:
     one = next(iter(calibration))
     first = {kind: (cos[:, :1], sin[:, :1]) for kind, (cos, sin) in one.context.position.items()}
     teacher = layer.attention_delta(one.before[:, :1], first)  # the first token can attend to nothing but itself
-    variant = variant_layer(layer, "attention", LINEAR_ATTENTION, weights)
+    variant = layer_with(layer, {"attention": LINEAR_ATTENTION}, weights)
     assert torch.allclose(variant.attention_delta(one.before[:, :1], None), teacher, atol=1e-5)
 
 

@@ -72,9 +72,8 @@ def test_the_mixture_is_part_of_it_and_how_tokens_are_read_is_not(folder: Path, 
 
 def test_large_files_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    monkeypatch.setattr(
-        data_inputs, "file_fingerprint", lambda path: read.append(path) or artifacts.file_fingerprint(path)
-    )
+    fingerprint = artifacts.file_fingerprint
+    monkeypatch.setattr(artifacts, "file_fingerprint", lambda path: read.append(path) or fingerprint(path))
     source = SourceConfig(path=str(folder))
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from puzzle.profiling.device import device_slug
-from puzzle.profiling.hardware import HARDWARE, Deployment, Hardware, hardware
+from puzzle.profiling.hardware import HARDWARE, Deployment, Hardware, device_slug, hardware
 from puzzle.types import ConfigError, Workload
 
 TORCH_NAMES = {

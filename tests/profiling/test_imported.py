@@ -45,8 +45,11 @@ def test_few_columns_are_needed(tmp_path: Path) -> None:
         ((HEADER, ROW.replace("0.25", "0")), r"costs\.csv:2: .*decode time is not a finite, positive number"),
         ((HEADER, ROW.replace("0.25", "-1")), r"costs\.csv:2: .*not a finite, positive number"),
         ((HEADER, ROW.replace("0.25", "nan")), r"costs\.csv:2: .*not a finite, positive number"),
-        (("# a note", HEADER, ROW, ROW.replace("0.25", "fast")), r"costs\.csv:4: ms is 'fast', not a number"),
-        ((HEADER, ROW.replace("8,", "8.5,", 1)), r"costs\.csv:2: batch_size is '8.5', not a number"),
+        (
+            ("# a note", HEADER, ROW, ROW.replace("0.25", "fast")),
+            r"costs\.csv:4: .*ms: .* number.*\(found 'fast'\)",
+        ),
+        ((HEADER, ROW.replace("8,", "8.5,", 1)), r"costs\.csv:2: .*batch_size: .* valid integer.*'8.5'"),
         ((HEADER, ROW.replace("decode", "generation")), r"costs\.csv:2: .*phase"),
         ((HEADER + ",colour", ROW + ",red"), r"costs\.csv:2: .*colour"),
         ((HEADER, ROW + ",1"), r"costs\.csv:2: 7 columns expected"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from puzzle.profiling.table import ANY_ENGINE, CostTable, Prediction
+from puzzle.profiling.table import ANY_ENGINE, CostTable
 from puzzle.types import CorruptFileError, Cost, Costs, MissingMeasurementError, Phase, Workload
 
 WORKLOAD = Workload("chat", isl=100, osl=50, weights="bf16", kv="bf16", device="h200", runtime="vllm")
@@ -55,13 +55,6 @@ def test_decode_reaches_the_last_measured_context_and_not_one_further() -> None:
     assert TABLE.decode_ms("attention.gqa-8", 4, 16, 242) > 0
     with pytest.raises(MissingMeasurementError, match="257 tokens lie outside the measured 16 to 256"):
         TABLE.decode_ms("attention.gqa-8", 4, 16, 243)
-
-
-def test_prediction_is_the_sum_of_the_sites_and_the_rest() -> None:
-    shapes = ["attention.gqa-8", "ffn.narrow-512", "attention.skip", "ffn.narrow-512", "attention.gqa-8", "ffn.skip"]
-    expected = Prediction(ttft_ms=2 * 2.5 + 2 * 7.0 + 0.6, tpot_ms=2 * 0.75 + 2 * 0.1 + 0.3)
-    found = TABLE.predict(shapes, batch_size=4, isl=100, osl=1)
-    assert (found.ttft_ms, found.tpot_ms) == pytest.approx((expected.ttft_ms, expected.tpot_ms), rel=1e-12)
 
 
 def test_skip_costs_nothing_even_where_nothing_was_measured() -> None:

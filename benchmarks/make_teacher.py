@@ -1,6 +1,6 @@
 """Makes the bundled teacher: corpus, tokenizer, training, figures. Run once by the authors, kept so that anyone can.
 
-Reads the source of Python's standard library (the running interpreter's, or ``--stdlib``). Writes, into this folder:
+Reads the source of Python's standard library (the running interpreter's, or ``--stdlib``). Writes, into puzzle/demo,
 ``text.jsonl.gz`` (the library without its tests, one record ``{path, split, text}`` a file), ``teacher/`` (a Hugging
 Face Llama checkpoint in bf16 with its tokenizer), ``training_log.jsonl`` and ``TEACHER.json`` (final figures).
 
@@ -12,9 +12,9 @@ Training: next-token cross-entropy in bf16 autocast, Muon for the matrices (Jord
 and norms, warm-up, constant rate, linear decay to zero. Batch ``step`` is a pure function of ``(seed, step)``; a
 checkpoint every 100 steps makes a killed run continue where it was.
 
-    python -m puzzle.demo.make_teacher corpus
-    python -m puzzle.demo.make_teacher train
-    python -m puzzle.demo.make_teacher finish
+    python benchmarks/make_teacher.py corpus
+    python benchmarks/make_teacher.py train
+    python benchmarks/make_teacher.py finish
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).parent
-TEXT, TEACHER, LOG, CARD = HERE / "text.jsonl.gz", HERE / "teacher", HERE / "training_log.jsonl", HERE / "TEACHER.json"
+from puzzle.checkpoint import DEMO_TEACHER as TEACHER
+from puzzle.data.source import DEMO_TEXT as TEXT
+
+LOG, CARD = (TEACHER.parent / name for name in ("training_log.jsonl", "TEACHER.json"))
 VOCAB_SIZE, SEQUENCE_TOKENS, SEED = 2048, 512, 0
 BATCH_TOKENS, MICRO_BATCH_TOKENS = 8192, 2048
 # from which step on windows of how many tokens: short ones cost a third less, the final decay learns the full length
