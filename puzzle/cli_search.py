@@ -158,6 +158,8 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from puzzle import pipeline
     from puzzle.search.pareto import front as front_of
     from puzzle.search.shrink import popular
@@ -167,6 +169,8 @@ def _shrink(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.output} exists; choose another name")
     (solution, *_) = pipeline.solve(run, {})
     problem = pipeline.first_problem(run)
+    in_pairs = tuple(item for item in problem.items if run.made_of(item) == (item,))  # fused runs are not
+    problem = replace(problem, items=in_pairs)
     front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))
     space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)

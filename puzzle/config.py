@@ -317,12 +317,18 @@ class LayerSpaceFile(_Model):
     ffn: tuple[str, ...] | None = None
 
 
+class FusionFile(_Model):
+    max_layers: Annotated[int, Field(ge=2, strict=True)]
+    ffn: tuple[str, ...] = ("keep",)
+
+
 class SpaceFile(_Model):
     """A search space: variant names per part (variants.py), for all layers and, in ``layers``, other ones for some.
 
     Percentages are rounded to ``ffn_multiple_of`` channels (default: what hardware likes, see space.py). ``pairs``: the
     attention and the FFN of a layer are trained, scored and chosen together. ``runs``: leaving out up to so many
-    consecutive layers whole is on offer as one item, scored as one.
+    consecutive layers whole is on offer as one item, scored as one. ``fusion``: so are runs of 2 to ``max_layers``
+    layers whose FFNs, all of them one of ``ffn``, run in parallel as a single one, without the attentions between.
     """
 
     attention: tuple[str, ...]
@@ -331,6 +337,7 @@ class SpaceFile(_Model):
     layers: dict[int, LayerSpaceFile] = {}
     pairs: bool = False
     runs: Annotated[int, Field(ge=0)] = 0
+    fusion: FusionFile | None = None
 
 
 class GridFile(_Model):

@@ -219,7 +219,7 @@ def _slice(run: Run, settings: Any) -> str:
 
 
 def _library_content(run: Run, items: Sequence[Item]) -> str:
-    units = {run.unit_of(item) for item in items if has_weights(item)}
+    units = {run.unit_of(part) for item in items for part in run.made_of(item) if has_weights(part)}
     return artifacts.fingerprint({unit: artifacts.content_of(run.trained(unit)) for unit in sorted(units)})
 
 

@@ -78,6 +78,11 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "layers": "other variants for single layers, by their numbers from 0",
         "pairs": "attention and FFN of a layer are trained, scored and chosen together",
         "runs": "offer leaving out up to so many consecutive layers whole, scored as one",
+        "fusion": "offer the FFNs of consecutive layers in parallel, as a single one, without the attentions between",
+    },
+    "FusionFile": {
+        "max_layers": "of how many consecutive layers at most",
+        "ffn": "which of the FFN variants may be fused, all of a run alike: keep, narrow-N, narrow-50%",
     },
     "LayerSpaceFile": {"attention": "this layer's attention variants", "ffn": "this layer's FFN variants"},
     "GridFile": {
