@@ -1,0 +1,146 @@
+"""FFN fusion against FFN removal (REFERENCE.md, claim 15), on the bundled teacher.
+
+    python benchmarks/bench_fusion.py runs | students
+
+``runs``: for every run of 2 and 3 layers, true KL on ``report`` without the attentions of its later layers, and with
+the FFNs in sequence as before, in parallel (fused), removed but for one (whichever is best), and the same with FFNs of
+half the width: two of those have as many parameters as one of the teacher's. ``students``: three disjoint pairs of
+layers, those that ``score`` says are cheapest to fuse, at once: fused, in sequence, removed, before and after GKD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from demo_runs import REPORT_SEQUENCES, Results, distilled, make_library, quality, student_of
+
+from puzzle.run import Run
+from puzzle.scoring.context import ScoringContext
+from puzzle.scoring.exact import Change, Scorer, finals_of
+from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
+from puzzle.variants import fused_item, made_of, params, site_item
+
+RESULTS = Path(__file__).parent / "results"
+SPACE = "attention: [keep, skip]\nffn: [keep, narrow-50%, skip]\nfusion: {max_layers: 3, ffn: [keep, narrow-50%]}\n"
+LENGTHS = (2, 3)
+NUM_PAIRS = 3
+WAYS = ("fused", "in sequence", "removed")
+
+
+def ways(run: Run, first: int, last: int) -> dict[str, tuple[Item, ...]]:
+    """What may become of layers ``first`` to ``last`` without the attentions of the later ones."""
+    layers = range(first, last + 1)
+    skips = [site_item(Site(layer, "attention"), AttentionSpec("skip")) for layer in layers[1:]]
+    narrow = FfnSpec("narrow", run.shape.intermediate_size // 2)
+    found: dict[str, tuple[Item, ...]] = {}
+    for name, ffn in (("", FfnSpec("keep")), (" of half the width", narrow)):
+        fused = fused_item(first, last, ffn, run.shape)
+        found[f"fused{name}"] = (fused,)
+        found[f"in sequence{name}"] = (*skips, *made_of(fused, run.shape))
+    for kept in layers:
+        gone = [site_item(Site(layer, "ffn"), FfnSpec("skip")) for layer in layers if layer != kept]
+        found[f"removed but for L{kept:03d}"] = (*skips, *gone)
+    return found
+
+
+def true_kl(run: Run, changes: Sequence[Change], split: str, sequences: int) -> dict[str, float]:
+    """Nats per token, by name of the change."""
+    teacher = streamed_teacher(run, torch.float32, held=True)
+    context = ScoringContext(teacher, functools.cache(functools.partial(item_weights, run)))
+    batches = sequences_of(run, split, sequences)
+    scorer = Scorer(context, batches, finals_of(context, batches))
+    groups = itertools.groupby(sorted(changes, key=lambda one: one.first_layer), lambda one: one.first_layer)
+    found = (pair for _, group in groups for pair in scorer.scores(list(group)))
+    return {change.name: float(values["kl"].mean()) for change, values in found}
+
+
+def size(run: Run, items: Sequence[Item]) -> int:
+    specs: dict[Site, Spec] = dict(zip(run.shape.sites, run.keep_specs, strict=True))
+    specs |= {site: spec for item in items for site, spec in zip(item.sites, item.specs, strict=True)}
+    return sum(params(spec, run.shape) for spec in specs.values())
+
+
+def runs(options: argparse.Namespace, run: Run) -> None:
+    results = Results(options.output or RESULTS / "fusion.json", {"bld_tokens": options.bld_tokens})
+    spans = [(a, a + n - 1) for n in LENGTHS for a in range(run.shape.num_layers - n + 1)]
+    for first, last in spans:
+        here = ways(run, first, last)
+        results.once(f"L{first:03d}-L{last:03d}", lambda here=here: one_run(run, here))
+    for length in LENGTHS:
+        figures = [results.figures[f"L{a:03d}-L{b:03d}"] for a, b in spans if b - a + 1 == length]
+        for name in figures[0]:
+            print(length, name, f"{statistics.mean(one[name]['kl'] for one in figures):.4f}")
+        for name in ("fused", "fused of half the width"):
+            wins = sum(one[name]["kl"] < one["removed"]["kl"] for one in figures)
+            print(f"{length}: {name} loses less than removal in {wins} of {len(figures)}")
+
+
+def one_run(run: Run, here: Mapping[str, tuple[Item, ...]]) -> dict[str, dict[str, float]]:
+    kl = true_kl(run, [Change(name, items) for name, items in here.items()], "report", REPORT_SEQUENCES)
+    best = min((name for name in here if name.startswith("removed")), key=kl.__getitem__)
+    told = {name: name for name in here if not name.startswith("removed")} | {"removed": best}
+    return {name: {"kl": kl[way], "params": size(run, here[way])} for name, way in told.items()}
+
+
+def students(options: argparse.Namespace, run: Run) -> None:
+    """Removal keeps the FFN that it does better with on ``score``."""
+    settings = {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens}
+    results = Results(options.output or RESULTS / "fusion_students.json", settings)
+    by_pair = {first: ways(run, first, first + 1) for first in range(run.shape.num_layers - 1)}
+    changes = [Change(f"{first} {name}", items) for first, here in by_pair.items() for name, items in here.items()]
+    kl = true_kl(run, changes, "score", options.sequences)
+    chosen: list[int] = []
+    for first in sorted(by_pair, key=lambda first: kl[f"{first} fused"]):
+        if len(chosen) < NUM_PAIRS and all(abs(first - other) > 1 for other in chosen):
+            chosen.append(first)
+    for way in WAYS:
+        items = []
+        for first in sorted(chosen):
+            names = [name for name in by_pair[first] if name.startswith(way) and not name.endswith("width")]
+            items += by_pair[first][min(names, key=lambda name: kl[f"{first} {name}"])]
+        results.once(way, lambda items=items: trained(run, items))
+
+
+def trained(run: Run, items: Sequence[Item]) -> dict[str, object]:
+    taken = {site for item in items for site in item.sites}
+    keeps = [
+        site_item(site, spec) for site, spec in zip(run.shape.sites, run.keep_specs, strict=True) if site not in taken
+    ]
+    student = student_of(run, [*(item.id for item in keeps), *(item.id for item in items)])
+    before = quality(run, student, "report", REPORT_SEQUENCES)
+    after = quality(run, distilled(run, student), "report", REPORT_SEQUENCES)
+    return {
+        "before": before,
+        "after": after,
+        "params": size(run, items),
+        "changed": [item.id for item in items if item.id in {one.id for one in run.items}],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["runs", "students"])
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "puzzle-bench")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--bld-tokens", type=int, default=131_072)
+    parser.add_argument("--kd-tokens", type=int, default=262_144)
+    parser.add_argument("--sequences", type=int, default=32)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    space = options.work / "fusion-space.yaml"
+    space.write_text(SPACE)
+    settings = (f"space={space}", f"distill.tokens={options.bld_tokens}", f"kd.tokens={options.kd_tokens}")
+    run = make_library(options.work, *settings, until="distill")
+    {"runs": runs, "students": students}[options.what](options, run)
+
+
+if __name__ == "__main__":
+    main()
