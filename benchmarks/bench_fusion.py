@@ -1,11 +1,12 @@
 """FFN fusion against FFN removal (REFERENCE.md, claim 15), on the bundled teacher.
 
-    python benchmarks/bench_fusion.py runs | students
+    python benchmarks/bench_fusion.py runs | students | costs
 
 ``runs``: for every run of 2 and 3 layers, true KL on ``report`` without the attentions of its later layers, and with
 the FFNs in sequence as before, in parallel (fused), removed but for one (whichever is best), and the same with FFNs of
 half the width: two of those have as many parameters as one of the teacher's. ``students``: three disjoint pairs of
 layers, those that ``score`` says are cheapest to fuse, at once: fused, in sequence, removed, before and after GKD.
+``costs``: what fusing four layers of a Llama-70B saves by the roofline, beyond what leaving three attentions out does.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from pathlib import Path
 import torch
 from demo_runs import REPORT_SEQUENCES, Results, distilled, make_library, quality, student_of
 
+from puzzle.profiling.grid import GridPoint
+from puzzle.profiling.hardware import Deployment
+from puzzle.profiling.roofline import estimate
 from puzzle.run import Run
 from puzzle.scoring.context import ScoringContext
 from puzzle.scoring.exact import Change, Scorer, finals_of
 from puzzle.stages.common import item_weights, sequences_of, streamed_teacher
-from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
-from puzzle.variants import fused_item, made_of, params, site_item
+from puzzle.types import AttentionSpec, FfnSpec, Item, ModelShape, Phase, Site, Spec, Workload
+from puzzle.variants import fused_item, made_of, params, shape_id, site_item
 
 RESULTS = Path(__file__).parent / "results"
 SPACE = "attention: [keep, skip]\nffn: [keep, narrow-50%, skip]\nfusion: {max_layers: 3, ffn: [keep, narrow-50%]}\n"
 LENGTHS = (2, 3)
 NUM_PAIRS = 3
+CONTEXT = 1024
+LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
 WAYS = ("fused", "in sequence", "removed")
 
 
@@ -109,6 +115,26 @@ def students(options: argparse.Namespace, run: Run) -> None:
         results.once(way, lambda items=items: trained(run, items))
 
 
+def costs(options: argparse.Namespace) -> None:
+    """Milliseconds on H100s, fp8."""
+    results = Results(options.output or RESULTS / "fusion_costs.json", {"context_tokens": CONTEXT})
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for tp, batch_size, phase in itertools.product((1, 8), (1, 64), phases):
+        name = f"{phase}, batch size {batch_size}, {tp} GPU{'s' if tp > 1 else ''}"
+        results.once(name, functools.partial(four_layers, GridPoint(phase, batch_size, CONTEXT), tp))
+
+
+def four_layers(point: GridPoint, tp: int) -> dict[str, float]:
+    attention, ffn = AttentionSpec("keep"), FfnSpec("keep")
+    wide = fused_item(0, 3, ffn, LLAMA_70B).specs[0]
+    served = Workload("w", CONTEXT, 1, weights="fp8", kv="fp8", device="h100", tp=tp, runtime="vllm")
+    found = estimate(LLAMA_70B, (attention, ffn, wide), point, Deployment.of(served))
+    ms = {cost.shape_id: cost.ms for cost in found}
+    first, each, fused = (ms[shape_id(spec, LLAMA_70B)] for spec in (attention, ffn, wide))
+    apart, together = first + 4 * each, first + fused
+    return {"whole": 4 * (first + each), "in sequence": apart, "fused": together, "saved": 1 - together / apart}
+
+
 def trained(run: Run, items: Sequence[Item]) -> dict[str, object]:
     taken = {site for item in items for site in item.sites}
     keeps = [
@@ -127,13 +153,16 @@ def trained(run: Run, items: Sequence[Item]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["runs", "students"])
+    parser.add_argument("what", choices=["runs", "students", "costs"])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "puzzle-bench")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--bld-tokens", type=int, default=131_072)
     parser.add_argument("--kd-tokens", type=int, default=262_144)
     parser.add_argument("--sequences", type=int, default=32)
     options = parser.parse_args()
+    if options.what == "costs":
+        costs(options)
+        return
     options.work.mkdir(parents=True, exist_ok=True)
     space = options.work / "fusion-space.yaml"
     space.write_text(SPACE)
