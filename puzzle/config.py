@@ -319,7 +319,7 @@ class LayerSpaceFile(_Model):
 
 class FusionFile(_Model):
     max_layers: Annotated[int, Field(ge=2, strict=True)]
-    ffn: tuple[str, ...] = ("keep",)
+    ffn: Annotated[tuple[str, ...], Field(min_length=1)] = ("keep",)
 
 
 class SpaceFile(_Model):

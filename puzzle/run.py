@@ -33,7 +33,7 @@ from puzzle.types import (
     Spec,
     from_json,
 )
-from puzzle.variants import has_weights, keep_spec, made_of, params, shape_id, variant_name
+from puzzle.variants import has_weights, is_fused, keep_spec, params, shape_id, variant_name
 
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
 MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
@@ -157,7 +157,7 @@ class Run:
         """What the library stores, and trains as one piece: by name, the items that are read from it."""
         units: dict[str, tuple[Item, ...]] = {}
         for item in self.items:
-            if has_weights(item) and self.made_of(item) == (item,):
+            if has_weights(item) and not is_fused(item):
                 units[self.unit_of(item)] = (*units.get(self.unit_of(item), ()), item)
         return units
 
@@ -165,10 +165,6 @@ class Run:
         """The name of the library's unit that holds the item's weights."""
         nested = self.config.distill.nested and len(item.sites) == 1 and item.specs[0].kind == "narrow"
         return f"{item.sites[0]}.nested" if nested else item.id
-
-    def made_of(self, item: Item) -> tuple[Item, ...]:
-        """The items whose weights the item's are: of a fused run several FFNs, of any other itself."""
-        return made_of(item, self.shape)
 
     def unit_params(self, unit: str) -> int:
         """Parameters that the unit stores: of several items, those of the largest."""
@@ -367,13 +363,11 @@ class Run:
 
     @cached_property
     def scored_together(self) -> Mapping[str, tuple[Item, ...]]:
-        """The items of each unit of scores, by its name: those of a site, a layer's pairs, or runs or fused runs from a
-        layer on.
-        """
+        """The items of each unit of scores, by its name: those of a site, a layer's pairs, runs from a layer on."""
         names: dict[str, tuple[Item, ...]] = {}
         for item in self.items:
             layers = {site.layer for site in item.sites}
-            several = "layer" if len(layers) == 1 else "run" if self.made_of(item) == (item,) else "fused"
+            several = "layer" if len(layers) == 1 else "fused" if is_fused(item) else "run"
             what = item.sites[0].part if len(item.sites) == 1 else several
             name = f"L{item.sites[0].layer:03d}.{what}"
             names[name] = (*names.get(name, ()), item)

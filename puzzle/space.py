@@ -69,16 +69,12 @@ class SearchSpace:
             on_offer[site] = _at(site, specs, shape)
         for part in PARTS:
             _check_all_taken(part, everywhere[part], shape)
-        if fusion and pairs:
-            raise ConfigError(
-                "fusion: a fused run begins with an FFN, and pairs choose it with its attention; drop one"
-            )
-        fused = (
-            _fused_items(fusion.max_layers, _parsed("ffn", fusion.ffn, shape, multiple), on_offer, shape)
-            if fusion
-            else ()
-        )
-        return cls(on_offer, pairs, runs, fused)
+        if fusion is None:
+            return cls(on_offer, pairs, runs)
+        if pairs:
+            raise ConfigError("fusion: a fused run begins with an FFN, which pairs choose with its attention; drop one")
+        ffns = _parsed("ffn", fusion.ffn, shape, multiple)
+        return cls(on_offer, pairs, runs, _fused_items(fusion.max_layers, ffns, on_offer, shape))
 
     def items(self) -> tuple[Item, ...]:
         """Every item, in the order of the sites; runs of layers, then fused ones last."""
@@ -175,26 +171,19 @@ def _fused_items(
 ) -> tuple[Item, ...]:
     """One item per run and FFN; layers with experts are in none, nor those at which the FFN is not on offer."""
     if shape.post_norms:
-        raise ConfigError(
-            "fusion: this teacher has a norm after every FFN, so no single one gives their sum; leave it out"
-        )
-    if not any(
-        layer not in shape.moe_layers and layer + 1 not in shape.moe_layers for layer in range(shape.num_layers - 1)
-    ):
-        raise ConfigError("fusion: the teacher has no two consecutive layers without experts; leave it out")
-    found: list[Item] = []
+        raise ConfigError("fusion: norms after the FFNs, which this teacher has, leave no sum to fuse; take it out")
+    layers, found = range(shape.num_layers), list[Item]()
     for ffn in ffns:
         if not isinstance(ffn, FfnSpec) or ffn.kind not in ("keep", "narrow"):
             raise ConfigError(f"fusion: {variant_name(ffn)} cannot be fused; allowed: keep, narrow-N")
-        able = [
-            layer not in shape.moe_layers and ffn in on_offer[Site(layer, "ffn")] for layer in range(shape.num_layers)
-        ]
-        spans = [(first, first + count) for first in range(shape.num_layers) for count in range(2, max_layers + 1)]
-        fused = [
-            fused_item(first, end - 1, ffn, shape) for first, end in spans if end <= len(able) and all(able[first:end])
-        ]
+        able = [layer not in shape.moe_layers and ffn in on_offer[Site(layer, "ffn")] for layer in layers]
+        ends = [(first, last) for first in layers for last in layers[first + 1 : first + max_layers]]
+        fused = [fused_item(first, last, ffn, shape) for first, last in ends if all(able[first : last + 1])]
         if not fused:
-            raise ConfigError(f"fusion: {variant_name(ffn)} is on offer in no two consecutive layers; add it to ffn")
+            raise ConfigError(
+                f"fusion: {variant_name(ffn)} is on offer in no two consecutive layers without experts; add it to ffn, "
+                "or take it out of fusion"
+            )
         found += fused
     return tuple(found)
 

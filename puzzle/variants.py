@@ -161,10 +161,9 @@ def run_item(first: int, last: int) -> Item:
 
 def fused_item(first: int, last: int, ffn: FfnSpec, shape: ModelShape) -> Item:
     """The item of layers ``first`` to ``last`` whose FFNs, all ``ffn`` (keep or narrow), run in parallel as a single
-    one: ``L003-L005.fused-3x512`` (FFN Fusion, arXiv 2503.18908).
+    one: ``L003-L005.fused-3x512``. y = x + sum_j FFN_j(norm_j(x)), x after the first layer's attention.
 
-    It begins with the first layer's FFN, whose input all of them get; later layers have nothing left. Exact where their
-    attentions are left out anyway: y = x + sum_j FFN_j(norm_j(x)).
+    It begins with the first layer's FFN; later layers have nothing left (FFN Fusion, arXiv 2503.18908).
     """
     count, width = last - first + 1, ffn.intermediate_size or shape.intermediate_size
     sites = [Site(layer, part) for layer in range(first, last + 1) for part in KINDS][1:]
@@ -173,10 +172,15 @@ def fused_item(first: int, last: int, ffn: FfnSpec, shape: ModelShape) -> Item:
     return Item(f"L{first:03d}-L{last:03d}.{variant_name(fused)}", tuple(sites), (fused, *rest))
 
 
+def is_fused(item: Item) -> bool:
+    """Whether the item is a :func:`fused_item`."""
+    return isinstance(item.specs[0], FfnSpec) and item.specs[0].num_fused is not None
+
+
 def made_of(item: Item, shape: ModelShape) -> tuple[Item, ...]:
     """The items whose blocks make up this one: of a fused run the FFNs of its layers, of any other itself."""
     spec = item.specs[0]
-    if not isinstance(spec, FfnSpec) or not spec.num_fused or not spec.intermediate_size:
+    if not isinstance(spec, FfnSpec) or spec.num_fused is None or spec.intermediate_size is None:
         return (item,)
     width = spec.intermediate_size // spec.num_fused
     ffn = FfnSpec("keep") if width == shape.intermediate_size else FfnSpec("narrow", width)

@@ -21,7 +21,7 @@ from puzzle.ranks import Ranks
 from puzzle.run import Run
 from puzzle.teacher import Compute, Shards, Teacher, load_config, load_model
 from puzzle.types import GIB, Item
-from puzzle.variants import has_weights
+from puzzle.variants import has_weights, is_fused, made_of
 
 BATCH_SEQUENCES = 8
 HELD_OUT_SEQUENCES = 16
@@ -112,10 +112,10 @@ def item_weights(run: Run, item: Item) -> Mapping[str, Tensor]:
     """
     if not has_weights(item):
         return {}
-    ffns = run.made_of(item)
-    if ffns != (item,):
+    if is_fused(item):
+        fused = fuse([_ffn(run, ffn) for ffn in made_of(item, run.shape)])
         # rounded as the library and the student are, so what is scored is what is built
-        return {name: tensor.to(stored_dtype(run)) for name, tensor in fuse([_ffn(run, ffn) for ffn in ffns]).items()}
+        return {name: tensor.to(stored_dtype(run)) for name, tensor in fused.items()}
     unit = run.unit_of(item)
     failed = "failed" in artifacts.read_unit(run.trained(unit)).payload
     return library.item_view(library.read_weights(run.trained(unit), finite=not failed), item, run.units[unit])

@@ -37,7 +37,7 @@ from puzzle.stages.common import (
 )
 from puzzle.tables import CONTEXT
 from puzzle.types import ConfigError, FfnSpec, Item, Score, to_json
-from puzzle.variants import has_weights, is_teacher, params
+from puzzle.variants import has_weights, is_teacher, made_of, params
 
 
 def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -271,7 +271,7 @@ class ScoreJob:
 
     def _failure(self, item: Item, measured: Measured) -> str | None:
         """Why the item cannot be chosen, if so: its training failed, or its scores are no numbers."""
-        for part in filter(has_weights, self._run.made_of(item)):
+        for part in filter(has_weights, made_of(item, self._run.shape)):
             reason = artifacts.read_unit(self._run.trained(self._run.unit_of(part))).payload.get("failed")
             if reason is not None:
                 return str(reason)
