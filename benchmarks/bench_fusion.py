@@ -52,20 +52,22 @@ def ways(run: Run, first: int, last: int) -> dict[str, tuple[Item, ...]]:
         found[f"fused{name}"] = (fused,)
         found[f"in sequence{name}"] = (*skips, *made_of(fused, run.shape))
     for kept in layers:
-        gone = [site_item(Site(layer, "ffn"), FfnSpec("skip")) for layer in layers if layer != kept]
-        found[f"removed but for L{kept:03d}"] = (*skips, *gone)
+        ffns = [site_item(Site(layer, "ffn"), FfnSpec("keep" if layer == kept else "skip")) for layer in layers]
+        found[f"removed but for L{kept:03d}"] = (*skips, *ffns)
     return found
 
 
-def true_kl(run: Run, changes: Sequence[Change], split: str, sequences: int) -> dict[str, float]:
-    """Nats per token, by name of the change."""
+def scorer_of(run: Run, split: str, sequences: int) -> Scorer:
     teacher = streamed_teacher(run, torch.float32, held=True)
     context = ScoringContext(teacher, functools.cache(functools.partial(item_weights, run)))
     batches = sequences_of(run, split, sequences)
-    scorer = Scorer(context, batches, finals_of(context, batches))
-    groups = itertools.groupby(sorted(changes, key=lambda one: one.first_layer), lambda one: one.first_layer)
-    found = (pair for _, group in groups for pair in scorer.scores(list(group)))
-    return {change.name: float(values["kl"].mean()) for change, values in found}
+    return Scorer(context, batches, finals_of(context, batches))
+
+
+def true_kl(scorer: Scorer, here: Mapping[str, tuple[Item, ...]]) -> dict[str, float]:
+    """Nats per token, by name."""
+    changes = [Change(name, items) for name, items in here.items()]
+    return {change.name: float(values["kl"].mean()) for change, values in scorer.scores(changes)}
 
 
 def size(run: Run, items: Sequence[Item]) -> int:
@@ -76,10 +78,11 @@ def size(run: Run, items: Sequence[Item]) -> int:
 
 def runs(options: argparse.Namespace, run: Run) -> None:
     results = Results(options.output or RESULTS / "fusion.json", {"bld_tokens": options.bld_tokens})
-    spans = [(a, a + n - 1) for n in LENGTHS for a in range(run.shape.num_layers - n + 1)]
+    spans = [(a, a + n - 1) for a in range(run.shape.num_layers) for n in LENGTHS if a + n <= run.shape.num_layers]
+    scorer = scorer_of(run, "report", REPORT_SEQUENCES)
     for first, last in spans:
         here = ways(run, first, last)
-        results.once(f"L{first:03d}-L{last:03d}", lambda here=here: one_run(run, here))
+        results.once(f"L{first:03d}-L{last:03d}", lambda here=here: one_run(run, scorer, here))
     for length in LENGTHS:
         figures = [results.figures[f"L{a:03d}-L{b:03d}"] for a, b in spans if b - a + 1 == length]
         for name in figures[0]:
@@ -89,8 +92,8 @@ def runs(options: argparse.Namespace, run: Run) -> None:
             print(f"{length}: {name} loses less than removal in {wins} of {len(figures)}")
 
 
-def one_run(run: Run, here: Mapping[str, tuple[Item, ...]]) -> dict[str, dict[str, float]]:
-    kl = true_kl(run, [Change(name, items) for name, items in here.items()], "report", REPORT_SEQUENCES)
+def one_run(run: Run, scorer: Scorer, here: Mapping[str, tuple[Item, ...]]) -> dict[str, dict[str, float]]:
+    kl = true_kl(scorer, here)
     best = min((name for name in here if name.startswith("removed")), key=kl.__getitem__)
     told = {name: name for name in here if not name.startswith("removed")} | {"removed": best}
     return {name: {"kl": kl[way], "params": size(run, here[way])} for name, way in told.items()}
@@ -101,8 +104,9 @@ def students(options: argparse.Namespace, run: Run) -> None:
     settings = {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens}
     results = Results(options.output or RESULTS / "fusion_students.json", settings)
     by_pair = {first: ways(run, first, first + 1) for first in range(run.shape.num_layers - 1)}
-    changes = [Change(f"{first} {name}", items) for first, here in by_pair.items() for name, items in here.items()]
-    kl = true_kl(run, changes, "score", options.sequences)
+    scorer, kl = scorer_of(run, "score", options.sequences), dict[str, float]()
+    for first, here in by_pair.items():
+        kl |= {f"{first} {name}": value for name, value in true_kl(scorer, here).items()}
     chosen: list[int] = []
     for first in sorted(by_pair, key=lambda first: kl[f"{first} fused"]):
         if len(chosen) < NUM_PAIRS and all(abs(first - other) > 1 for other in chosen):
