@@ -62,9 +62,10 @@ def test_a_fused_run_goes_all_the_way(fusing: Project, capsys: pytest.CaptureFix
 
 def test_its_score_is_the_divergence_of_the_sum(fusing: Project) -> None:
     """One-pass or exact, a fused run is measured; it is stale when an FFN that it is made of is."""
+    settings = ("score.mode=one-pass", "distill.nested=true")
     for stage in ("data", "init", "distill", "score"):
-        assert main(["--debug", stage, str(fusing.config), "--set", "score.mode=one-pass"]) == 0
-    run = Run.open(fusing.config, ["score.mode=one-pass"])
+        assert main(["--debug", stage, str(fusing.config), "--set", settings[0], "--set", settings[1]]) == 0
+    run = Run.open(fusing.config, settings)
     table = run.read_scores()
     score = table.score(FUSED, "kl")
     assert (score.method, table.score("L000.ffn.narrow-24", "kl").method) == ("exact", "one-pass")
@@ -83,7 +84,7 @@ def test_its_score_is_the_divergence_of_the_sum(fusing: Project) -> None:
     (narrow,) = [item for item in run.items if item.id == "L000-L001.fused-2x24"]
     (keep,) = [item for item in run.items if item.id == FUSED]
     before = {item.id: plans.scored_from(run, [item], False)["library"] for item in (narrow, keep)}
-    weights = run.trained("L001.ffn.narrow-24") / artifacts.MARKER
+    weights = run.trained("L001.ffn.nested") / artifacts.MARKER
     weights.write_text(weights.read_text().replace('"content": "', '"content": "0'))
     after = {item.id: plans.scored_from(run, [item], False)["library"] for item in (narrow, keep)}
     assert after[narrow.id] != before[narrow.id] and after[keep.id] == before[keep.id]
