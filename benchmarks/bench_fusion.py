@@ -77,9 +77,10 @@ def size(run: Run, items: Sequence[Item]) -> int:
 
 
 def runs(options: argparse.Namespace, run: Run) -> None:
-    results = Results(options.output or RESULTS / "fusion.json", {"bld_tokens": options.bld_tokens})
+    settings = {"bld_tokens": options.bld_tokens, "sequences": options.sequences}
+    results = Results(options.output or RESULTS / "fusion.json", settings)
     spans = [(a, a + n - 1) for a in range(run.shape.num_layers) for n in LENGTHS if a + n <= run.shape.num_layers]
-    scorer = scorer_of(run, "report", REPORT_SEQUENCES)
+    scorer = scorer_of(run, "report", options.sequences)
     for first, last in spans:
         here = ways(run, first, last)
         results.once(f"L{first:03d}-L{last:03d}", lambda here=here: one_run(run, scorer, here))
