@@ -158,15 +158,19 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from puzzle import pipeline
     from puzzle.search.pareto import front as front_of
     from puzzle.search.shrink import popular
+    from puzzle.variants import is_fused
 
     run = open_run(options)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
     (solution, *_) = pipeline.solve(run, {})
     problem = pipeline.first_problem(run)
+    problem = replace(problem, items=tuple(item for item in problem.items if not is_fused(item)))  # no pairs can be
     front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))
     space = popular(problem, front, (cost * (1 - options.within), cost * (1 + options.within)), options.least_share)

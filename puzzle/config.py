@@ -333,6 +333,15 @@ class LayerSpaceFile(_Model):
     ffn: tuple[str, ...] | None = Field(None, description="this layer's FFN variants")
 
 
+class FusionFile(_Model):
+    max_layers: Annotated[int, Field(ge=2, strict=True, description="of how many consecutive layers at most")]
+    ffn: tuple[str, ...] = Field(
+        ("keep",),
+        min_length=1,
+        description="which of the FFN variants may be fused, all of a run alike: keep, narrow-N, narrow-50%",
+    )
+
+
 class SpaceFile(_Model):
     """A search space: variant names per part (variants.py), for all layers and, in ``layers``, other ones for some."""
 
@@ -350,6 +359,10 @@ class SpaceFile(_Model):
     )
     pairs: bool = Field(False, description="attention and FFN of a layer are trained, scored and chosen together")
     runs: Natural = Field(0, description="offer leaving out up to so many consecutive layers whole, scored as one")
+    fusion: FusionFile | None = Field(
+        None,
+        description="offer the FFNs of consecutive layers in parallel, as a single one, without the attentions between",
+    )
 
 
 class GridFile(_Model):

@@ -121,17 +121,20 @@ class ScorePlan:
     in_memory: int
 
 
-def plan_scores(shape: ModelShape, batches: Batches, machine: Machine, most: int) -> ScorePlan:
+def plan_scores(shape: ModelShape, batches: Batches, machine: Machine, most: int, wider: int = 0) -> ScorePlan:
     """The most changes at once that fit, up to 16. ConfigError where not even one does, with one batch at a time.
 
     ``batches`` are those that scores begin with, ``most`` how many there are if all further rounds are asked for.
+    ``wider``: channels that the widest FFN to score has more than the teacher's.
     """
     one_batch = 4.0 * batches.tokens * shape.hidden_size
     in_memory = _batches_in_memory(one_batch, most, machine)
     kept = 2 * one_batch * in_memory if machine.shared else 0.0
     hold = _holds_teacher(shape, batches, machine, kept)
     fixed = _standing_bytes(shape, batches, hold) + 16.0 * min(LOGIT_TOKENS, batches.tokens) * shape.vocab_size + kept
-    room, own = machine.budget_bytes - fixed, 4.0 * _largest_layer(shape)
+    fixed += 20.0 * wider * batches.tokens  # activations, as in activation_bytes
+    own = 4.0 * (_largest_layer(shape) + 2 * 3 * shape.hidden_size * wider)  # fused beside what it is fused from
+    room = machine.budget_bytes - fixed
     together = int(min(MOST_TOGETHER, room // (own + one_batch * batches.count)))
     if together >= 1:
         return ScorePlan(hold, together, batches.count, in_memory)

@@ -16,7 +16,7 @@ from puzzle.data.inputs import data_inputs
 from puzzle.data.packing import num_windows
 from puzzle.scoring.sampling import undecided
 from puzzle.types import ConfigError, Item
-from puzzle.variants import has_weights, shape_id, variant_name
+from puzzle.variants import has_weights, made_of, shape_id, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -220,7 +220,7 @@ def _slice(run: Run, settings: Any) -> str:
 
 
 def _library_content(run: Run, items: Sequence[Item]) -> str:
-    units = {run.unit_of(item) for item in items if has_weights(item)}
+    units = {run.unit_of(part) for item in items for part in made_of(item, run.shape) if has_weights(part)}
     return artifacts.fingerprint({unit: artifacts.content_of(run.trained(unit)) for unit in sorted(units)})
 
 

@@ -33,7 +33,7 @@ from puzzle.types import (
     Spec,
     from_json,
 )
-from puzzle.variants import has_weights, keep_spec, params, shape_id, variant_name
+from puzzle.variants import has_weights, is_fused, keep_spec, params, shape_id, variant_name
 
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
 MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
@@ -109,7 +109,9 @@ class Run:
         }
         names = {part: getattr(file, part) for part in PARTS}
         try:
-            return SearchSpace.parse(names, self.shape, file.ffn_multiple_of, layers, file.pairs, file.runs)
+            return SearchSpace.parse(
+                names, self.shape, file.ffn_multiple_of, layers, file.pairs, file.runs, file.fusion
+            )
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -155,7 +157,7 @@ class Run:
         """What the library stores, and trains as one piece: by name, the items that are read from it."""
         units: dict[str, tuple[Item, ...]] = {}
         for item in self.items:
-            if has_weights(item):
+            if has_weights(item) and not is_fused(item):
                 units[self.unit_of(item)] = (*units.get(self.unit_of(item), ()), item)
         return units
 
@@ -361,11 +363,12 @@ class Run:
 
     @cached_property
     def scored_together(self) -> Mapping[str, tuple[Item, ...]]:
-        """The items of each unit of scores, by its name: those of a site, a layer's pairs, or runs from a layer on."""
+        """The items of each unit of scores, by its name: those of a site, a layer's pairs, runs from a layer on."""
         names: dict[str, tuple[Item, ...]] = {}
         for item in self.items:
             layers = {site.layer for site in item.sites}
-            what = item.sites[0].part if len(item.sites) == 1 else "layer" if len(layers) == 1 else "run"
+            several = "layer" if len(layers) == 1 else "fused" if is_fused(item) else "run"
+            what = item.sites[0].part if len(item.sites) == 1 else several
             name = f"L{item.sites[0].layer:03d}.{what}"
             names[name] = (*names.get(name, ()), item)
         return names

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from puzzle.config import FusionFile
 from puzzle.types import AttentionSpec, ConfigError, Conflict, FfnSpec, Item, ModelShape, Part, Site, Spec
 from puzzle.variants import (
+    fused_item,
     keep_spec,
     layer_item,
     parse_variant,
@@ -28,11 +30,15 @@ PARTS: tuple[Part, Part] = ("attention", "ffn")
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """``on_offer``: at every site the resolved specs, the teacher's own first; ``runs``: see config.SpaceFile."""
+    """``on_offer``: at every site the resolved specs, the teacher's own first; ``runs``: see config.SpaceFile.
+
+    ``fused``: the items of runs whose FFNs are fused.
+    """
 
     on_offer: Mapping[Site, tuple[Spec, ...]] = field(hash=False)
     pairs: bool = False
     runs: int = 0
+    fused: tuple[Item, ...] = ()
 
     @classmethod
     def parse(
@@ -43,6 +49,7 @@ class SearchSpace:
         layers: Mapping[int, Mapping[Part, Sequence[str]]] | None = None,
         pairs: bool = False,
         runs: int = 0,
+        fusion: FusionFile | None = None,
     ) -> SearchSpace:
         """From names; ``gqa-*`` is every proper divisor of the KV heads. Doubles and the full size fall away.
 
@@ -62,16 +69,22 @@ class SearchSpace:
             on_offer[site] = _at(site, specs, shape)
         for part in PARTS:
             _check_all_taken(part, everywhere[part], shape)
-        return cls(on_offer, pairs, runs)
+        if fusion is None:
+            return cls(on_offer, pairs, runs)
+        if pairs:
+            raise ConfigError("fusion: a fused run begins with an FFN, which pairs choose with its attention; drop one")
+        ffns = _parsed("ffn", fusion.ffn, shape, multiple)
+        return cls(on_offer, pairs, runs, _fused_items(fusion.max_layers, ffns, on_offer, shape))
 
     def items(self) -> tuple[Item, ...]:
-        """Every item, in the order of the sites; runs of layers last."""
+        """Every item, in the order of the sites; runs of layers, then fused ones last."""
         layers = sorted({site.layer for site in self.on_offer})
         lengths = range(2 if self.pairs else 1, self.runs + 1)  # a pair of skips is a run of one
         ends = ((layer, layer + length - 1) for layer in layers for length in lengths)
         runs = [run_item(first, last) for first, last in ends if last < len(layers)]
         if not self.pairs:
-            return (*(site_item(site, spec) for site, specs in self.on_offer.items() for spec in specs), *runs)
+            single = (site_item(site, spec) for site, specs in self.on_offer.items() for spec in specs)
+            return (*single, *runs, *self.fused)
         pairs = (
             layer_item(layer, attention, ffn)
             for layer in layers
@@ -102,9 +115,13 @@ class SearchSpace:
 
         ConfigError where it names a site or a variant that is not on offer.
         """
-        for site in architecture:
+        for site, name in architecture.items():
             if site not in map(str, self.on_offer):
                 raise ConfigError(f"{site}: the teacher has no such site")
+            if name.startswith("fused-"):
+                raise ConfigError(
+                    f"{site}: one FFN of a fused run cannot be changed alone; give a model without {name}"
+                )
         wanted = {site: name for site, name in architecture.items() if name != "keep"}
         chosen: list[Item] = []
         for item in sorted(self.items(), key=lambda item: -len(item.sites)):
@@ -147,6 +164,28 @@ def _at(site: Site, specs: Iterable[Spec], shape: ModelShape) -> tuple[Spec, ...
             by_shape.setdefault(shape_id(resolved, shape), resolved)
     by_shape.pop(shape_id(keep, shape), None)
     return (keep, *by_shape.values())
+
+
+def _fused_items(
+    max_layers: int, ffns: Sequence[Spec], on_offer: Mapping[Site, tuple[Spec, ...]], shape: ModelShape
+) -> tuple[Item, ...]:
+    """One item per run and FFN; layers with experts are in none, nor those at which the FFN is not on offer."""
+    if shape.post_norms:
+        raise ConfigError("fusion: norms after the FFNs, which this teacher has, leave no sum to fuse; take it out")
+    layers, found = range(shape.num_layers), list[Item]()
+    for ffn in ffns:
+        if not isinstance(ffn, FfnSpec) or ffn.kind not in ("keep", "narrow"):
+            raise ConfigError(f"fusion: {variant_name(ffn)} cannot be fused; allowed: keep, narrow-N")
+        able = [layer not in shape.moe_layers and ffn in on_offer[Site(layer, "ffn")] for layer in layers]
+        ends = [(first, last) for first in layers for last in layers[first + 1 : first + max_layers]]
+        fused = [fused_item(first, last, ffn, shape) for first, last in ends if all(able[first : last + 1])]
+        if not fused:
+            raise ConfigError(
+                f"fusion: {variant_name(ffn)} is on offer in no two consecutive layers without experts; add it to ffn, "
+                "or take it out of fusion"
+            )
+        found += fused
+    return tuple(found)
 
 
 def _check_all_taken(part: Part, specs: Iterable[Spec], shape: ModelShape) -> None:

@@ -102,6 +102,8 @@ class AttentionSpec(Strict):
 class FfnSpec(Strict):
     """Kinds: keep, narrow (``intermediate_size``), experts (``num_experts``), active (``num_active_experts``), linear,
     skip. At a layer with experts, keep, experts and active name both numbers once they are resolved (variants.resolve).
+
+    ``num_fused``: of how many FFNs of one width the channels of a narrow one are (variants.fused_item).
     """
 
     kind: Literal["keep", "narrow", "experts", "active", "linear", "skip"]
@@ -109,6 +111,7 @@ class FfnSpec(Strict):
     num_experts: int | None = None
     num_active_experts: int | None = None
     precision: str | None = None
+    num_fused: int | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -118,6 +121,8 @@ class FfnSpec(Strict):
         _require(self.kind != "active" or self.num_active_experts is not None, "active names num_active_experts")
         counted = self.num_experts is not None or self.num_active_experts is not None
         _require(self.kind in ("keep", "experts", "active") or not counted, f"{self.kind} has no experts")
+        fused = self.num_fused is None or (self.num_fused > 1 and (self.intermediate_size or 1) % self.num_fused == 0)
+        _require(fused, "several FFNs of one width are fused, and they are narrow")
         sizes = (self.intermediate_size, self.num_experts, self.num_active_experts)
         _require(all(size is None or size > 0 for size in sizes), "sizes must be positive")
 

@@ -152,12 +152,13 @@ def _stage_flops(run: Run, stage: str) -> float:
     variant = sum(flops_per_token(spec, run.shape, tokens / 2) for item in trained for spec in item.specs)
     head = 2 * run.shape.vocab_size * run.shape.hidden_size
     forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
-    passes = 2 + num_draws(run.config.score.sequences)
-    scored = sum(not is_teacher(item) for item in run.items)
+    one_pass = forward * (2 + num_draws(run.config.score.sequences)) + variant if run.estimated else 0.0
+    several = [len({site.layer for site in item.sites}) > 1 for item in run.items]  # those are never estimated
+    exact = sum(several) if run.estimated else sum(not is_teacher(item) for item in run.items)
     per_token = {
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
-        "score": forward * passes + variant if run.estimated else (forward / 2 + head) * scored,
+        "score": one_pass + (forward / 2 + head) * exact,
         "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
         "evaluate": 6 * forward,
     }

@@ -33,9 +33,11 @@ _NAME = re.compile(
 
 
 def variant_name(spec: Spec) -> str:
-    """``gqa-2``, ``narrow-256@fp8``: the inverse of :func:`parse_variant`."""
+    """``gqa-2``, ``narrow-256@fp8``: the inverse of :func:`parse_variant`; ``fused-3x512`` is made by fusion only."""
     name: str = spec.kind
-    if spec.kind in SIZED:
+    if isinstance(spec, FfnSpec) and spec.num_fused and spec.intermediate_size:
+        name = f"fused-{spec.num_fused}x{spec.intermediate_size // spec.num_fused}"
+    elif spec.kind in SIZED:
         name += f"-{getattr(spec, SIZED[spec.kind])}"
     if isinstance(spec, AttentionSpec) and spec.sink_tokens:
         name += f"-sinks-{spec.sink_tokens}"
@@ -157,6 +159,34 @@ def run_item(first: int, last: int) -> Item:
     return Item(f"L{first:03d}-L{last:03d}.skip", sites, specs)
 
 
+def fused_item(first: int, last: int, ffn: FfnSpec, shape: ModelShape) -> Item:
+    """The item of layers ``first`` to ``last`` whose FFNs, all ``ffn`` (keep or narrow), run in parallel as a single
+    one: ``L003-L005.fused-3x512``. y = x + sum_j FFN_j(norm_j(x)), x after the first layer's attention.
+
+    It begins with the first layer's FFN; later layers have nothing left (FFN Fusion, arXiv 2503.18908).
+    """
+    count, width = last - first + 1, ffn.intermediate_size or shape.intermediate_size
+    sites = [Site(layer, part) for layer in range(first, last + 1) for part in KINDS][1:]
+    rest = [AttentionSpec("skip") if site.part == "attention" else FfnSpec("skip") for site in sites[1:]]
+    fused = FfnSpec("narrow", count * width, num_fused=count)
+    return Item(f"L{first:03d}-L{last:03d}.{variant_name(fused)}", tuple(sites), (fused, *rest))
+
+
+def is_fused(item: Item) -> bool:
+    """Whether the item is a :func:`fused_item`."""
+    return isinstance(item.specs[0], FfnSpec) and item.specs[0].num_fused is not None
+
+
+def made_of(item: Item, shape: ModelShape) -> tuple[Item, ...]:
+    """The items whose blocks make up this one: of a fused run the FFNs of its layers, of any other itself."""
+    spec = item.specs[0]
+    if not isinstance(spec, FfnSpec) or spec.num_fused is None or spec.intermediate_size is None:
+        return (item,)
+    width = spec.intermediate_size // spec.num_fused
+    ffn = FfnSpec("keep") if width == shape.intermediate_size else FfnSpec("narrow", width)
+    return tuple(site_item(site, ffn) for site in item.sites if site.part == "ffn")
+
+
 def is_teacher(item: Item) -> bool:
     """Whether the item leaves the teacher as it is."""
     return all(spec.kind == "keep" and spec.precision is None for spec in item.specs)
@@ -177,7 +207,9 @@ def shape_id(spec: Spec, shape: ModelShape) -> str:
         return f"attention.gqa-{num_kv_heads(spec, shape)}{window}{sinks}"
     if spec.num_experts:
         return f"ffn.experts-{spec.num_experts}-active-{spec.num_active_experts}"
-    return f"ffn.narrow-{shape.intermediate_size}" if spec.kind == "keep" else f"ffn.{variant_name(spec)}"
+    if spec.kind == "keep":
+        return f"ffn.narrow-{shape.intermediate_size}"
+    return f"ffn.{variant_name(replace(spec, num_fused=None))}"
 
 
 def num_kv_heads(spec: Spec, shape: ModelShape) -> int:

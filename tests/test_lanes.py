@@ -29,7 +29,8 @@ PURE = """
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
-    modeling.modeling_puzzle modeling data.batches teacher metrics blocks blocks.layer blocks.nested blocks.library
+    modeling.modeling_puzzle modeling data.batches teacher metrics blocks blocks.layer blocks.nested blocks.fusion
+    blocks.library
     blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.linear_channels blocks.candidates
     blocks.starts blocks.stream blocks.distill scoring scoring.context scoring.exact scoring.one_pass build kd evaluate
     export export.hf export.verify profiling.timer profiling.kv_cache profiling.stack profiling.probes

@@ -198,3 +198,12 @@ def test_starting_points_that_do_not_fit_are_refused() -> None:
     for gib, shared in ((10, False), (22e9 / GIB, True)):  # on a CPU the stream has to fit, too
         with pytest.raises(ConfigError, match=r"init: the starting points of one layer need \d+\.\d+ GiB where"):
             check_init(EIGHT_B, specs, batches, Machine(gib * GIB, 0, 0, shared))
+
+
+def test_scoring_makes_room_for_wider_ffns() -> None:
+    """A fused one of four: its weights beside those it is fused from, and its activations."""
+    first, wider = Batches(8, 8 * 2048, 2), 3 * EIGHT_B.intermediate_size
+    plain, fused = (plan_scores(EIGHT_B, first, Machine(48 * GIB, 0, 4e12, True), 8, more) for more in (0, wider))
+    assert 1 <= fused.together < plain.together
+    own = 4 * 3 * EIGHT_B.hidden_size * wider
+    assert fused.together * (EIGHT_B_LAYER + 2 * own) + 20 * wider * first.tokens < 48 * GIB

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from puzzle.config import FusionFile
 from puzzle.space import SearchSpace, hardware_multiple
-from puzzle.types import ConfigError, ModelShape, Site
-from puzzle.variants import variant_name
+from puzzle.types import ConfigError, FfnSpec, ModelShape, Site
+from puzzle.variants import shape_id, variant_name
 
 SHAPE = ModelShape("llama", 3, 64, 4, 4, 16, 96, 128, 256, tied_embeddings=True)
 MIXED = replace(
@@ -107,3 +109,54 @@ def test_what_a_run_of_layers_says_is_not_said_by_its_parts() -> None:
     only = {"attention": ["linear"], "ffn": ["skip"]}
     assert SearchSpace.parse(only, SHAPE, pairs=True, runs=3).conflicts() == ()
     assert SearchSpace.parse(skips, SHAPE).conflicts() == ()
+
+
+def fusing(shape: ModelShape = SHAPE, ffn: tuple[str, ...] = ("keep",), **others: Any) -> SearchSpace:
+    offered = {"attention": ["gqa-2"], "ffn": ["keep", "linear", *(() if shape.moe_layers else ("narrow-48",))]}
+    return SearchSpace.parse(offered, shape, fusion=FusionFile(max_layers=3, ffn=ffn), **others)  # type: ignore[arg-type]
+
+
+def test_fused_runs_cover_all_but_the_first_attention() -> None:
+    space = fusing(ffn=("keep", "narrow-50%"), multiple_of=48)
+    assert [item.id for item in space.fused] == [
+        "L000-L001.fused-2x96",
+        "L000-L002.fused-3x96",
+        "L001-L002.fused-2x96",
+        "L000-L001.fused-2x48",
+        "L000-L002.fused-3x48",
+        "L001-L002.fused-2x48",
+    ]
+    assert space.items()[-6:] == space.fused and space.conflicts() == ()
+    item = space.fused[1]
+    assert list(map(str, item.sites)) == ["L000.ffn", "L001.attention", "L001.ffn", "L002.attention", "L002.ffn"]
+    assert item.specs[0] == FfnSpec("narrow", 288, num_fused=3)
+    assert {spec.kind for spec in item.specs[1:]} == {"skip"}
+    assert shape_id(item.specs[0], SHAPE) == "ffn.narrow-288"
+    assert shape_id(space.fused[3].specs[0], SHAPE) == "ffn.narrow-96"  # as wide as the teacher's own
+
+
+def test_runs_are_fused_only_where_every_layer_offers_the_ffn() -> None:
+    only_narrow = fusing(replace(SHAPE, num_layers=4), ("narrow-48",), layers={1: {"ffn": ["linear"]}})
+    assert [item.id for item in only_narrow.fused] == ["L002-L003.fused-2x48"]
+    experts = replace(MIXED, num_layers=4, windows=(), moe_layers=(1,))
+    assert [item.id for item in fusing(experts).fused] == ["L002-L003.fused-2x96"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "message"),
+    [
+        (replace(SHAPE, post_norms=True), {}, "fusion: norms after the FFNs, which this teacher has"),
+        (MIXED, {}, "fusion: keep is on offer in no two consecutive layers without experts"),
+        (SHAPE, {"pairs": True}, "fusion: a fused run begins with an FFN"),
+        (SHAPE, {"ffn": ("linear",)}, "fusion: linear cannot be fused; allowed: keep, narrow-N"),
+        (SHAPE, {"ffn": ("narrow-24",)}, "fusion: narrow-24 is on offer in no two .* add it to ffn"),
+    ],
+)
+def test_what_cannot_be_fused_says_why(shape: ModelShape, others: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fusing(shape, **others)
+
+
+def test_a_model_with_fused_ffns_is_no_context() -> None:
+    with pytest.raises(ConfigError, match=r"L000\.ffn: one FFN of a fused run cannot be changed alone"):
+        fusing().items_of({"L000.ffn": "fused-2x96", "L001.attention": "skip", "L001.ffn": "skip"})

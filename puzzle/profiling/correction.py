@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from puzzle.types import ConfigError, Correction, CostSetting, Item, ModelShape, Phase, Site, Spec, Strict
-from puzzle.variants import keep_spec
+from puzzle.variants import is_fused, keep_spec
 
 PRIOR = 0.1  # standard deviation that a factor is expected to have around 1, and the overhead around 0 of the whole
 NOISE = 0.01  # relative, of a measured whole
@@ -60,7 +60,8 @@ def whole_models(shape: ModelShape, items: Sequence[Item], count: int) -> dict[s
     on_offer: dict[Site, list[Spec]] = {site: [keep_spec(shape, site)] for site in shape.sites}
     for item in items:
         for site, spec in zip(item.sites, item.specs, strict=True):
-            if spec not in on_offer[site]:
+            # fused ones at random places could outgrow the teacher
+            if spec not in on_offer[site] and not is_fused(item):
                 on_offer[site].append(spec)
     models = {"teacher": tuple(specs[0] for specs in on_offer.values())}
     for number in range(count):

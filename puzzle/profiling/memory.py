@@ -45,7 +45,7 @@ def kv_cache_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size
 
 
 def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> float:
-    """Bytes that a forward needs besides weights and KV cache on one GPU; the same for all variants.
+    """Bytes that a forward needs besides weights and KV cache on one GPU; the same for all variants but fused FFNs.
 
     The widest moment of a prefill, per prompt token, in the weights' dtype (16 bits where they are
     quantised), with the teacher's sizes::
@@ -65,6 +65,17 @@ def workspace_bytes(shape: ModelShape, workload: Workload, batch_size: int) -> f
     tokens = min(batch_size * workload.isl, CHUNK_TOKENS.get(workload.runtime, batch_size * workload.isl))
     activations = tokens * widest * formats.activation_bytes(workload.weights)
     return activations + batch_size * shape.vocab_size * LOGIT_BYTES
+
+
+def added_workspace_bytes(spec: Spec, shape: ModelShape, workload: Workload, batch_size: int) -> float:
+    """What a forward needs on top where ``spec`` is an FFN wider than the teacher's: a fused one.
+
+    Sums over sites count it once for each such FFN, though a forward needs it once: an upper bound.
+    """
+    if isinstance(spec, AttentionSpec) or (spec.intermediate_size or 0) <= shape.intermediate_size:
+        return 0.0
+    wider = replace(shape, intermediate_size=spec.intermediate_size or 0)
+    return workspace_bytes(wider, workload, batch_size) - workspace_bytes(shape, workload, batch_size)
 
 
 def shape_per_gpu(shape: ModelShape, tp: int) -> ModelShape:

@@ -32,14 +32,15 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def _architecture(axes: Axes, summary: Summary) -> None:
-    """One row a layer: attention to the left, FFN to the right, each as wide as its share of the teacher's block."""
+    """One row a layer: attention to the left, FFN to the right, each as large as its share of the teacher's block."""
     from matplotlib.ticker import MaxNLocator
 
     for layer, ((attention, ffn), (left, right)) in enumerate(zip(summary.architecture, summary.widths, strict=True)):
         axes.barh(layer, -1, color="none", edgecolor=TEACHER, linewidth=0.5)
         axes.barh(layer, 1, color="none", edgecolor=TEACHER, linewidth=0.5)
         axes.barh(layer, -left, color=ATTENTION)
-        axes.barh(layer, right, color=FFN)
+        rows = max(1, math.ceil(right))  # a fused FFN stands for those of several layers
+        axes.barh(layer + (rows - 1) / 2, right / rows, 0.8 + rows - 1, color=FFN)
         if len(summary.architecture) <= 40:
             axes.text(-1.03, layer, attention, ha="right", va="center", fontsize=8)
             axes.text(1.03, layer, ffn, ha="left", va="center", fontsize=8)

@@ -35,10 +35,12 @@ class ScoringContext:
         layer = self.teacher.layer(index)
         if not specs:
             return layer
-        read = {item.id: self.read_weights(item) for item in owner.values()}
+        # an item over several layers may have nothing to read for this one
+        read = {item.id: self.read_weights(item) for part, item in owner.items() if specs[part].kind != "skip"}
         weights = {
             name: tensor
             for part, item in owner.items()
+            if specs[part].kind != "skip"
             for name, tensor in read[item.id].items()
             if name.startswith(part_prefixes(layer.config, part))
         }

@@ -75,7 +75,7 @@ def _kv_cache_gib(setting: Setting, spec: Spec | None) -> float:
 def _memory_gib(setting: Setting, spec: Spec | None) -> float:
     held = _weights_gib(setting, spec) + _kv_cache_gib(setting, spec)
     if spec is not None:
-        return held
+        return held + memory.added_workspace_bytes(spec, setting.shape, setting.served, setting.batch_size) / GIB
     return held + memory.workspace_bytes(setting.shape, setting.served, setting.batch_size) / GIB
 
 

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from puzzle import artifacts
 from puzzle.blocks import library
+from puzzle.blocks.fusion import fuse
 from puzzle.data.batches import Batch, TokenData, read_tokens
 from puzzle.memory_plan import Batches, Machine
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleForCausalLM, part_prefixes
 from puzzle.ranks import Ranks
 from puzzle.run import Run
-from puzzle.teacher import Compute, Teacher, load_model
+from puzzle.teacher import Compute, Shards, Teacher, load_config, load_model
 from puzzle.types import GIB, Item
-from puzzle.variants import has_weights
+from puzzle.variants import has_weights, is_fused, made_of
 
 BATCH_SEQUENCES = 8
 HELD_OUT_SEQUENCES = 16
@@ -111,6 +112,20 @@ def item_weights(run: Run, item: Item) -> Mapping[str, Tensor]:
     """
     if not has_weights(item):
         return {}
+    if is_fused(item):
+        fused = fuse([_ffn(run, ffn) for ffn in made_of(item, run.shape)])
+        # rounded as the library and the student are, so what is scored is what is built
+        return {name: tensor.to(stored_dtype(run)) for name, tensor in fused.items()}
     unit = run.unit_of(item)
     failed = "failed" in artifacts.read_unit(run.trained(unit)).payload
     return library.item_view(library.read_weights(run.trained(unit), finite=not failed), item, run.units[unit])
+
+
+def _ffn(run: Run, item: Item) -> Mapping[str, Tensor]:
+    """The weights of an FFN, trained or the teacher's own, by names within the layer."""
+    if has_weights(item):
+        return item_weights(run, item)
+    config = load_config(run.teacher)
+    shards, layer = Shards(run.teacher, config), f"model.layers.{item.sites[0].layer}."
+    read = [shards.read(layer + own, torch.device("cpu"), torch.float32) for own in part_prefixes(config, "ffn")]
+    return {name.removeprefix(layer): tensor for tensors in read for name, tensor in tensors.items()}

@@ -36,8 +36,8 @@ from puzzle.stages.common import (
     tokens_of,
 )
 from puzzle.tables import CONTEXT
-from puzzle.types import ConfigError, Item, Score, to_json
-from puzzle.variants import has_weights, is_teacher, params
+from puzzle.types import ConfigError, FfnSpec, Item, Score, to_json
+from puzzle.variants import has_weights, is_teacher, made_of, params
 
 
 def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -96,7 +96,9 @@ class ScoreJob:
         self._rounds = list(rounds(settings.sequences, most))
         self._machine = machine_of(run)
         counts = [num_batches(len(sequences)) for sequences in self._rounds]
-        self._plan = plan_scores(run.shape, self._sizes(counts[0]), self._machine, sum(counts))
+        widths = [spec.intermediate_size or 0 for item in run.items for spec in item.specs if isinstance(spec, FfnSpec)]
+        wider = max(0, max(widths) - run.shape.intermediate_size)
+        self._plan = plan_scores(run.shape, self._sizes(counts[0]), self._machine, sum(counts), wider)
         self._in_memory = [total <= self._plan.in_memory for total in itertools.accumulate(counts)]
         teacher = streamed_teacher(run, compute.dtype, self._plan.hold_teacher)
         self._context = ScoringContext(teacher, functools.partial(item_weights, run), run.context)
@@ -269,8 +271,8 @@ class ScoreJob:
 
     def _failure(self, item: Item, measured: Measured) -> str | None:
         """Why the item cannot be chosen, if so: its training failed, or its scores are no numbers."""
-        if has_weights(item):
-            reason = artifacts.read_unit(self._run.trained(self._run.unit_of(item))).payload.get("failed")
+        for part in filter(has_weights, made_of(item, self._run.shape)):
+            reason = artifacts.read_unit(self._run.trained(self._run.unit_of(part))).payload.get("failed")
             if reason is not None:
                 return str(reason)
         finite = all(torch.isfinite(column).all() for column in measured.values.values())

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from puzzle.config import FusionFile
 from puzzle.profiling.correction import WholeModel, WholePoint, fit, fit_phase, whole_models
 from puzzle.space import SearchSpace
 from puzzle.types import ConfigError, CostSetting, ModelShape
@@ -84,3 +85,11 @@ def test_the_models_to_measure_are_the_teacher_and_different_ones_that_stay_the_
     assert {spec for specs in models.values() for spec in specs} == {
         spec for item in space.items() for spec in item.specs
     }
+
+
+def test_whole_models_are_no_larger_than_their_layers(shape: ModelShape) -> None:
+    """Fused FFNs at random places would add up to more than the teacher."""
+    fusion = FusionFile(max_layers=2)
+    space = SearchSpace.parse({"attention": ("skip",), "ffn": ("skip",)}, shape, fusion=fusion)
+    models = whole_models(shape, space.items(), 8)
+    assert space.fused and {spec.kind for specs in models.values() for spec in specs} == {"keep", "skip"}
