@@ -77,9 +77,17 @@ def _headline(solution: Solution) -> str:
     error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
     quality = f"{solution.objective_nats:.4f}{error} {'nats' if name.endswith('_nats') else name} predicted"
     if solution.minimised is None:
-        return f"{quality} ({solution.status}, bound {solution.bound_nats:.4f})"
+        return f"{quality} ({_status(solution)}, bound {solution.bound_nats:.4f})"
     cost = f"{solution.minimised} {_figure(solution.totals[solution.minimised])}"
-    return f"{cost} ({solution.status}, bound {_figure(solution.cost_bound or 0.0)}), {quality}"
+    return f"{cost} ({_status(solution)}, bound {_figure(solution.cost_bound or 0.0)}), {quality}"
+
+
+def _status(solution: Solution) -> str:
+    """``optimal``, or how far it may be from that and why the solver stopped."""
+    if solution.status == "optimal":
+        return solution.status
+    gap = "" if solution.gap is None else f", gap {solution.gap:.2%}"
+    return f"the solver's time was up: best found{gap}" if solution.timed_out else f"{solution.status}{gap}"
 
 
 def _figure(value: float) -> str:
@@ -128,7 +136,7 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
         rows.append(
             {
                 **row,
-                "status": answer.status,
+                "status": _status(answer),
                 f"{answer.objective_name} predicted": f"{answer.objective_nats:.4f}{error}",
                 **{
                     f"{name} reached": _figure(answer.totals[name]) + (" (estimate)" * (name in answer.estimated))

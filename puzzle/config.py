@@ -425,6 +425,15 @@ class SolutionsFile(_Model):
     min_difference: Fraction = 0.2
 
 
+class SolverFile(_Model):
+    """``gap``: (best found - bound) / best found to stop at. ``time_limit_s``: of one search, all its solves together;
+    then the best found so far is the answer, with its bound.
+    """
+
+    gap: Fraction = 1e-9
+    time_limit_s: PositiveFloat | None = None
+
+
 def _kind_of_limit(given: Any) -> str:
     if isinstance(given, Mapping | BaseModel):
         return "<values>" if "values" in dict(given) else "<bounds>"
@@ -451,3 +460,4 @@ class ConstraintFile(_Model):
     ] = ()
     objective: str = "kl_nats"
     solutions: SolutionsFile = SolutionsFile()
+    solver: SolverFile = SolverFile()

@@ -239,8 +239,9 @@ def tables(run: Run) -> dict[str, str]:
 
 def _limits_fingerprint(run: Run) -> str:
     # a key that came later and is not in the file leaves the solutions of before their names
-    unused = {"serve_on"} if not run.constraint_file.serve_on else set()
-    return artifacts.fingerprint(run.constraint_file.model_dump(mode="json", exclude=unused))
+    file = run.constraint_file
+    unused = {key for key in ("serve_on", "solver") if getattr(file, key) == type(file).model_fields[key].default}
+    return artifacts.fingerprint(file.model_dump(mode="json", exclude=unused))
 
 
 def _chosen_if_any(run: Run) -> tuple[Item, ...]:

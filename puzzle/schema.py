@@ -54,6 +54,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "objective": "the score whose sum is made as small as possible; or a cost such as chat.e2e_ms, while "
         "constraints bound such a sum",
         "solutions": "how many different answers",
+        "solver": "when the solver may stop before its answer is proven the best",
     },
     "WorkloadFile": {
         "isl": "prompt tokens of a request",
@@ -70,6 +71,10 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
     "SolutionsFile": {
         "count": "how many",
         "min_difference": "share of the sites in which each differs from every other",
+    },
+    "SolverFile": {
+        "gap": "relative distance between the best answer found and the bound at which it stops",
+        "time_limit_s": "seconds of one search after which it stops with the best answer found",
     },
     "SpaceFile": {
         "attention": "variants of every attention: keep, gqa-K, gqa-*, window-W, window-W-sinks-S, linear, skip",
