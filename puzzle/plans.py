@@ -112,6 +112,10 @@ def scored_from(run: Run, items: Sequence[Item], estimated: bool) -> dict[str, s
     }
 
 
+def plan_importance(run: Run) -> list[Planned]:
+    return [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, run.config.init.sequences)})]
+
+
 def plan_additivity(run: Run) -> list[Planned]:
     by_id = {item.id: item for item in run.items}
     return [

@@ -359,6 +359,10 @@ class Run:
         return means | {item_id: sum(values) / len(values) for item_id, values in first.items() if item_id in means}
 
     @property
+    def importance(self) -> Path:
+        return self.folder / "importance.json"
+
+    @property
     def additivity(self) -> Path:
         return self.folder / "additivity"
 
