@@ -115,6 +115,18 @@ def test_a_gap_and_a_time_limit_are_keys_and_what_they_leave_open_is_told(
     assert entry["gap"] == pytest.approx(0.25)
 
 
+def test_a_front_of_two_costs_is_a_table_a_csv_and_a_picture(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = ["--cost", "params", "--cost", "chat.kv_cache_gib"]
+    assert main(["--debug", "pareto", str(copy.config), *costs, "--points", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["point", "params", "chat.kv_cache_gib", "kl_nats", "bound", "gap"]
+    csv = (copy.run / "pareto" / "pareto.csv").read_text().splitlines()
+    assert csv[0] == "point,params,chat.kv_cache_gib,kl_nats,bound,gap,items"
+    assert lines[-1].startswith(f"{len(csv) - 1} points; ")
+    assert len(csv) == len(lines) - 1 > 3
+    assert (copy.run / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_solutions_of_before_are_read(finished: Project) -> None:
     """Files that hold nothing of what came later."""
     from puzzle.types import Solution, from_json
