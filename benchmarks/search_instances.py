@@ -15,7 +15,7 @@ from typing import Literal
 
 from puzzle import variants
 from puzzle.config import ConstraintFile
-from puzzle.profiling.hardware import Setting
+from puzzle.profiling.hardware import Deployment
 from puzzle.profiling.roofline import estimate
 from puzzle.profiling.source import points_of
 from puzzle.search import problems
@@ -86,7 +86,7 @@ def _costs(shape: ModelShape, items: tuple[Item, ...], file: ConstraintFile) -> 
     (workload,) = workloads(file, shape)
     points = points_of(workload, workload.batch_sizes[0])
     ordered = sorted(specs, key=str)
-    return Costs(tuple(cost for point in points for cost in estimate(shape, ordered, point, Setting.of(workload))))
+    return Costs(tuple(cost for point in points for cost in estimate(shape, ordered, point, Deployment.of(workload))))
 
 
 def _scores(items: tuple[Item, ...], shape: ModelShape, rng: random.Random) -> list[Score]:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from puzzle.types import AttentionSpec, Capability, ConfigError, Conflict, FfnSpec, Item, ModelShape, Site, Spec, Target
 from puzzle.variants import variant_name
 
-__all__ = ["MATRIX", "TARGETS", "Finding", "Offer", "capability", "offer", "together", "told"]
+__all__ = ["MATRIX", "TARGETS", "Finding", "Offer", "capability", "offer", "served_as", "together", "told"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 LLAMA_SHAPED = ("llama", "mistral")
 WIDTH_MULTIPLE = 256  # every reader of nemotron-nas rounds FFN widths up to it
 ZERO_WIDTH = 32  # of an FFN of zeros, where a reader insists on one
+ZERO_FFN = FfnSpec("narrow", intermediate_size=ZERO_WIDTH)
 
 Feature = Literal[
     "attention", "window", "sinks", "linear attention", "no attention", "no attention at layer 0",
@@ -87,11 +88,14 @@ def capability(target: Target, spec: Spec, layer: int, shape: ModelShape, window
             found.append(Capability(target, "refused", reason))
     if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in NEMOTRON:
         width = spec.intermediate_size or shape.intermediate_size
-        padded = math.ceil(width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        if padded != width:
+        if (padded := _padded(width)) != width:
             lowered_to = f"{padded} channels, those past {width} zeros"
             found.append(Capability(target, "lowered", f"widths are multiples of {WIDTH_MULTIPLE}", lowered_to))
     return _worst(found)
+
+
+def _padded(width: int) -> int:
+    return math.ceil(width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def together(target: Target, attention: AttentionSpec, ffn: FfnSpec, layer: int, num_layers: int) -> Capability:
@@ -149,7 +153,7 @@ class Finding:
 class Offer:
     """``items``: what all targets can load; ``conflicts`` between some of them; why others are not on offer.
 
-    ``lowered``: what must be written otherwise for a target. Costs are those of the variant itself.
+    ``lowered``: what must be written otherwise for a target. Its costs are those of :func:`served_as`.
     """
 
     items: tuple[Item, ...]
@@ -177,6 +181,29 @@ def offer(items: Sequence[Item], targets: Sequence[Target], shape: ModelShape) -
             )
     lowered = tuple(one for one in found if one.item.id not in gone)
     return Offer(kept, tuple(_conflicts(kept, targets, shape)), tuple(refused), lowered)
+
+
+def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]:
+    """The blocks that ``target`` runs in the place of the item's, whose costs add up to its own.
+
+    An FFN that is left out costs the zeros that its attention may need; only an item of both parts can know better.
+    """
+    at = dict(zip(item.sites, item.specs, strict=True))
+    found: list[Spec] = []
+    for site, spec in at.items():
+        beside = at.get(Site(site.layer, "attention"))
+        if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in NEMOTRON:
+            width = _padded(spec.intermediate_size or shape.intermediate_size)
+            found.append(replace(spec, kind="narrow", intermediate_size=width))
+        elif target == "llama.cpp" and spec.kind == "skip" and site == Site(0, "attention"):
+            found.append(AttentionSpec("linear"))
+        elif target == "llama.cpp" and spec.kind == "linear" and site.part == "ffn":
+            found += [spec, ZERO_FFN]
+        elif target == "llama.cpp" and spec.kind == "skip" and site.part == "ffn" and beside != AttentionSpec("skip"):
+            found.append(ZERO_FFN)
+        else:
+            found.append(spec)
+    return tuple(found)
 
 
 def told(findings: Iterable[Finding]) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``. Pure; they write nothing.
+"""The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``.
+
+Pure, and they write nothing, unless ``compare`` is asked for what needs a model (rivals.py).
 
 Both solve on the run's tables, at the batch sizes at which the best architecture was found.
 """
@@ -6,6 +8,7 @@ Both solve on the run's tables, at the batch sizes at which the best architectur
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from puzzle.search.problem import Problem
 
 CE = "ce_delta"
+COMPUTED = Path()  # of --importance without a file
 
 
 def add_commands(commands: Any) -> None:
@@ -30,7 +34,18 @@ def add_commands(commands: Any) -> None:
     )
     explain.set_defaults(command=lambda options: _explain(options, open_run(options)))
     compare = with_run(commands.add_parser("compare", help="the search beside simpler ways to choose"))
-    compare.add_argument("--importance", type=Path, metavar="FILE", help="JSON list, one number a layer")
+    compare.add_argument(
+        "--importance",
+        type=Path,
+        nargs="?",
+        const=COMPUTED,
+        metavar="FILE",
+        help="leave out the least important layers, by Block Importance or a JSON list of one number a layer",
+    )
+    compare.add_argument(
+        "--evolution", type=int, metavar="N", help="an evolutionary search with N true evaluations (EvoPress's way)"
+    )
+    compare.add_argument("--quantised", action="store_true", help="the teacher in fp8 and int4-g32, true quality")
     compare.set_defaults(command=lambda options: _compare(options, open_run(options)))
 
 
@@ -59,6 +74,7 @@ def _site(name: str, problem: Problem) -> Site:
 
 
 def _compare(options: argparse.Namespace, run: Run) -> None:
+    from puzzle.rivals import evolutions, quantised_teachers
     from puzzle.search import mip
     from puzzle.search.compare import compare, table
     from puzzle.search.constraints import usable_items
@@ -67,13 +83,24 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     scores = run.read_scores()
     has_ce = any(metric == CE for _, metric in scores.scores)
     loss = {item.id: score for item, score in usable_items(problem.items, scores, CE).items()} if has_ce else None
-    importance = None if options.importance is None else _importance(options.importance)
+    if options.evolution is not None and options.evolution < 1:
+        raise ConfigError(f"--evolution: expected at least 1 true evaluation, found {options.evolution}")
+    importance = None if options.importance is None else _importance(run, options.importance)
+    with contextlib.ExitStack() as stack:
+        more = {} if options.evolution is None else stack.enter_context(evolutions(run, problem, options.evolution))
+        found = compare(problem, loss, importance, run.config.seed, more=more)
+    if options.quantised:
+        found += tuple(quantised_teachers(run, problem))
     if problem.label:
         print(problem.label)
-    print(table(compare(problem, loss, importance, run.config.seed), problem))
+    print(table(found, problem))
 
 
-def _importance(path: Path) -> list[float]:
+def _importance(run: Run, path: Path) -> list[float]:
+    from puzzle.rivals import block_importance
+
+    if path == COMPUTED:
+        return block_importance(run)
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

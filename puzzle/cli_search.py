@@ -15,12 +15,21 @@ from puzzle.types import ConfigError, InfeasibleError, Solution
 if TYPE_CHECKING:
     from puzzle.run import Run
 
+FRONT_ROWS, GRID_LIMITS = 20, 8  # of a printed front; for each of several costs
+
 
 def add_commands(commands: Any) -> None:
     """Adds the parsers; ``commands`` is what argparse's ``add_subparsers`` returned."""
-    pareto = with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost"))
-    pareto.add_argument("--cost", default="params", help="a metric as in a constraint file, e.g. chat.memory_gib")
-    pareto.add_argument("--points", type=int, default=20, help="rows of the table (default 20)")
+    pareto = with_run(commands.add_parser("pareto", help="the whole front of accuracy against one cost, or several"))
+    pareto.add_argument(
+        "--cost",
+        action="append",
+        metavar="METRIC",
+        help="as in a constraint file, e.g. chat.memory_gib (default params); several give a grid of searches",
+    )
+    pareto.add_argument(
+        "--points", type=int, help="rows of the table (default 20); of several costs, limits for each (default 8)"
+    )
     pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
     pareto.set_defaults(command=_pareto)
 
@@ -77,9 +86,17 @@ def _headline(solution: Solution) -> str:
     error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
     quality = f"{solution.objective_nats:.4f}{error} {'nats' if name.endswith('_nats') else name} predicted"
     if solution.minimised is None:
-        return f"{quality} ({solution.status}, bound {solution.bound_nats:.4f})"
+        return f"{quality} ({_status(solution)}, bound {solution.bound_nats:.4f})"
     cost = f"{solution.minimised} {_figure(solution.totals[solution.minimised])}"
-    return f"{cost} ({solution.status}, bound {_figure(solution.cost_bound or 0.0)}), {quality}"
+    return f"{cost} ({_status(solution)}, bound {_figure(solution.cost_bound or 0.0)}), {quality}"
+
+
+def _status(solution: Solution) -> str:
+    """``optimal``, or how far it may be from that and why the solver stopped."""
+    if solution.status == "optimal":
+        return solution.status
+    gap = "" if solution.gap is None else f", gap {solution.gap:.2%}"
+    return f"the solver's time was up: best found{gap}" if solution.timed_out else f"{solution.status}{gap}"
 
 
 def _figure(value: float) -> str:
@@ -128,7 +145,7 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
         rows.append(
             {
                 **row,
-                "status": answer.status,
+                "status": _status(answer),
                 f"{answer.objective_name} predicted": f"{answer.objective_nats:.4f}{error}",
                 **{
                     f"{name} reached": _figure(answer.totals[name]) + (" (estimate)" * (name in answer.estimated))
@@ -144,17 +161,27 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
 
 def _pareto(options: argparse.Namespace) -> None:
     from puzzle import pipeline
+    from puzzle.search import effort_of, surface
     from puzzle.search.pareto import front as front_of
     from puzzle.search.pareto import plot
 
-    run = open_run(options)
-    front = front_of(pipeline.first_problem(run), options.cost)
-    print(front.frame(options.points).to_string(index=False))
-    folder = options.output or run.folder / "pareto"
+    run, costs = open_run(options), options.cost or ["params"]
+    problem, folder = pipeline.first_problem(run), options.output or run.folder / "pareto"
     folder.mkdir(parents=True, exist_ok=True)
-    front.frame().to_csv(folder / "pareto.csv", index=False)
-    plot(front, folder / "pareto.png")
-    print(f"{len(front)} points; {folder / 'pareto.csv'}, {folder / 'pareto.png'}")
+    table, picture = folder / "pareto.csv", folder / "pareto.png"
+    if len(costs) == 1:
+        front = front_of(problem, costs[0])
+        print(front.frame(options.points or FRONT_ROWS).to_string(index=False))
+        front.frame().to_csv(table, index=False)
+        plot(front, picture)
+        print(f"{len(front)} points; {table}, {picture}")
+        return
+    found = surface.surface(problem, costs, options.points or GRID_LIMITS, effort_of(run.constraint_file))
+    print(found.frame().to_string(index=False))
+    found.frame(architectures=True).to_csv(table, index=False)
+    surface.plot(found, picture)
+    late = f"; at {found.unfinished} limits nothing was found in time" if found.unfinished else ""
+    print(f"{len(found.points)} points{late}; {table}, {picture}")
 
 
 def _shrink(options: argparse.Namespace) -> None:

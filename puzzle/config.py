@@ -459,6 +459,17 @@ class SolutionsFile(_Model):
     min_difference: Fraction = Field(0.2, description="share of the sites in which each differs from every other")
 
 
+class SolverFile(_Model):
+    """``gap`` is (best found - bound) / best found. The limit is of one search, all its solves together."""
+
+    gap: Fraction = Field(
+        1e-9, description="relative distance between the best answer found and the bound at which it stops"
+    )
+    time_limit_s: PositiveFloat | None = Field(
+        None, description="seconds of one search after which it stops with the best answer found"
+    )
+
+
 def _kind_of_limit(given: Any) -> str:
     if isinstance(given, Mapping | BaseModel):
         return "<values>" if "values" in dict(given) else "<bounds>"
@@ -492,3 +503,6 @@ class ConstraintFile(_Model):
         "constraints bound such a sum",
     )
     solutions: SolutionsFile = Field(SolutionsFile(), description="how many different answers")
+    solver: SolverFile = Field(
+        SolverFile(), description="when the solver may stop before its answer is proven the best"
+    )

@@ -56,6 +56,7 @@ STAGES: tuple[Stage, ...] = (
 )
 ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
+    Stage("importance", ("data",), plans.plan_importance, "measure how much each layer changes the residual stream"),
     Stage("fit-costs", ("profile",), plans.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}

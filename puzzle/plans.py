@@ -112,6 +112,10 @@ def scored_from(run: Run, items: Sequence[Item], estimated: bool) -> dict[str, s
     }
 
 
+def plan_importance(run: Run) -> list[Planned]:
+    return [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, run.config.init.sequences)})]
+
+
 def plan_additivity(run: Run) -> list[Planned]:
     by_id = {item.id: item for item in run.items}
     return [
@@ -231,10 +235,11 @@ def search_inputs(run: Run) -> dict[str, str]:
 def tables(run: Run) -> dict[str, str]:
     """What a search sees before anything is scored anew for it."""
     # a key that came later and is not in the file leaves the solutions of before their names
-    unused = {"serve_on"} if not run.constraint_file.serve_on else set()
+    file = run.constraint_file
+    unused = {key for key in ("serve_on", "solver") if getattr(file, key) == type(file).model_fields[key].default}
     return {
         "scores": artifacts.fingerprint([artifacts.content_of(unit.path) for unit in plan_score(run)]),
         "costs": run.cost_source.fingerprint,
-        "constraints": artifacts.fingerprint(run.constraint_file.model_dump(mode="json", exclude=unused)),
+        "constraints": artifacts.fingerprint(file.model_dump(mode="json", exclude=unused)),
         "space": artifacts.fingerprint([item.id for item in run.items]),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import artifacts, checkpoint, plans, yamlfiles
+from puzzle.capabilities import served_as
 from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
@@ -238,11 +239,13 @@ class Run:
         """Where times come from; not what an earlier grid left in the folder."""
         settings = self.config.profile
         measured = settings.backend in ("measured", "vllm")
+        targets = () if measured else self.picks[0].file.serve_on  # estimates cost nothing: of lowered forms, too
+        lowered = [one for item in self.items for target in targets for one in served_as(item, target, self.shape)]
         return CostSource(
             settings,
             self.folder,
             self.shape,
-            (*self.keep_specs, *self.specs),
+            (*self.keep_specs, *self.specs, *dict.fromkeys(lowered)),
             self.grid_points if measured else (),
             plans.measured_from(self) if measured else {},
             () if measured else workloads(self.picks[0].file, self.shape),
@@ -356,6 +359,10 @@ class Run:
         means = table.means(self.items, "kl")
         first = {key[0]: score.per_sequence[:count] for key, score in table.scores.items() if key[1] == "kl"}
         return means | {item_id: sum(values) / len(values) for item_id, values in first.items() if item_id in means}
+
+    @property
+    def importance(self) -> Path:
+        return self.folder / "importance.json"
 
     @property
     def additivity(self) -> Path:

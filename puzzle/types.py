@@ -326,7 +326,8 @@ class Solution(Strict):
     (nats for all whose names end in it); no answer has one below ``bound_nats``. Where a cost was ``minimised`` in its
     place, the sum was bounded, and it is the cost that no answer brings below ``cost_bound`` (a rate: above it).
     ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
-    ``estimated``: the metrics among them that rest on times nobody measured.
+    ``estimated``: the metrics among them that rest on times nobody measured. ``gap``: how far what was minimised may be
+    from the best there is, relative to itself; ``timed_out``: because the solver's time was up.
     """
 
     items: tuple[str, ...]
@@ -340,6 +341,8 @@ class Solution(Strict):
     objective_name: str = ""
     minimised: str | None = None
     cost_bound: float | None = None
+    gap: float | None = None
+    timed_out: bool = False
 
 
 @dataclass(frozen=True)

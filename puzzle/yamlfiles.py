@@ -135,6 +135,7 @@ def dump(config: BaseModel) -> str:
     out = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
+    yaml.width = 2**31  # a long line that is folded at two spaces reads back with one
     yaml.dump(config.model_dump(mode="json"), out)
     return out.getvalue()
 

@@ -8,10 +8,10 @@ from typing import get_args
 import pytest
 
 from puzzle import capabilities
-from puzzle.capabilities import MATRIX, NEMOTRON, TARGETS, Feature, capability, offer, together, told
+from puzzle.capabilities import MATRIX, NEMOTRON, TARGETS, Feature, capability, offer, served_as, together, told
 from puzzle.space import SearchSpace
 from puzzle.types import AttentionSpec, Capability, ConfigError, FfnSpec, Item, ModelShape, Site, Spec, Target
-from puzzle.variants import KINDS, layer_item, parse_variant, resolve, run_item
+from puzzle.variants import KINDS, layer_item, params, parse_variant, resolve, run_item, site_item
 
 SHAPE = ModelShape("llama", 4, 1024, 16, 8, 64, 2816, 512, 4096, tied_embeddings=False)
 NAMES = {
@@ -88,6 +88,42 @@ def test_a_width_is_padded_and_the_teachers_own_too() -> None:
     odd = replace(SHAPE, intermediate_size=2800)
     found = capability("vllm", spec_of("ffn", "keep", odd), 1, odd)
     assert (found.status, found.lowered_to) == ("lowered", "2816 channels, those past 2800 zeros")
+
+
+PADDED, ZEROS = FfnSpec("narrow", intermediate_size=768), FfnSpec("narrow", intermediate_size=32)
+RENAMED = {("attention", "window-512", 1), ("attention", "linear", 0), ("attention", "linear", 1)}
+COSTS_OF = {
+    ("ffn", "narrow-700", 1): dict.fromkeys(NEMOTRON, (PADDED,)),
+    ("attention", "skip", 0): {"llama.cpp": (AttentionSpec("linear"),)},
+    ("ffn", "linear", 1): {"llama.cpp": (FfnSpec("linear"), ZEROS)},
+    ("ffn", "skip", 3): {"llama.cpp": (ZEROS,)},  # beside what, an item of its own does not know
+}
+
+
+@pytest.mark.parametrize(("part", "name", "layer"), EXPECTED)
+def test_what_is_lowered_to_other_sizes_is_served_as_them(part: str, name: str, layer: int) -> None:
+    spec = spec_of(part, name, layer=layer)
+    item = site_item(Site(layer, part), spec)  # type: ignore[arg-type]
+    for target, status in zip(TARGETS, EXPECTED[part, name, layer], strict=True):
+        if status == R:
+            continue
+        form = served_as(item, target, SHAPE)
+        assert form == COSTS_OF.get((part, name, layer), {}).get(target, form)
+        costs = [sum(params(one, SHAPE) for one in specs) for specs in (form, (spec,))]
+        renamed = (part, name, layer) in RENAMED or target == "mlx-lm" and name == "linear"
+        beside = (part, name, target) == ("ffn", "skip", "llama.cpp")
+        assert (costs[0] > costs[1]) == (status == L and not renamed or beside)
+
+
+def test_an_item_of_both_parts_knows_whether_zeros_are_needed() -> None:
+    skip, ffn = AttentionSpec("skip"), FfnSpec("skip")
+    assert served_as(run_item(1, 1), "llama.cpp", SHAPE) == (skip, ffn)
+    beside = layer_item(1, AttentionSpec("gqa", 2), ffn)
+    assert served_as(beside, "llama.cpp", SHAPE) == (AttentionSpec("gqa", 2), ZEROS)
+    assert served_as(beside, "mlx-lm", SHAPE) == beside.specs
+    odd = replace(SHAPE, intermediate_size=2800)
+    (form,) = served_as(site_item(Site(1, "ffn"), FfnSpec("keep")), "vllm", odd)
+    assert form == FfnSpec("narrow", intermediate_size=2816)
 
 
 def space_items(shape: ModelShape = SHAPE, **changes: object) -> tuple[Item, ...]:

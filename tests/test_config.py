@@ -54,7 +54,7 @@ def test_the_template_is_a_valid_config_for_demo_and_others(tmp_path: Path, caps
 
 
 def test_a_config_dumped_reads_back_as_itself(tmp_path: Path) -> None:
-    loaded = RunConfig(run="r", constraints="c", seed=3, data=config.DataConfig(text="x.txt"))
+    loaded = RunConfig(run="r", constraints="c" * 90 + "  c", seed=3, data=config.DataConfig(text="x.txt"))
     (tmp_path / "dumped.yaml").write_text(yamlfiles.dump(loaded))
     assert yamlfiles.load(RunConfig, tmp_path / "dumped.yaml") == loaded
 

@@ -18,9 +18,10 @@ from puzzle.tables import ScoreTable
 from puzzle.types import Conflict, Costs, InfeasibleError, Item, ModelShape, Solution
 
 if TYPE_CHECKING:
+    from puzzle.search.linear import Effort
     from puzzle.search.pareto import Front
 
-__all__ = ["pareto_front", "problems", "search"]
+__all__ = ["effort_of", "pareto_front", "problems", "search"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def search(
     wanted = constraints.solutions
     programmes = problems(shape, items, scores, costs, constraints, conflicts)
     try:
-        found = mip.solve(programmes, inputs, wanted.count, wanted.min_difference)
+        found = mip.solve(programmes, inputs, wanted.count, wanted.min_difference, effort_of(constraints))
     except InfeasibleError as error:
         if not (refused := offer(items, constraints.serve_on, shape).refused):
             raise
@@ -64,6 +65,13 @@ def search(
         )
         for solution in found.solutions
     )
+
+
+def effort_of(constraints: ConstraintFile) -> Effort:
+    """How long, and how closely, one search looks."""
+    from puzzle.search.programme import RELATIVE_GAP, Effort
+
+    return Effort(max(constraints.solver.gap, RELATIVE_GAP), constraints.solver.time_limit_s)
 
 
 def pareto_front(

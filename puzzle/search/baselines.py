@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from puzzle.search.linear import minimise
 from puzzle.search.problem import Problem, Row
@@ -25,6 +26,7 @@ __all__ = [
     "most_params",
     "published_greedy",
     "random_feasible",
+    "Walk",
 ]
 
 ATTEMPTS_PER_CHOICE = 20
@@ -64,7 +66,7 @@ def random_feasible(problem: Problem, seed: int, count: int) -> tuple[tuple[str,
     the use of the tightest bound until none fits any more. The same seed gives the same answer. InfeasibleError if
     nothing was found.
     """
-    walk = _Walk.over(problem, random.Random(seed))
+    walk = Walk.over(problem, random.Random(seed))
     found: dict[tuple[str, ...], None] = {}
     for _ in range(ATTEMPTS_PER_CHOICE * count):
         chosen = walk.one()
@@ -230,8 +232,11 @@ def _hull(problem: Problem, row: Row, items: Sequence[Item]) -> list[Item]:
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """``rows[r][site][k]``: what the k-th item at a site adds to row r, whose sum must lie within ``limits[r]``."""
+class Walk:
+    """Architectures as ``picks``: the number of the item at each site.
+
+    ``rows[r][site][k]``: what the k-th item at a site adds to row r, whose sum must lie within ``limits[r]``.
+    """
 
     items: tuple[tuple[Item, ...], ...]
     rows: tuple[tuple[tuple[float, ...], ...], ...]
@@ -239,7 +244,7 @@ class _Walk:
     rng: random.Random
 
     @classmethod
-    def over(cls, problem: Problem, rng: random.Random) -> _Walk:
+    def over(cls, problem: Problem, rng: random.Random) -> Walk:
         by_site = _single(problem)
         items = tuple(tuple(by_site[site]) for site in problem.sites)
         rows, limits = [], []
@@ -256,13 +261,37 @@ class _Walk:
         return cls(items, tuple(rows), tuple(limits), rng)
 
     def one(self) -> tuple[str, ...] | None:
-        picks = [self.rng.randrange(len(choices)) for choices in self.items]
+        picks = self.settled([self.rng.randrange(len(choices)) for choices in self.items])
+        return None if picks is None else self.ids(picks)
+
+    def settled(self, picks: list[int]) -> list[int] | None:
+        """The picks, changed until they fit, and further until none that uses more of the budget does."""
         sums = [math.fsum(row[site][pick] for site, pick in enumerate(picks)) for row in self.rows]
         self._climb(picks, sums, self._broken)
         if self._broken(sums) > 0:
             return None
         self._climb(picks, sums, self._unused)
+        return picks
+
+    def ids(self, picks: Sequence[int]) -> tuple[str, ...]:
         return tuple(choices[pick].id for choices, pick in zip(self.items, picks, strict=True))
+
+    def picks_of(self, chosen: Sequence[str]) -> tuple[int, ...] | None:
+        """None where an item covers several sites."""
+        ids = set(chosen)
+        found = [[k for k, item in enumerate(choices) if item.id in ids] for choices in self.items]
+        return tuple(at[0] for at in found) if all(found) else None
+
+    @cached_property
+    def level(self) -> tuple[tuple[float, ...], ...]:
+        """By site and item: what it takes of the budgets, each relative to itself."""
+        budgets = [
+            (row, upper) for row, (_, upper) in zip(self.rows, self.limits, strict=True) if 0 < abs(upper) < math.inf
+        ]
+        return tuple(
+            tuple(math.fsum(row[site][k] / abs(upper) for row, upper in budgets) for k in range(len(choices)))
+            for site, choices in enumerate(self.items)
+        )
 
     def _climb(self, picks: list[int], sums: list[float], badness: Callable[[Sequence[float]], float]) -> None:
         """Random single-site steps, each of which lessens ``badness``, until none does or it is zero."""

@@ -29,7 +29,7 @@ MIP = "MIP"
 
 @dataclass(frozen=True)
 class Compared:
-    """``chosen`` is empty where nothing was found that fits; ``note`` says why.
+    """``chosen`` is empty where nothing was found that fits, and ``note`` says why; or where it is no choice of items.
 
     ``objective``: as the problem's scores predict it; ``totals``: of the bounded metrics, by name; ``measured``: what
     the evaluation says.
@@ -49,11 +49,12 @@ def compare(
     importance: Sequence[float] | None = None,
     seed: int = 0,
     evaluate: Evaluate | None = None,
+    more: Mapping[str, Callable[[], tuple[str, ...]]] | None = None,
 ) -> tuple[Compared, ...]:
     """The MIP first, then each baseline.
 
     ``loss``: scores by CE for the loss-only MIP; ``importance``: one number a layer; without them those two are left
-    out. ``evaluate`` is called once for every different architecture.
+    out. ``evaluate`` is called once for every different architecture. ``more``: further ways to choose, by name.
     """
     ways: dict[str, Callable[[], tuple[str, ...]]] = {
         MIP: lambda: _optimum(problem, problem.objective),
@@ -67,6 +68,7 @@ def compare(
         ways["MIP by CE"] = lambda: _optimum(problem, loss)
     if importance is not None:
         ways["importance depth"] = lambda: importance_depth(problem, importance)
+    ways.update(more or {})
     measured: dict[frozenset[str], float] = {}
     return tuple(_compared(problem, name, choose, evaluate, measured) for name, choose in ways.items())
 
@@ -110,11 +112,13 @@ def table(found: Sequence[Compared], problem: Problem) -> str:
     head = ["", f"{problem.objective_name}, predicted", *(["measured"] if measured else []), *metrics]
     lines = [head]
     for one in found:
-        if one.objective is None:
+        if one.objective is None and one.measured is None:
             lines.append([one.name, f"- {one.note}"])
             continue
         truth = [] if not measured else ["" if one.measured is None else f"{one.measured:.4f}"]
-        lines.append([one.name, f"{one.objective:.4f}", *truth, *(f"{one.totals[name]:,.6g}" for name in metrics)])
+        predicted = "" if one.objective is None else f"{one.objective:.4f}"
+        totals = (f"{one.totals[name]:,.6g}" if name in one.totals else "" for name in metrics)
+        lines.append([one.name, predicted, *truth, *totals])
     whole = [line for line in lines if len(line) == len(head)]
     widths = [max(len(line[place]) for line in whole) for place in range(len(head))]
     widths[0] = max(len(line[0]) for line in lines)

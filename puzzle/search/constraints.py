@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -135,9 +135,11 @@ def problems(
     _check_context(served, objective, scores, OBJECTIVES.get(goal.quality, goal.quality))
     qualities = _qualities(limits, tuple(objective), scores)
     kept_ids = {item.id for item in objective}
-    made = []
+    made, alone = [], Setting(shape, serve_on=file.serve_on)
     for sizes in itertools.product(*(workload.batch_sizes for workload in served)):
-        settings = [Setting(shape, workload, size, costs) for workload, size in zip(served, sizes, strict=True)]
+        settings = [
+            Setting(shape, workload, size, costs, file.serve_on) for workload, size in zip(served, sizes, strict=True)
+        ]
         problem = Problem(
             items=tuple(objective),
             sites=shape.sites,
@@ -146,29 +148,29 @@ def problems(
                 row
                 for bound in limits
                 for row in (
-                    cost_rows(bound, shape, settings, tuple(objective), limits)
+                    cost_rows(bound, alone, settings, tuple(objective), limits)
                     if bound.metric in METRICS
                     else [_row(bound, qualities[bound.metric], bound.amount, bound.written)]
                 )
             ),
-            quantities=(*known_quantities(shape, settings, tuple(objective)), *qualities.values()),
+            quantities=(*known_quantities(alone, settings, tuple(objective)), *qualities.values()),
             conflicts=tuple(
                 conflict for conflict in (*conflicts, *offered.conflicts) if kept_ids.issuperset(conflict.item_ids)
             ),
             objective_name=goal.quality,
             label=", ".join(f"{workload.name} batch size {size}" for workload, size in zip(served, sizes, strict=True)),
-            cost=cost_of(goal, shape, settings, tuple(objective)),
+            cost=cost_of(goal, alone, settings, tuple(objective)),
         )
         made.append(problem)
     return tuple(made)
 
 
-def cost_of(goal: Goal, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item]) -> Quantity | None:
+def cost_of(goal: Goal, alone: Setting, settings: Sequence[Setting], items: Sequence[Item]) -> Quantity | None:
     """What is minimised in the place of the quality."""
     if goal.cost is None:
         return None
     at = [setting for setting in settings if goal.workload == setting.served.name]
-    return quantity(goal.cost, at[0] if at else Setting(shape), items)
+    return quantity(goal.cost, at[0] if at else alone, items)
 
 
 def _qualities(limits: Sequence[Bound], items: Sequence[Item], scores: ScoreTable) -> dict[str, Quantity]:
@@ -235,16 +237,16 @@ def _bound(key: str, name: str, workload: str | None, side: Side, amount: float 
 
 
 def cost_rows(
-    bound: Bound, shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item], limits: Sequence[Bound]
+    bound: Bound, alone: Setting, settings: Sequence[Setting], items: Sequence[Item], limits: Sequence[Bound]
 ) -> list[Row]:
-    """The bound in numbers, at each setting that it concerns; ``limits`` are all of the file.
+    """The bound in numbers at each setting that it concerns, or of the model ``alone``; ``limits``: all of the file.
 
     MissingMeasurementError where a time was not measured.
     """
     kind = METRICS[bound.metric].workload
     concerned = [setting for setting in settings if bound.workload in (None, setting.served.name)]
     if kind == "none" or not settings:
-        concerned = [Setting(shape)]
+        concerned = [alone]
     rows: list[Row] = []
     for setting in concerned:
         measured = quantity(bound.metric, setting, items)
@@ -299,9 +301,9 @@ def teacher_items(shape: ModelShape) -> tuple[Item, ...]:
 
 
 def teacher_value(metric: str, setting: Setting) -> Fraction:
-    """The teacher's own."""
+    """The teacher's own, which no runtime needs lowered."""
     items = teacher_items(setting.shape)
-    return quantity(metric, setting, items).value(item.id for item in items)
+    return quantity(metric, replace(setting, serve_on=()), items).value(item.id for item in items)
 
 
 def _check_context(

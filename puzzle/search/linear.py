@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from time import monotonic
 
 import numpy as np
 
@@ -17,10 +18,18 @@ from puzzle.search.problem import Problem, Row
 from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
 from puzzle.types import PuzzleError
 
-__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of"]
+__all__ = ["EXACT", "Choice", "Cut", "Effort", "OutOfTimeError", "minimise", "programme_of"]
 
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
 LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
+
+
+class OutOfTimeError(PuzzleError):
+    """The time given ended before anything was found; nothing has a total below ``bound``."""
+
+    def __init__(self, message: str, bound: float) -> None:
+        super().__init__(message)
+        self.bound = bound
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer that keeps every bound exactly; none has a total below ``bound``. ``proven``: no better one exists."""
+    """An answer that keeps every bound exactly; none has a total below ``bound``.
+
+    ``proven``: no better one exists. ``timed_out``: the solver's time was up before the gap asked for was met.
+    """
 
     chosen: tuple[str, ...]
     total: Fraction
     bound: float
     proven: bool
+    timed_out: bool = False
+
+    @property
+    def gap(self) -> float:
+        """How far the total may be from the best there is, relative to itself."""
+        return 0.0 if self.proven or not self.total else max(0.0, 1 - self.bound / float(self.total))
 
 
 def minimise(
@@ -55,8 +73,9 @@ def minimise(
     """The choice with the smallest sum of ``objective`` that covers every site once and keeps ``rows``; None if none.
 
     ``start``: a choice to begin with, e.g. the answer at a neighbouring bound; one that is not allowed is ignored.
-    Raises PuzzleError if the time given ends before anything is found.
+    Raises OutOfTimeError if the time given ends before anything is found.
     """
+    started = monotonic()
     conflict_cuts = [
         Cut(dict.fromkeys(conflict.item_ids, 1), len(conflict.item_ids) - 1) for conflict in problem.conflicts
     ]
@@ -73,22 +92,24 @@ def minimise(
         made = programme_of(
             problem, objective, [(row, margins.get(row.written, Fraction(0))) for row in rows], all_cuts
         )
-        found = None if made is None else solve(made, effort, begin)
+        found = None if made is None else solve(made, effort.shared(monotonic() - started, 1), begin)
         if found is None:
             return None
         if not margins:
             bound = found.bound
         if found.columns is None:
-            raise PuzzleError(
-                f"no architecture was found within {effort.seconds:g} s (none can be better than {bound:.6g}); "
-                "allow more time, or loosen a bound"
+            raise OutOfTimeError(
+                f"no architecture was found within {effort.seconds:.3g} s (none can be better than {bound:.6g}); "
+                "allow more time (solver.time_limit_s), or loosen a bound",
+                bound,
             )
         chosen = tuple(ids[column] for column in found.columns)
         broken = [row for row in rows if not row.holds(chosen)]
         if not broken:
             total = sum((Fraction(objective[item_id]) for item_id in chosen), Fraction(0))
             proven = found.closed and not margins and effort.relative_gap <= RELATIVE_GAP
-            return Choice(chosen, total, min(bound, float(total)), proven)  # above it by rounding only
+            # the bound is above the total by rounding only
+            return Choice(chosen, total, min(bound, float(total)), proven, timed_out=not found.closed)
         # within the solver's tolerance, but over the bound. Forbidding this one choice loses nothing else
         forbidden.append(Cut(dict.fromkeys(chosen, 1), len(chosen) - 1))
         if len(forbidden) > FORBIDDEN_CHOICES:

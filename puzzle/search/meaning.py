@@ -65,7 +65,7 @@ def meaning(
         )
     offered = offer(items, file.serve_on, shape)
     told_lines += [f"not on offer: {line}" for line in told(offered.refused)]
-    told_lines += [f"on offer: {line}; its costs are taken as they are" for line in told(offered.lowered)]
+    told_lines += [f"on offer: {line}; its costs are those of that form" for line in told(offered.lowered)]
     return tuple(told_lines)
 
 
@@ -78,7 +78,9 @@ def _lines(shape: ModelShape, costs: Costs, file: ConstraintFile, tasks: Collect
         for setting in _settings(bound, shape, costs, file):
             place = _place(setting) if setting.workload else MODEL
             try:
-                (row,) = cost_rows(bound, shape, [setting] if setting.workload else [], teacher_items(shape), limits)
+                (row,) = cost_rows(
+                    bound, Setting(shape), [setting] if setting.workload else [], teacher_items(shape), limits
+                )
             except MissingMeasurementError as error:
                 yield Line(bound.key, place, bound.written, f"not known: {error}")
                 continue
@@ -142,7 +144,7 @@ def _goal(goal: Goal, shape: ModelShape, costs: Costs, file: ConstraintFile) -> 
     for setting in [Setting(shape, one, size, costs) for one in at for size in one.batch_sizes] or [Setting(shape)]:
         size = f" at batch size {setting.batch_size}" if setting.workload else ""
         try:
-            cost = cost_of(goal, shape, [setting] if setting.workload else [], teacher_items(shape))
+            cost = cost_of(goal, Setting(shape), [setting] if setting.workload else [], teacher_items(shape))
         except MissingMeasurementError as error:
             found.append(f"the teacher's{size} is not known: {error}")
             continue

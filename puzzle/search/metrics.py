@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 from puzzle import variants
+from puzzle.capabilities import served_as
 from puzzle.profiling import memory
 from puzzle.profiling.table import REST, CostTable
 from puzzle.search.problem import Quantity
@@ -30,6 +31,7 @@ from puzzle.types import (
     Part,
     Phase,
     Spec,
+    Target,
     Workload,
 )
 
@@ -38,12 +40,23 @@ DEFAULT_DTYPE = "bf16"  # of weights_gib when the file has no workload
 
 @dataclass(frozen=True)
 class Setting:
-    """One workload at one batch size; ``workload`` None is the model by itself."""
+    """One workload at one batch size; ``workload`` None is the model by itself.
+
+    ``serve_on``: runtimes whose forms of the variants cost (capabilities.py): the workload's own where it is among
+    them, else, item by item, the dearest. Empty: the variants as they are.
+    """
 
     shape: ModelShape
     workload: Workload | None = None
     batch_size: int = 1
     costs: Costs = field(default=Costs(), repr=False)
+    serve_on: tuple[Target, ...] = ()
+
+    def forms(self, item: Item) -> set[tuple[Spec, ...]]:
+        """The blocks whose costs are the item's, once per form."""
+        own = self.workload.runtime.removesuffix("-compiled") if self.workload else ""
+        targets = [target for target in self.serve_on if target == own] or self.serve_on
+        return {served_as(item, target, self.shape) for target in targets} or {item.specs}
 
     @property
     def served(self) -> Workload:
@@ -124,7 +137,7 @@ class Metric:
     """``scalar``: what a bare number bounds. ``workload``: whether the metric is one of a workload.
 
     ``phases``: those whose times it rests on. ``tokens`` makes it a rate: so many (of a workload, at a batch size) per
-    second of the share's milliseconds.
+    second of the share's milliseconds. ``structure``: it tells of the variants themselves, in whatever form they run.
     """
 
     unit: str
@@ -134,6 +147,7 @@ class Metric:
     phases: tuple[Phase, ...] = ()
     tokens: Callable[[Workload, int], int] | None = None
     whole: bool = False
+    structure: bool = False
 
 
 BOTH: tuple[Phase, ...] = ("prefill", "decode")
@@ -151,9 +165,9 @@ METRICS: dict[str, Metric] = {
     "req_per_s": Metric("req/s", "min", "needed", _e2e_ms, BOTH, lambda served, batch: batch),
     "params": Metric("parameters", "max", "none", _params, whole=True),
     "active_params": Metric("parameters", "max", "none", _active_params, whole=True),
-    "layers_with_attention": Metric("layers", "min", "none", _layers_with("attention"), whole=True),
-    "layers_with_ffn": Metric("layers", "min", "none", _layers_with("ffn"), whole=True),
-    "kv_heads_total": Metric("heads", "max", "none", _kv_heads, whole=True),
+    "layers_with_attention": Metric("layers", "min", "none", _layers_with("attention"), whole=True, structure=True),
+    "layers_with_ffn": Metric("layers", "min", "none", _layers_with("ffn"), whole=True, structure=True),
+    "kv_heads_total": Metric("heads", "max", "none", _kv_heads, whole=True, structure=True),
 }
 
 
@@ -166,10 +180,10 @@ def quantity(name: str, setting: Setting, items: Iterable[Item]) -> Quantity:
     shares: dict[Spec, float] = {}  # layers share shapes: thousands of items, a dozen shapes
     coefficients = {}
     for item in items:
-        for spec in item.specs:
-            if spec not in shares:
-                shares[spec] = metric.share(setting, spec)
-        coefficients[item.id] = math.fsum(shares[spec] for spec in item.specs)
+        forms = {item.specs} if metric.structure else setting.forms(item)
+        for spec in {spec for form in forms for spec in form}.difference(shares):
+            shares[spec] = metric.share(setting, spec)
+        coefficients[item.id] = max(math.fsum(shares[spec] for spec in form) for form in forms)
     return Quantity(
         name=f"{setting.served.name}.{name}" if of_workload else name,
         unit=f"{metric.unit}, estimated" if estimated else metric.unit,
@@ -182,9 +196,8 @@ def quantity(name: str, setting: Setting, items: Iterable[Item]) -> Quantity:
     )
 
 
-def known_quantities(shape: ModelShape, settings: Sequence[Setting], items: Sequence[Item]) -> tuple[Quantity, ...]:
+def known_quantities(alone: Setting, settings: Sequence[Setting], items: Sequence[Item]) -> tuple[Quantity, ...]:
     """Every metric that can be computed: the model's own, then each workload's. What was not measured is absent."""
-    alone = Setting(shape)
     names = [name for name, metric in METRICS.items() if metric.workload == "none"]
     if not settings:
         names += [name for name, metric in METRICS.items() if metric.workload == "if given"]

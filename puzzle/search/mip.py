@@ -13,9 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from time import monotonic
 
 from puzzle.search.infeasible import explain
-from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
+from puzzle.search.linear import EXACT, Choice, Cut, Effort, OutOfTimeError, minimise
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import InfeasibleError, Solution
 
@@ -40,39 +41,65 @@ def solve(
     """The ``count`` best mutually different answers over all ``problems`` (same items and sites, other batch sizes).
 
     Ties go to the problem named first. InfeasibleError, with the nearest values that can hold, if no problem has one.
-    ``effort`` is that of one programme; what it leaves open is the solution's status "feasible", with its bound.
+    ``effort``: its time is shared out evenly over all solves to come; what it leaves open is the solution's status
+    "feasible", with its bound and gap. OutOfTimeError if it ends before anything is found.
     """
+    started = monotonic()
     cuts: list[Cut] = []
     solutions: list[Solution] = []
     open_problems = list(problems)
     while len(solutions) < count:
+        to_come = len(open_problems) * (count - len(solutions)) + (problems[0].cost is not None)
         answers = [
-            (problem, minimise(problem, problem.minimised, problem.rows, cuts, effort)) for problem in open_problems
+            (problem, _answer(problem, cuts, effort.shared(monotonic() - started, to_come - number)))
+            for number, problem in enumerate(open_problems)
         ]
-        answered = [(problem, choice) for problem, choice in answers if choice is not None]
+        answered = [(problem, choice) for problem, choice in answers if isinstance(choice, Choice)]
+        late = [(problem, error) for problem, error in answers if isinstance(error, OutOfTimeError)]
         if not answered:
             break
-        open_problems = [problem for problem, _ in answered]  # cuts only pile up: what failed once fails for good
+        # cuts only pile up: what failed once fails for good
+        open_problems = [problem for problem, answer in answers if answer is not None]
         problem, best = min(answered, key=lambda pair: pair[0].rank(pair[1].total))
-        bound = min(one.rank(Fraction(choice.bound)) for one, choice in answered)
+        others = [one.rank(Fraction(choice.bound)) for one, choice in answered if not choice.proven]
+        others += [one.rank(Fraction(error.bound)) for one, error in late if math.isfinite(error.bound)]
+        proven = best.proven and min(others, default=math.inf) >= problem.rank(best.total) and not late
+        bound = min([problem.rank(Fraction(best.bound)), *others])
+        best = replace(best, proven=proven, timed_out=bool(late) or any(choice.timed_out for _, choice in answered))
         if problem.cost is not None:
-            best = _best_at_that_cost(problem, problem.cost, best, cuts)
+            left = effort.shared(monotonic() - started, to_come - len(answers))
+            best = _best_at_that_cost(problem, problem.cost, best, cuts, left)
         solutions.append(_solution(problem, best, bound, inputs))
         cuts.append(_difference_cut(problem, best, min_difference))
+    if not solutions and late:
+        raise late[0][1]
     if not solutions:
         raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
     note = None
     if len(solutions) < count:
-        differs = f"differs in {min_difference:.0%} of the sites"
-        note = f"only {len(solutions)} of {count} solutions: no further one fits and {differs}"
+        why = "no further one was found in time" if late else "no further one fits and"
+        differs = "" if late else f" differs in {min_difference:.0%} of the sites"
+        note = f"only {len(solutions)} of {count} solutions: {why}{differs}"
     return Found(tuple(solutions), note)
 
 
-def _best_at_that_cost(problem: Problem, cost: Quantity, choice: Choice, cuts: Sequence[Cut]) -> Choice:
+def _answer(problem: Problem, cuts: Sequence[Cut], effort: Effort) -> Choice | OutOfTimeError | None:
+    try:
+        return minimise(problem, problem.minimised, problem.rows, cuts, effort)
+    except OutOfTimeError as error:
+        return error
+
+
+def _best_at_that_cost(problem: Problem, cost: Quantity, choice: Choice, cuts: Sequence[Cut], effort: Effort) -> Choice:
     """Of all choices that cost no more, the one with the best objective: layers share shapes, so many cost the same."""
     value = cost.value(choice.chosen)
     no_more = Row(cost, cost.name, upper=value) if cost.numerator is None else Row(cost, cost.name, lower=value)
-    better = minimise(problem, problem.objective, [*problem.rows, no_more], cuts)
+    try:
+        better = minimise(problem, problem.objective, [*problem.rows, no_more], cuts, effort, choice.chosen)
+    except OutOfTimeError:
+        return replace(choice, proven=False, timed_out=True)
+    if better is not None and better.timed_out:
+        choice = replace(choice, proven=False, timed_out=True)
     if better is None or better.total >= problem.objective_of(choice.chosen):
         return choice
     return replace(choice, chosen=better.chosen, total=cost.linear(better.chosen) - Fraction(cost.constant))
@@ -102,7 +129,13 @@ def _solution(problem: Problem, choice: Choice, bound: Fraction, inputs: Mapping
         objective_name=problem.objective_name,
         minimised=None if cost is None else cost.name,
         cost_bound=None if cost is None else abs(float(reached)),  # rates rank by their negative; no cost is below 0
+        gap=0.0 if choice.proven else _gap(float(problem.rank(choice.total)), float(reached)),
+        timed_out=choice.timed_out,
     )
+
+
+def _gap(found: float, bound: float) -> float:
+    return (found - bound) / abs(found) if found else 0.0
 
 
 def _difference_cut(problem: Problem, choice: Choice, min_difference: float) -> Cut:

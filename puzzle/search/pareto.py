@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.search.problem import Problem
-from puzzle.types import ConfigError, InfeasibleError, Item, PuzzleError, Site, Solution
+from puzzle.search.surface import additive
+from puzzle.types import InfeasibleError, Item, PuzzleError, Site, Solution
 from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
@@ -98,9 +99,7 @@ def front(problem: Problem, cost_name: str) -> Front:
     Raises ConfigError for a rate, which is no plain sum, InfeasibleError where no choice covers every site once without
     a conflict, and PuzzleError past 5 million points.
     """
-    quantity = problem.quantity(cost_name)
-    if quantity.numerator is not None:
-        raise ConfigError(f"{cost_name} is a rate and does not add up over items; take the front over e2e_ms instead")
+    quantity = additive(problem, cost_name)
     costs, cost_step = _on_grid({item.id: quantity.coefficients.get(item.id, 0.0) for item in problem.items})
     objectives, objective_step = _on_grid(problem.objective)
     steps = _merge(problem, costs, objectives)

@@ -21,7 +21,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class Effort:
 
     relative_gap: float = RELATIVE_GAP
     seconds: float | None = None
+
+    def shared(self, spent: float, parts: int) -> Effort:
+        """For the next of ``parts`` equal shares of the time that is left after ``spent`` seconds."""
+        return self if self.seconds is None else replace(self, seconds=max(0.0, self.seconds - spent) / parts)
 
 
 EXACT = Effort()

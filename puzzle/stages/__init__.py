@@ -17,6 +17,7 @@ from puzzle.stages.additivity import make_additivity
 from puzzle.stages.distill import make_distill
 from puzzle.stages.profile import make_fit_costs, make_profile
 from puzzle.stages.rescore import make_rescore
+from puzzle.stages.rivals import make_importance
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
 from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
@@ -31,6 +32,7 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "score": make_score,
     "rescore": make_rescore,
     "additivity": make_additivity,
+    "importance": make_importance,
     "profile": make_profile,
     "fit-costs": make_fit_costs,
     "build": make_build,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from puzzle.cli import main
 from puzzle.run import Run
+from puzzle.search import linear
+from puzzle.search.programme import Answer, Effort, Programme, solve
 from tests.pipeline.conftest import Project
 
 WORKLOAD = "workloads:\n  chat: {isl: 8, osl: 8, weights: fp32, kv: fp32, device: cpu}\n"
@@ -85,12 +88,55 @@ def test_a_cost_is_minimised_and_the_answer_says_what_was(copy: Project, capsys:
     assert f"{solution.objective_nats:.4f} ± " in out
 
 
+def test_a_gap_and_a_time_limit_are_keys_and_what_they_leave_open_is_told(
+    copy: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = limits(copy, "same", "constraints: {memory_gib: 80%}\n")
+    spelt = limits(copy, "same", "constraints: {memory_gib: 80%}\nsolver: {gap: 1e-9}\n")
+    name = Run.open(copy.config, constraints=plain[2]).solution_id
+    assert Run.open(copy.config, constraints=spelt[2]).solution_id == name  # the default, spelt out
+    asked = limits(copy, "quick", "constraints: {memory_gib: 80%}\nsolver: {gap: 0.01, time_limit_s: 9}\n")
+    given = []
+
+    def out_of_time(made: Programme, effort: Effort, start: object) -> Answer | None:
+        given.append(effort)
+        found = solve(made)
+        return None if found is None else replace(found, bound=0.75 * found.value, closed=False)
+
+    monkeypatch.setattr(linear, "solve", out_of_time)
+    assert main(["--debug", "search", *asked]) == 0
+    assert given[0].relative_gap == 0.01
+    assert 0 < (given[0].seconds or 0) <= 9
+    assert "predicted (the solver's time was up: best found, gap 25.00%, bound " in capsys.readouterr().out
+    (entry,) = json.loads((Run.open(copy.config, constraints=asked[2]).solution / "solution.json").read_text())[
+        "solutions"
+    ]
+    assert (entry["status"], entry["timed_out"]) == ("feasible", True)
+    assert entry["gap"] == pytest.approx(0.25)
+
+
+def test_a_front_of_two_costs_is_a_table_a_csv_and_a_picture(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = ["--cost", "params", "--cost", "chat.kv_cache_gib"]
+    assert main(["--debug", "pareto", str(copy.config), *costs, "--points", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["point", "params", "chat.kv_cache_gib", "kl_nats", "bound", "gap"]
+    csv = (copy.run / "pareto" / "pareto.csv").read_text().splitlines()
+    assert csv[0] == "point,params,chat.kv_cache_gib,kl_nats,bound,gap,items"
+    assert lines[-1].startswith(f"{len(csv) - 1} points; ")
+    assert len(csv) == len(lines) - 1 > 3
+    assert (copy.run / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_solutions_of_before_are_read(finished: Project) -> None:
     """Files that hold nothing of what came later."""
     from puzzle.types import Solution, from_json
 
     (entry,) = json.loads((Run.open(finished.config).solution / "solution.json").read_text())["solutions"]
-    old = {key: value for key, value in entry.items() if key not in ("objective_name", "minimised", "cost_bound")}
+    old = {
+        key: value
+        for key, value in entry.items()
+        if key not in ("objective_name", "minimised", "cost_bound", "gap", "timed_out")
+    }
     read = from_json(Solution, old, "solution.json")
     assert read.objective_nats == entry["objective_nats"]
     assert read.minimised is None

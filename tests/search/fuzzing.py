@@ -43,6 +43,7 @@ constraints:
 serve_on: [transformers, mlx-lm]
 objective: chat.e2e_ms
 solutions: {count: 2, min_difference: 0.1}
+solver: {gap: 1e-3, time_limit_s: 5}
 """
 )
 NASTY = [
@@ -55,7 +56,23 @@ NASTY = [
     "values: []", "{values: 5}", "{values: {}}", "{min: null}",
 ]  # fmt: skip
 KEYS = ["workloads", "constraints", "objective", "solutions", "serve_on", "isl", "osl", "batch_size", "weights", "kv"]
-KEYS += ["device", "tp", "runtime", "min", "max", "eq", "values", "count", "min_difference", "chat", "doc", ""]
+KEYS += [
+    "device",
+    "tp",
+    "runtime",
+    "min",
+    "max",
+    "eq",
+    "values",
+    "count",
+    "min_difference",
+    "solver",
+    "gap",
+    "time_limit_s",
+    "chat",
+    "doc",
+    "",
+]
 NAMES = [*METRICS, *OBJECTIVES, *(f"chat.{name}" for name in METRICS), "chat.", ".params", "chat.chat.ttft_ms"]
 
 numbers: st.SearchStrategy[Any] = st.one_of(
@@ -103,6 +120,7 @@ documents = st.fixed_dictionaries(
         | values,
         "objective": st.sampled_from(NAMES) | values,
         "solutions": st.fixed_dictionaries({}, optional={"count": numbers, "min_difference": numbers}) | values,
+        "solver": st.fixed_dictionaries({}, optional={"gap": numbers, "time_limit_s": numbers}) | values,
         "serve_on": st.lists(st.sampled_from(["vllm", "transformers", "llama.cpp"]), max_size=2) | values,
     },
 )

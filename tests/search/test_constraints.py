@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -12,7 +13,7 @@ from puzzle.search.constraints import bounds, problems, usable_items, workloads
 from puzzle.search.metrics import METRICS, Setting, quantity
 from puzzle.search.problem import Problem
 from puzzle.tables import Failure, ScoreTable
-from puzzle.types import ConfigError, MissingMeasurementError, ModelShape, Workload
+from puzzle.types import ConfigError, Costs, MissingMeasurementError, ModelShape, Workload
 from puzzle.yamlfiles import load, locate
 
 CHAT = {"isl": 128, "osl": 64, "batch_size": 4}
@@ -51,6 +52,47 @@ BY_HAND = {
     "layers_with_ffn": 1,
     "kv_heads_total": 6,
 }
+
+
+def test_what_a_runtime_lowers_costs_what_its_form_costs(shape: ModelShape) -> None:
+    """Every reader of nemotron-nas pads an FFN to 256 channels; the teacher that percentages are of is not one."""
+    ids = tuple(item_id.replace("linear", "keep") for item_id in MIXED if "attention.skip" not in item_id)
+    padded = 3 * 64 * 256 + 64
+    here, there = {**CHAT, "runtime": "transformers"}, {**CHAT, "runtime": "vllm"}
+    file = make_file(
+        workloads={"here": here, "there": there},
+        constraints={"params": "100%", "here.weights_gib": "100%", "there.weights_gib": "100%"},
+        serve_on=["transformers", "vllm"],
+    )
+    (problem,) = build(shape, file)
+    narrow, keep = "L000.ffn.narrow-48", "L002.ffn.keep"
+    for name, unit, of in (("params", 1, padded), ("there.weights_gib", 2 / GIB, padded)):
+        quantity_of = problem.quantity(name)
+        assert [quantity_of.coefficients[one] for one in (narrow, keep)] == pytest.approx([of * unit] * 2)
+    own = problem.quantity("here.weights_gib").coefficients
+    assert [own[one] for one in (narrow, keep)] == pytest.approx([NARROW48 * 2 / GIB, KEEP_FFN * 2 / GIB])
+    assert problem.quantity("layers_with_ffn").coefficients[narrow] == 1
+    teacher = REST + 3 * (KEEP_ATTENTION + KEEP_FFN)
+    assert [float(row.upper or 0) for row in problem.rows] == pytest.approx(
+        [teacher, teacher * 2 / GIB, teacher * 2 / GIB]
+    )
+    assert not problem.rows[0].holds([f"{site}.keep" for site in shape.sites])  # padded, it is larger than itself
+    assert float(problem.quantity("params").value(ids)) == MIXED_PARAMS - NARROW48 - LINEAR + 2 * padded
+
+
+def test_times_of_a_form_that_nobody_measured_are_missing(shape: ModelShape) -> None:
+    """The tables hold the widths of the space, not the one that a runtime pads them to."""
+    chat = {**CHAT, "runtime": "vllm"}
+    costs = Costs(tuple(replace(cost, engine="vllm") for cost in make_costs(shape).rows))
+    items = make_items(shape)
+    for asked in ({"params": "200%"}, {"chat.ttft_ms": 50}):
+        file = make_file(workloads={"chat": chat}, constraints=asked, serve_on=["vllm"])
+        if "params" in asked:
+            (problem,) = problems(shape, items, make_scores(items), costs, file)
+            assert "chat.ttft_ms" not in [one.name for one in problem.quantities]
+            continue
+        with pytest.raises(MissingMeasurementError, match="ffn.narrow-256 at prefill was never measured"):
+            problems(shape, items, make_scores(items), costs, file)
 
 
 def build(shape: ModelShape, file: ConstraintFile, scores: ScoreTable | None = None) -> tuple[Problem, ...]:

@@ -111,7 +111,7 @@ def test_what_is_not_on_offer_and_what_must_be_lowered(shape: ModelShape) -> Non
     assert any(line.startswith("not on offer: vllm refuses attention linear at layers 0-2: ") for line in lines)
     (narrow,) = [line for line in lines if "narrow-48" in line]
     assert narrow.startswith("on offer: vllm needs ffn narrow-48 as 256 channels, those past 48 zeros at layers 0-2: ")
-    assert narrow.endswith("its costs are taken as they are")
+    assert narrow.endswith("its costs are those of that form")
 
 
 def test_mistakes_are_still_errors(shape: ModelShape) -> None:

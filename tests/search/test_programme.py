@@ -108,6 +108,31 @@ def test_no_answer_in_time_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPa
         minimise(problem, problem.objective, problem.rows, effort=Effort(seconds=2))
 
 
+@pytest.mark.parametrize(("late_bound", "gap"), [(0.5, 0.5), (2.0, 0.0)])
+def test_a_batch_size_without_an_answer_in_time_leaves_the_others_open(
+    monkeypatch: pytest.MonkeyPatch, late_bound: float, gap: float
+) -> None:
+    """One search shares its time out; what was not solved may be as good as its bound."""
+    first, second = large(3, rows=("max",)), replace(large(3, rows=("max",)), label="late")
+    given: list[float | None] = []
+
+    def answer(problem: Problem, objective: object, rows: object, cuts: object, effort: Effort) -> linear.Choice:
+        given.append(effort.seconds)
+        if problem.label == "late":
+            raise linear.OutOfTimeError("late", late_bound)
+        return linear.Choice(solved.chosen, Fraction(1), 1.0, True)
+
+    solved = minimise(first, first.objective, first.rows)
+    assert solved is not None
+    monkeypatch.setattr(mip, "minimise", answer)
+    (solution,) = mip.solve([second, first], {}, effort=Effort(seconds=60)).solutions
+    assert (solution.status, solution.timed_out, solution.gap) == ("feasible", True, gap)
+    assert given[0] == pytest.approx(30, abs=1)
+    assert given[1] == pytest.approx(60, abs=1)  # the first took nothing
+    with pytest.raises(linear.OutOfTimeError, match="late"):
+        mip.solve([second], {}, effort=Effort(seconds=60))
+
+
 def test_a_start_that_is_not_allowed_is_ignored() -> None:
     problem = large(2, rows=("max", "max"))
     best = minimise(problem, problem.objective, problem.rows)
