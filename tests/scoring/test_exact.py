@@ -181,7 +181,7 @@ def test_the_chunked_kl_and_its_gradient_are_the_plain_ones(
     noise = 0.1 * torch.randn_like(reference)
     gradients, losses = [], []
     for chunk in (7, 10_000):
-        monkeypatch.setattr(metrics, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(metrics, "LOGIT_TOKENS", chunk)
         student = (reference + noise).requires_grad_()
         loss = metrics.kl_loss(student, reference, (model.lm_head, model.lm_head), torch.ones(3, 21))
         loss.backward()
