@@ -29,9 +29,8 @@ from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.profiling.correction import WholeModel, WholePoint, fit_phase, whole_models
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.measure import measure_many
-from puzzle.profiling.probes import ModelProbe, site_probe
+from puzzle.profiling.probes import ModelProbe, Timing, site_probe
 from puzzle.profiling.stack import SiteStack, random_model
-from puzzle.profiling.timer import Timing
 from puzzle.space import SearchSpace
 from puzzle.types import CostSetting, ModelShape, Spec
 from puzzle.variants import block_part, shape_id

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from puzzle.config import ConstraintFile, RunConfig
-from puzzle.run import Run
-from puzzle.types import (
-    ConfigError,
-    CorruptFileError,
-    InfeasibleError,
-    Item,
-    MissingMeasurementError,
-    ModelShape,
-    PuzzleError,
-    Score,
-    Site,
-    Solution,
-    StaleUnitError,
-    Workload,
-)
-
-__all__ = [
-    "ConfigError",
-    "ConstraintFile",
-    "CorruptFileError",
-    "InfeasibleError",
-    "Item",
-    "MissingMeasurementError",
-    "ModelShape",
-    "PuzzleError",
-    "Run",
-    "RunConfig",
-    "Score",
-    "Site",
-    "Solution",
-    "StaleUnitError",
-    "Workload",
-]
+from puzzle.config import ConstraintFile as ConstraintFile
+from puzzle.config import RunConfig as RunConfig
+from puzzle.run import Run as Run
+from puzzle.types import ConfigError as ConfigError
+from puzzle.types import CorruptFileError as CorruptFileError
+from puzzle.types import InfeasibleError as InfeasibleError
+from puzzle.types import Item as Item
+from puzzle.types import MissingMeasurementError as MissingMeasurementError
+from puzzle.types import ModelShape as ModelShape
+from puzzle.types import PuzzleError as PuzzleError
+from puzzle.types import Score as Score
+from puzzle.types import Site as Site
+from puzzle.types import Solution as Solution
+from puzzle.types import StaleUnitError as StaleUnitError
+from puzzle.types import Workload as Workload

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
@@ -271,6 +270,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Holds the run folder for this process; PuzzleError if another one is working on it."""
+    from filelock import FileLock, Timeout
+
     _before("mkdir", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -43,12 +43,7 @@ FAMILIES = {
     "ministral": _Family(sliding_window=4096),
     "qwen2": _Family(qkv_bias=True, sliding_window=4096, window_switch=True, first_window_layer=28),
     "qwen3": _Family(
-        head_dim=128,
-        attention_bias=True,
-        qk_norm=True,
-        sliding_window=4096,
-        window_switch=True,
-        first_window_layer=28,
+        head_dim=128, attention_bias=True, qk_norm=True, sliding_window=4096, window_switch=True, first_window_layer=28
     ),
     "gemma3_text": _Family(
         head_dim=256,
@@ -102,23 +97,16 @@ def _download(teacher: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError:
-        raise ConfigError(
-            f"teacher: {repo_id} is gated; accept its licence on the hub and run `hf auth login`"
-        ) from None
+        said = f"{repo_id} is gated; accept its licence on the hub and run `hf auth login`"
     except RevisionNotFoundError:
-        raise ConfigError(
-            f"teacher: {repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
-        ) from None
+        said = f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
     except LocalEntryNotFoundError:
-        raise ConfigError(
-            f"teacher: {teacher} is not in the local cache, and the hub cannot be reached; "
-            "go online once, or give a local folder"
-        ) from None
+        advice = "go online once, or give a local folder"
+        said = f"{teacher} is not in the local cache, and the hub cannot be reached; {advice}"
     except Exception as error:  # the hub client raises whatever its HTTP library does; all of it means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"teacher: {repo_id}: no such local folder, and not to be had from the hub ({reason})"
-        ) from None
+        said = f"{repo_id}: no such local folder, and not to be had from the hub ({reason})"
+    raise ConfigError(f"teacher: {said}")
 
 
 def read_shape(folder: Path) -> ModelShape:

@@ -109,11 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         "--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew"
     )
 
-    own = {"additivity": _additivity, "fit-costs": _fit_costs}
     for stage in (*STAGES, *ON_REQUEST):
         staged = with_run(commands.add_parser(stage.name, help=stage.summary))
         staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
-        staged.set_defaults(command=own.get(stage.name, _stage), stage=stage.name)
+        staged.set_defaults(command=_stage, stage=stage.name)
     commands.choices["score"].add_argument(
         "--until-se",
         type=float,
@@ -203,15 +202,23 @@ def _stage(options: argparse.Namespace) -> None:
         cli_search.search(run, options.stage, options.redo)
         return
     pipeline.run_stage(run, options.stage, options.redo)
+    if not Ranks.current().first:
+        return
     if options.stage == "profile":
         _print_profile(run)
     elif options.stage == "report":
         print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+    elif options.stage == "fit-costs":
+        from puzzle.report import profile
+
+        print(profile.fits_text(run.cost_source.fits))
+    elif options.stage == "additivity":
+        from puzzle.report import additivity
+
+        print(additivity.report(run))
 
 
 def _print_profile(run: Run) -> None:
-    if not Ranks.current().first:
-        return
     from puzzle.report import profile
 
     frame = profile.profile_frame(run)
@@ -227,26 +234,6 @@ def _print_profile(run: Run) -> None:
     picture.parent.mkdir(exist_ok=True)
     profile.draw_profile(frame, picture)
     print(picture)
-
-
-def _fit_costs(options: argparse.Namespace) -> None:
-    from puzzle import pipeline
-    from puzzle.report import profile
-
-    run = open_run(options)
-    pipeline.run_stage(run, "fit-costs", options.redo)
-    if Ranks.current().first:
-        print(profile.fits_text(run.cost_source.fits))
-
-
-def _additivity(options: argparse.Namespace) -> None:
-    from puzzle import pipeline
-    from puzzle.report import additivity
-
-    run = open_run(options)
-    pipeline.run_stage(run, "additivity", options.redo)
-    if Ranks.current().first:
-        print(additivity.report(run))
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -48,8 +48,10 @@ def _printable(text: str) -> str:
 Name = Annotated[str, AfterValidator(_printable)]
 
 
-def _one_or_more(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
+def _one_or_more(item: dict[str, Any]) -> tuple[BeforeValidator, WithJsonSchema]:
+    """What takes one item, or a list of them; ``item`` is its schema."""
+    schema = {"anyOf": [item, {"type": "array", "items": item}]}
+    return BeforeValidator(lambda given: [given] if isinstance(given, str) else given), WithJsonSchema(schema)
 
 
 class _Model(BaseModel):
@@ -66,11 +68,9 @@ class SourceConfig(_Model):
     name: str | None = Field(None, description="the data set's configuration")
     split: str | None = Field(None, description="the data set's split")
     revision: str | None = Field(None, description="the data set's revision")
-    data_files: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_one_or_more),
-        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-    ] = Field((), description="the data set's files")
+    data_files: Annotated[tuple[str, ...], *_one_or_more({"type": "string"})] = Field(
+        (), description="the data set's files"
+    )
     column: str | None = Field(None, description="the column of text (default text)")
     messages: str | None = Field(
         None, description="the column of chat messages [{role, content}, …], in the place of text"
@@ -174,8 +174,7 @@ class DistillConfig(_Model):
     )
     loss: Literal["mse", "cosine"] = Field("mse", description="between activations")
     patience: Positive | None = Field(
-        None,
-        description="stop a variant after so many checks without getting better; null trains all to the end",
+        None, description="stop a variant after so many checks without getting better; null trains all to the end"
     )
     nested: bool = Field(False, description="one FFN per site holds all its narrow variants")
     residual: Literal["auto", "memory", "disk", "recompute"] = Field(
@@ -240,8 +239,7 @@ class ProfileConfig(_Model):
     """
 
     backend: Literal["measured", "vllm", "roofline", "imported"] = Field(
-        "measured",
-        description="measured here, in vllm, estimated from a data sheet (roofline), or imported from table",
+        "measured", description="measured here, in vllm, estimated from a data sheet (roofline), or imported from table"
     )
     grid: str = Field("demo", description="what is measured: a file, or the name of a shipped one")
     weights: Literal["auto", "fp32", "bf16"] = Field(
@@ -490,13 +488,9 @@ class ConstraintFile(_Model):
         description="bounds: metric, or workload.metric; a number, a percentage of the teacher's own value (75%), "
         "{min, max, eq}, or {values: [...]} for one search each. Without a workload: every workload"
     )
-    serve_on: Annotated[
-        tuple[Target, ...],
-        BeforeValidator(_one_or_more),
-        WithJsonSchema(
-            {"anyOf": [{"enum": [*get_args(Target)]}, {"type": "array", "items": {"enum": [*get_args(Target)]}}]}
-        ),
-    ] = Field((), description="only variants that all these runtimes can load")
+    serve_on: Annotated[tuple[Target, ...], *_one_or_more({"enum": [*get_args(Target)]})] = Field(
+        (), description="only variants that all these runtimes can load"
+    )
     objective: str = Field(
         "kl_nats",
         description="the score whose sum is made as small as possible; or a cost such as chat.e2e_ms, while "

@@ -16,6 +16,7 @@ from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.teacher import final_hidden
+from puzzle.types import mean_and_error
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class Estimate:
 
     @classmethod
     def of(cls, per_sequence: Tensor) -> Estimate:
-        values = per_sequence.cpu().double()
-        error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return cls(values.mean().item(), error)
+        return cls(*mean_and_error(per_sequence.tolist()))
 
     def scaled(self, factor: float) -> Estimate:
         return Estimate(self.mean * factor, self.standard_error * factor)

@@ -192,7 +192,7 @@ def init_bytes(shape: ModelShape, layer: int, specs: Collection[Spec], tokens: i
 
 
 def _solving_bytes(size: int, width: int, narrow: int) -> float:
-    """In fp64 for ``narrow`` of ``width`` channels (blocks/channels.py, linear_channels.py), the last two beside
+    """In fp64 for ``narrow`` of ``width`` channels (blocks/channels.py), the last two beside
     candidates in fp32."""
     if not narrow:
         return 0

@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from puzzle.data.batches import Batch
 from puzzle.memory_plan import LOGIT_TOKENS
 
-CHUNK_TOKENS = LOGIT_TOKENS
-
 
 @dataclass(frozen=True)
 class TokenMetrics:
@@ -44,8 +42,8 @@ def token_metrics(
     hidden = [of[:, :-1].flatten(0, 1) for of in (teacher_hidden, *students)]  # (N, D)
     labels = batch.ids[:, 1:].flatten().unsqueeze(1)  # (N, 1)
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in students]
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, len(labels), LOGIT_TOKENS):
+        part = slice(start, start + LOGIT_TOKENS)
         log_p = F.log_softmax(heads[1](hidden[0][part]).float(), -1)  # (n, V)
         p, teacher_ce, top = log_p.exp(), -log_p.gather(1, labels[part]).squeeze(1), log_p.argmax(-1)
         negative_entropy = torch.linalg.vecdot(p, log_p)
@@ -117,7 +115,7 @@ def divergence_loss(
         return (DIVERGENCES[kind](log_p, log_q) * weight).sum() * temperature**2
 
     total = student.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(student), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, len(student), LOGIT_TOKENS):
+        part = slice(start, start + LOGIT_TOKENS)
         total = total + checkpoint(chunk_sum, student[part], teacher[part], each_weight[part], use_reentrant=False)
     return total / each_weight.sum().clamp_min(1)

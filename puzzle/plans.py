@@ -42,14 +42,7 @@ def plan_data(run: Run) -> list[Planned]:
 def plan_init(run: Run) -> list[Planned]:
     settings = [run.config.init.model_dump(), run.config.distill.loss_at, run.config.distill.loss]
     return [
-        Planned(
-            run.initial(unit),
-            {
-                **_teacher_and_data(run),
-                "init": _slice(run, settings),
-                **_widths(run, unit),
-            },
-        )
+        Planned(run.initial(unit), {**_teacher_and_data(run), "init": _slice(run, settings), **_widths(run, unit)})
         for unit in run.units
     ]
 

@@ -7,6 +7,7 @@ Units: ``_ms`` milliseconds, ``_bytes`` bytes, ``_tokens`` tokens, ``_nats`` nat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -415,7 +416,6 @@ class Workload(Strict):
 
 
 Record = TypeVar("Record")
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -423,16 +423,15 @@ def to_json(record: Any) -> dict[str, Any]:
     return asdict(record)
 
 
+@functools.cache  # building one costs a hundred times what using it does
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    if kind not in _ADAPTERS:  # building one costs a hundred times what using it does
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
+    return TypeAdapter(kind)
 
 
 def from_json(kind: type[Record], data: Any, source: object) -> Record:
     """The record in ``data``; unknown, missing, wrong fields are a :class:`CorruptFileError` that names ``source``."""
     try:
-        return _adapter(kind).validate_python(data)  # type: ignore[no-any-return]
+        return _adapter(kind).validate_python(data)  # type: ignore[no-any-return, arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"] if part != kind.__name__)

@@ -171,8 +171,8 @@ def plain(node: Any) -> Any:
 
 def _explain(kind: type[BaseModel], path: Path, document: CommentedMap, problem: dict[str, Any]) -> str:
     # pydantic names the union branch it tried in `loc`; only what the file itself contains counts as a place
-    place = _existing(document, list(problem["loc"]))
-    where = f"{path}:{_line(document, place)}"
+    place, line = _located(document, problem["loc"])
+    where = f"{path}:{line}"
     key = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}{_nearest(str(place[-1]), _field_names(kind, place[:-1]))}"
@@ -183,29 +183,19 @@ def _explain(kind: type[BaseModel], path: Path, document: CommentedMap, problem:
     return f"{where}: {key}: {message[:1].lower()}{message[1:]} (found {found!r})"
 
 
-def _existing(document: Any, loc: Sequence[str | int]) -> list[str | int]:
+def _located(document: Any, loc: Sequence[str | int]) -> tuple[list[str | int], int]:
+    """As much of ``loc`` as the file itself contains, and the line that it is on."""
     place: list[str | int] = []
-    node: Any = document
+    node, line = document, 1
     for part in loc:
         keys: Any = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list) else ()
         found = [key for key in keys if str(key) == str(part)]  # YAML's keys may be numbers, or nothing
         if found:
+            lines = node.lc.data or {} if isinstance(node, CommentedMap | CommentedSeq) else {}
+            line = lines[found[0]][0] + 1 if found[0] in lines else line
             place.append(found[0])
             node = node[found[0]]
-    return place
-
-
-def _line(document: Any, place: Sequence[str | int]) -> int:
-    line = 1
-    node: Any = document
-    for part in place:
-        position = None
-        if isinstance(node, CommentedMap | CommentedSeq) and node.lc.data:
-            position = node.lc.data.get(part)
-        if position:
-            line = position[0] + 1
-        node = node[part]
-    return line
+    return place, line
 
 
 def _field_names(kind: Any, place: Sequence[str | int]) -> list[str]:

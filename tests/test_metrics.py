@@ -32,7 +32,7 @@ def test_every_divergence_is_tested() -> None:
 def test_loss_and_gradient_are_the_textbooks(
     kind: str, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(metrics, "LOGIT_TOKENS", chunk)
     torch.manual_seed(1)
     heads = nn.Linear(12, 50, bias=False), nn.Linear(16, 50, bias=False)
     student, teacher = torch.randn(3, 21, 12, requires_grad=True), torch.randn(3, 21, 16)

@@ -5,7 +5,7 @@
     window    paper: the teacher's weights                 refit: and the output projection fitted
     narrow    paper: the channels that contribute most     refit: and the down projection fitted
               obs: channels.py's order, and the down projection fitted
-              mixed: likewise, with some of linear_channels.py's among them
+              mixed: likewise, with some of channels.py's linear ones among them
     experts   reap: those that count most: Σ over tokens of routing weight · |output| (REAP, arXiv 2510.13999)
     active    the teacher's weights
     linear    paper: the product of value and output (up and down) projection, as if each token saw itself only
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from puzzle.blocks import channels, heads
+from puzzle.blocks.channels import GatedMoments, best_mixture
 from puzzle.blocks.keys import Distances
 from puzzle.blocks.layer import block_of, config_with, part_state
-from puzzle.blocks.linear_channels import GatedMoments, best_mixture
 from puzzle.blocks.moments import RIDGE_TO_ZERO, Moments, exact_device, ridge
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.types import AttentionSpec, FfnSpec, Part, Spec, part_of

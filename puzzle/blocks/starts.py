@@ -21,16 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puzzle.blocks.candidates import (
-    Draft,
-    GatedSeen,
-    Seen,
-    Weights,
-    drafts,
-    nested_weights,
-    paper,
-    paper_nested,
-)
+from puzzle.blocks.candidates import Draft, GatedSeen, Seen, Weights, drafts, nested_weights, paper, paper_nested
 from puzzle.blocks.layer import captured_calls, layer_with, output_projection
 from puzzle.blocks.loss import LossAt, LossKind, local_loss
 from puzzle.blocks.moments import Moments, exact_device, token_weights

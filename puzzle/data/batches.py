@@ -7,7 +7,7 @@ last windows of ``train`` are held out: nothing but :meth:`TokenData.held_out` e
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,19 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(part.to(device) if part is not None else None for part in self._parts()))  # type: ignore[arg-type]
+        return self._each(lambda part: part.to(device))
 
     def split(self, num_sequences: int) -> list[Batch]:
         """In pieces of at most so many sequences."""
-        pieces = [part.split(num_sequences) if part is not None else None for part in self._parts()]
-        count = -(-len(self) // num_sequences)
-        return [Batch(*(piece[i] if piece is not None else None for piece in pieces)) for i in range(count)]  # type: ignore[arg-type]
+        return [self.rows(slice(first, first + num_sequences)) for first in range(0, len(self), num_sequences)]
 
     def rows(self, rows: slice) -> Batch:
         """Some of its sequences."""
-        return Batch(*(part[rows] if part is not None else None for part in self._parts()))  # type: ignore[arg-type]
+        return self._each(lambda part: part[rows])
 
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.ids, self.counted, self.documents
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        counted, documents = (None if part is None else change(part) for part in (self.counted, self.documents))
+        return Batch(change(self.ids), counted, documents)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("
 
 Arrays = Mapping[str, np.ndarray]
 Counts = Mapping[str, int]  # tokens by split
+Documents = Any  # a numpy.recarray of DOCUMENT
+_NAMES = ("source", "shard", "first", "length", "text_bytes")
+DOCUMENT = np.dtype([*((name, np.int64) for name in _NAMES), ("place", np.float64)])
 
 
 @dataclass(frozen=True)
@@ -84,33 +87,23 @@ def shares(available: Sequence[Counts], weights: Sequence[float | None]) -> list
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Order:
+def _stretches(order: Documents) -> Iterator[tuple[int, int, int, int]]:
+    """(source, shard, first, stop) of neighbours that are neighbours in their shard too, as one."""
+    if len(order) == 0:
+        return
+    breaks = (
+        (np.diff(order.source) != 0)
+        | (np.diff(order.shard) != 0)
+        | (order.first[1:] != order.first[:-1] + order.length[:-1])
+    )
+    heads = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    tails = np.concatenate([heads[1:], [len(order)]]) - 1
+    for head, tail in zip(order[heads], order[tails], strict=True):
+        yield int(head.source), int(head.shard), int(head.first), int(tail.first + tail.length)
+
+
+def _ordered(sources: Sequence[Sequence[Arrays]], split: str, taken: Sequence[Counts]) -> Documents:
     """A split's documents in the order in which they are packed, a row each: whence, how long, how many bytes."""
-
-    source: np.ndarray
-    shard: np.ndarray
-    first: np.ndarray
-    length: np.ndarray
-    bytes: np.ndarray
-
-    def stretches(self) -> Iterator[tuple[int, int, int, int]]:
-        """(source, shard, first, stop) of neighbours that are neighbours in their shard too, as one."""
-        if len(self.length) == 0:
-            return
-        breaks = (
-            (np.diff(self.source) != 0)
-            | (np.diff(self.shard) != 0)
-            | (self.first[1:] != self.first[:-1] + self.length[:-1])
-        )
-        heads = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-        tails = np.concatenate([heads[1:], [len(self.length)]]) - 1
-        for head, tail in zip(heads.tolist(), tails.tolist(), strict=True):
-            stop = int(self.first[tail] + self.length[tail])
-            yield int(self.source[head]), int(self.shard[head]), int(self.first[head]), stop
-
-
-def _ordered(sources: Sequence[Sequence[Arrays]], split: str, taken: Sequence[Counts]) -> _Order:
     columns: list[tuple[np.ndarray, ...]] = []
     for index, (shards, counts) in enumerate(zip(sources, taken, strict=True)):
         lengths = [np.asarray(shard[f"{split}.lengths"]) for shard in shards]
@@ -124,9 +117,9 @@ def _ordered(sources: Sequence[Sequence[Arrays]], split: str, taken: Sequence[Co
         bytes_taken = np.where(cut == length, text, text * cut // np.maximum(length, 1))
         source, place = np.full(len(length), index), before / max(1, counts[split])
         columns.append(tuple(column[kept] for column in (source, shard, first, cut, bytes_taken, place)))
-    source, shard, first, length, text, place = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    order = np.lexsort((source, place))
-    return _Order(source[order], shard[order], first[order], length[order], text[order])
+    merged = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
+    rows = np.rec.fromarrays(merged, dtype=DOCUMENT)
+    return rows[np.lexsort((rows.source, rows.place))]
 
 
 def pack(sources: Sequence[Sequence[Arrays]], taken: Sequence[Counts], folder: Path) -> dict[str, Any]:
@@ -151,18 +144,18 @@ def pack(sources: Sequence[Sequence[Arrays]], taken: Sequence[Counts], folder: P
         "num_tokens": num_tokens,
         "num_documents": {split: len(order.length) for split, order in orders.items()},
         "bytes_per_token": {
-            split: int(order.bytes.sum()) / max(1, num_counted[split]) for split, order in orders.items()
+            split: int(order.text_bytes.sum()) / max(1, num_counted[split]) for split, order in orders.items()
         },
     }
 
 
-def _ids(sources: Sequence[Sequence[Arrays]], split: str, order: _Order) -> Iterator[np.ndarray]:
-    for source, shard, first, stop in order.stretches():
+def _ids(sources: Sequence[Sequence[Arrays]], split: str, order: Documents) -> Iterator[np.ndarray]:
+    for source, shard, first, stop in _stretches(order):
         yield sources[source][shard][f"{split}.ids"][first:stop]
 
 
-def _counted(sources: Sequence[Sequence[Arrays]], split: str, order: _Order) -> Iterator[np.ndarray]:
-    for source, shard, first, stop in order.stretches():
+def _counted(sources: Sequence[Sequence[Arrays]], split: str, order: Documents) -> Iterator[np.ndarray]:
+    for source, shard, first, stop in _stretches(order):
         mask = sources[source][shard].get(f"{split}.counted")
         yield mask[first:stop] if mask is not None else np.ones(stop - first, bool)
 

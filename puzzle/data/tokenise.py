@@ -17,8 +17,7 @@ from safetensors.numpy import save_file
 
 from puzzle import artifacts
 from puzzle.config import DataConfig, SourceConfig
-from puzzle.data.chat import check_template
-from puzzle.data.encode import Encoded, Encoder
+from puzzle.data.encode import Encoded, Encoder, check_template
 from puzzle.data.packing import Counts, map_tensors, pack, quotas, shares
 from puzzle.data.source import SPLITS, Document, check_source, documents
 from puzzle.data.streamed import is_pinned

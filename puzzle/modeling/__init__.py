@@ -8,24 +8,16 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling.configuration_puzzle import PuzzleConfig
-from puzzle.modeling.families_puzzle import FAMILIES, Family, family_of, part_prefixes, stock_state
-from puzzle.modeling.layers_puzzle import PuzzleDecoderLayer
-from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM, PuzzleModel
-from puzzle.modeling.spans_puzzle import local_causal_mask
-
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "PuzzleConfig",
-    "PuzzleDecoderLayer",
-    "PuzzleForCausalLM",
-    "PuzzleModel",
-    "family_of",
-    "local_causal_mask",
-    "part_prefixes",
-    "stock_state",
-]
+from puzzle.modeling.configuration_puzzle import PuzzleConfig as PuzzleConfig
+from puzzle.modeling.families_puzzle import FAMILIES as FAMILIES
+from puzzle.modeling.families_puzzle import Family as Family
+from puzzle.modeling.families_puzzle import family_of as family_of
+from puzzle.modeling.families_puzzle import part_prefixes as part_prefixes
+from puzzle.modeling.families_puzzle import stock_state as stock_state
+from puzzle.modeling.layers_puzzle import PuzzleDecoderLayer as PuzzleDecoderLayer
+from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM
+from puzzle.modeling.modeling_puzzle import PuzzleModel as PuzzleModel
+from puzzle.modeling.spans_puzzle import local_causal_mask as local_causal_mask
 
 AutoConfig.register(PuzzleConfig.model_type, PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)

@@ -109,11 +109,8 @@ class _Forward:
         is_quantised = formats.number_bytes(self.dtype) < formats.HALF_BYTES
         return replace(self, dtype=HALF) if is_quantised else self
 
-    def matmul(self, name: str, rows: float, fan_in: int, fan_out: int, bias: bool = False) -> Kernel:
-        return self.grouped_matmul(name, rows, fan_in, fan_out, num_matrices=1.0, bias=bias)
-
-    def grouped_matmul(
-        self, name: str, rows: float, fan_in: int, fan_out: int, num_matrices: float, bias: bool = False
+    def matmul(
+        self, name: str, rows: float, fan_in: int, fan_out: int, bias: bool = False, num_matrices: float = 1.0
     ) -> Kernel:
         """``rows`` rows in all, each through one of ``num_matrices`` matrices that are read."""
         matrix_bytes = formats.matrix_bytes(fan_in, fan_out, self.dtype)
@@ -218,8 +215,8 @@ def _experts(local: FfnSpec, whole: FfnSpec, shape: ModelShape, forward: _Forwar
     return (
         forward.unquantised.matmul("router", rows, hidden, local.num_experts),
         forward.pointwise("dispatch", (1 + per_row) * hidden),
-        forward.grouped_matmul("gate and up", chosen, hidden, 2 * channels, num_matrices=touched),
+        forward.matmul("gate and up", chosen, hidden, 2 * channels, num_matrices=touched),
         forward.pointwise("activation", 3 * per_row * channels),
-        forward.grouped_matmul("down", chosen, channels, hidden, num_matrices=touched),
+        forward.matmul("down", chosen, channels, hidden, num_matrices=touched),
         forward.pointwise("combine", (per_row + 1) * hidden),
     )

@@ -14,10 +14,18 @@ import torch
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.correction import WholePoint
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.probes import DETAILS, DetailProbe, ModelProbe, PointTooLargeError, Probe, site_probe, too_large
+from puzzle.profiling.probes import (
+    DETAILS,
+    DetailProbe,
+    ModelProbe,
+    PointTooLargeError,
+    Probe,
+    Timing,
+    site_probe,
+    too_large,
+)
 from puzzle.profiling.stack import SiteStack
 from puzzle.profiling.table import REST, SKIPPED
-from puzzle.profiling.timer import Timing
 from puzzle.space import PARTS
 from puzzle.types import Cost, Gap, Spec
 from puzzle.variants import shape_id

@@ -8,6 +8,10 @@ its own (norms, operation, residual add), next to two of the teacher's whole lay
 * CUDA: CUDA graphs of [teacher, site, teacher] minus [teacher, teacher]. Events inside a graph are nodes between which
   kernels cannot overlap, and cost about as much as a small kernel; a difference telescopes to the whole model's graph.
 
+Whole models and single modules are timed by clocks: on a CPU ``perf_counter_ns``; on CUDA the callable is captured as
+a graph, as serving engines run decode, and its replay is timed by events, so that Python and kernel launches do not
+count; on other devices wall time between synchronisations.
+
 What no site accounts for is "rest": embedding, rotary tables, mask, final norm, head on one token per sequence, and
 what the forward costs in Python, including the call of as many (empty) layers as the teacher has. It is measured as the
 whole forward minus its sites, so that by construction rest + sites is the whole, for that model at least. Where noise
@@ -18,9 +22,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,8 +35,81 @@ from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import device_name
 from puzzle.profiling.stack import NUM_NEIGHBOURS, ForwardStep, SiteStack
 from puzzle.profiling.table import REST
-from puzzle.profiling.timer import Clock, graph_pool, make_clock, synchronize
 from puzzle.types import GIB, ConfigError
+
+Clock = Callable[[], float]  # runs the callable once, gives milliseconds
+CAPTURE_WARMUPS = 3  # lets cuBLAS and the allocator settle before a capture, during which they must not allocate
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median, 10th and 90th percentile of repeated readings."""
+
+    ms: float
+    ms_p10: float
+    ms_p90: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """From at least one reading; percentiles are interpolated linearly between readings."""
+        low, median, high = np.quantile(samples, (0.1, 0.5, 0.9)).tolist()
+        return cls(median, low, high)
+
+
+def make_clock(work: Callable[[], object], device: str, pool: Any = None) -> Clock:
+    """A clock for ``work`` on ``device``. On CUDA ``work`` must be capturable and read and write the same tensors each
+    time; ``pool`` (torch.cuda.graph_pool_handle) lets several clocks that never run at once share activations' memory.
+    """
+    if device.startswith("cuda"):
+        return CapturedGraph(work, device, pool)
+
+    def wall_clock() -> float:
+        synchronize(device)
+        start = time.perf_counter_ns()
+        work()
+        synchronize(device)
+        return (time.perf_counter_ns() - start) / 1e6
+
+    return wall_clock
+
+
+def synchronize(device: str) -> None:
+    """Waits until ``device`` has done what was asked of it; a CPU always has."""
+    if device == "cpu":
+        return
+    getattr(torch, device.partition(":")[0]).synchronize()
+
+
+class CapturedGraph:
+    """``work`` as a CUDA graph; each call replays it and gives the milliseconds between two events around it."""
+
+    def __init__(self, work: Callable[[], object], device: str, pool: Any = None) -> None:
+        self._device = torch.device(device)
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(CAPTURE_WARMUPS):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._result = work()  # lives in the graph's memory pool for as long as the graph
+            self._start: Any = torch.cuda.Event(enable_timing=True)
+            self._end: Any = torch.cuda.Event(enable_timing=True)
+
+    def __call__(self) -> float:
+        with torch.cuda.device(self._device):
+            # The first replay keeps the GPU busy while the second is being launched; otherwise the start event would
+            # fire at once and the launch would count. It also leaves the GPU's caches as a steady stream of steps does.
+            self._graph.replay()
+            self._start.record()
+            self._graph.replay()
+            self._end.record()
+            self._end.synchronize()
+            return float(self._start.elapsed_time(self._end))
+
 
 BUSY_BYTES = GIB  # what others may hold of a GPU's memory before we say so
 DETAILS = ("norm", "head")
@@ -133,7 +212,7 @@ class GraphedSites:
         self._clocks: dict[str, Clock] = {}
         first, last = stack.neighbours
         # each graph's activations are dead when it ends, and those of a long prompt would not fit a dozen times
-        pool = graph_pool()
+        pool = torch.cuda.graph_pool_handle()
         for name, between in {"neighbours": [], **{name: [site] for name, site in stack.sites.items()}}.items():
             stack.use_layers([first, *between, last])
             self._clocks[name] = make_clock(step, stack.device, pool)

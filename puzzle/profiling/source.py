@@ -14,26 +14,16 @@ from typing import Literal
 
 from puzzle import artifacts, yamlfiles
 from puzzle.config import ProfileConfig
-from puzzle.profiling import correction, roofline_fit
+from puzzle.profiling import correction
 from puzzle.profiling.correction import WholeModel
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Deployment, hardware
 from puzzle.profiling.imported import read_table
-from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate
+from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate, fit_efficiency
 from puzzle.profiling.vllm import Engine
 from puzzle.profiling.vllm_costs import MeasuredModel, costs_of, num_models
 from puzzle.tables import read_costs
-from puzzle.types import (
-    GIB,
-    Cost,
-    Costs,
-    CostSetting,
-    MissingMeasurementError,
-    ModelShape,
-    Spec,
-    Workload,
-    from_json,
-)
+from puzzle.types import GIB, Cost, Costs, CostSetting, MissingMeasurementError, ModelShape, Spec, Workload, from_json
 
 DECODE_KNOTS = 9  # contexts of a workload at which an estimate is made; between them it is nearly straight
 
@@ -160,7 +150,7 @@ class CostSource:
             return DEFAULT
         devices = Counter(cost.device for cost in self.table.rows)
         (device, _), *_ = devices.most_common()
-        return roofline_fit.fit(self.table.rows, self.shape, self.specs, hardware(device)).efficiency
+        return fit_efficiency(self.table.rows, self.shape, self.specs, hardware(device)).efficiency
 
     @property
     def fingerprint(self) -> str:

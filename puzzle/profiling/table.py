@@ -12,16 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from puzzle.types import (
-    Correction,
-    CorruptFileError,
-    Costs,
-    CostSetting,
-    Gap,
-    MissingMeasurementError,
-    Phase,
-    Workload,
-)
+from puzzle.types import Correction, CorruptFileError, Costs, CostSetting, Gap, MissingMeasurementError, Phase, Workload
 
 REST = "rest"  # embedding, rotary tables, final norm, head: what no variant changes
 ENGINE, COMPILED_ENGINE = "transformers", "transformers-compiled"  # what is measured here

@@ -34,15 +34,7 @@ import numpy as np
 from puzzle.export.nemotron_nas import CONFIG_CODE, check_vllm, nemotron_nas_config
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import device_slug
-from puzzle.types import (
-    Architecture,
-    ConfigError,
-    CorruptFileError,
-    ModelShape,
-    Phase,
-    PuzzleError,
-    Strict,
-)
+from puzzle.types import Architecture, ConfigError, CorruptFileError, ModelShape, Phase, PuzzleError, Strict
 
 ENGINE = "vllm"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -202,7 +194,8 @@ def _start(job: Mapping[str, Any], folder: Path, engine: Engine) -> dict[str, An
             )
         except OSError as error:
             shutil.rmtree(folder)
-            raise _no_python(engine.python, error) from None
+            advice = f"give the python of vLLM's environment: {_INSTALL}"
+            raise ConfigError(f"{engine.python}: cannot be run ({error.strerror}); {advice}") from None
         try:
             code = process.wait(timeout=engine.timeout_s)
         except subprocess.TimeoutExpired:
@@ -212,7 +205,9 @@ def _start(job: Mapping[str, Any], folder: Path, engine: Engine) -> dict[str, An
     words = log.read_text(errors="replace")
     if code == _NOT_INSTALLED:
         shutil.rmtree(folder)
-        raise _no_vllm(engine.python, words)
+        reason = f" ({lines[-1]})" if (lines := words.strip().splitlines()) else ""
+        advice = f"make an environment for it: {_INSTALL}"
+        raise ConfigError(f"{engine.python}: vLLM cannot be imported there{reason}; {advice}")
     if code or not result.exists():
         raise PuzzleError(f"vLLM failed: {_last_error(words, code)}; the whole log: {log}")
     found: dict[str, Any] = json.loads(result.read_text())
@@ -235,15 +230,6 @@ def _last_error(log: str, code: int) -> str:
     errors = [match[1] for line in lines if (match := _ERROR.search(line))]
     causes = [line for line in errors if "root cause" not in line]
     return (causes or errors or lines or [f"exit code {code}"])[-1][:500]
-
-
-def _no_python(python: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{python}: cannot be run ({error.strerror}); give the python of vLLM's environment: {_INSTALL}")
-
-
-def _no_vllm(python: Path, words: str) -> ConfigError:
-    reason = f" ({lines[-1]})" if (lines := words.strip().splitlines()) else ""
-    return ConfigError(f"{python}: vLLM cannot be imported there{reason}; make an environment for it: {_INSTALL}")
 
 
 def _point_time(point: GridPoint, result: Mapping[str, Any]) -> PointTime:

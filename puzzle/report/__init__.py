@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from puzzle.progress import Progress
 from puzzle.run import Run
 
-__all__ = ["Summary", "make_report"]
-
 
 def make_report(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     """Publishes ``report.md`` and ``report.png``."""

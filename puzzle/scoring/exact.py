@@ -21,7 +21,7 @@ from puzzle.data.batches import Batch
 from puzzle.metrics import TokenMetrics, sequence_means, token_metrics
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.scoring.context import ScoringContext
-from puzzle.teacher import Context, LayerPass, run_layer
+from puzzle.teacher import Context, run_layer
 from puzzle.types import Item
 
 METRICS: Mapping[str, Callable[[TokenMetrics], Tensor]] = {
@@ -136,7 +136,10 @@ class Scorer:
                 for index in chunk:
                     one = self._stream.at(layer, index)
                     for place, change in enumerate(changes):
-                        under_way[place][index] = _through(own[place], one, change.changes_attention(first))
+                        if change.changes_attention(first):
+                            under_way[place][index] = run_layer(own[place], one.before, one.context).after
+                        else:  # one that differs in its FFN alone starts after the context's attention
+                            under_way[place][index] = one.middle + own[place].ffn_delta(one.middle)
                 for depth in range(first + 1, self.context.teacher.num_layers):
                     self._advance(changes, under_way, beside, depth)
             for index in chunk:
@@ -178,10 +181,3 @@ class Scorer:
                 values[name] = (task(final, top.lm_head, batch) - own[name]).cpu().double()
             found.append(values)
         return found
-
-
-def _through(layer: PuzzleDecoderLayer, one: LayerPass, changes_attention: bool) -> Tensor:
-    """After ``layer``; one that differs in its FFN alone starts after the context's attention."""
-    if changes_attention:
-        return run_layer(layer, one.before, one.context).after
-    return one.middle + layer.ffn_delta(one.middle)

@@ -25,7 +25,11 @@ def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> No
     """Trains what is missing of the library, or this rank's share of it."""
     wanted = {unit.path.name: unit for unit in missing}
     ranks, settings = Ranks.current(), run.config.distill
-    costs = {unit: _cost(run, unit) for unit in run.units if unit in wanted}
+    costs: dict[str, float] = {  # multiply-adds per token and step
+        unit: sum(params(spec, run.shape) for item in items for spec in item.specs)
+        for unit, items in run.units.items()
+        if unit in wanted
+    }
     share = shares(costs, ranks.count, settings.batch_size)[ranks.rank]
     add_up = _sum_over_team(run, costs, ranks, share)
     if not share.pieces:
@@ -36,21 +40,11 @@ def make_distill(run: Run, missing: Sequence[Planned], progress: Progress) -> No
         rows = rows_of(settings.batch_size, share.team, ranks.rank)
         job = _Job(run, plan, store, steps, rows, add_up)
         for group in plan.groups:
-            done = job.train(group, functools.partial(_advance, progress, steps))
+            done = job.train(group, lambda num_units: progress.fraction(num_units / steps))
             for unit, result in done.items():
                 if share.team[0] == ranks.rank:
                     _publish(run, wanted[unit], result)
             progress.done(*group)
-
-
-def _cost(run: Run, unit: str) -> float:
-    """What training a unit costs against others: multiply-adds per token and step."""
-    items = run.units[unit]
-    return sum(params(spec, run.shape) for item in items for spec in item.specs)
-
-
-def _advance(progress: Progress, steps: int, num_units: int) -> None:
-    progress.fraction(num_units / steps)
 
 
 def _publish(run: Run, planned: Planned, result: distill.Distilled) -> None:

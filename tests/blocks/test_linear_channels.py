@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.blocks.channels import obs_order
-from puzzle.blocks.linear_channels import GatedMoments, MixedChannels, best_mixture, mixed_channels
+from puzzle.blocks.channels import GatedMoments, MixedChannels, best_mixture, mixed_channels, obs_order
 
 SIZE, WIDTH = 6, 20
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from puzzle.checkpoint import DEMO_TEACHER
-from puzzle.data.chat import check_template, conversation_tokens
+from puzzle.data.encode import check_template, conversation_tokens
 from puzzle.data.source import Conversation
 from puzzle.types import ConfigError, CorruptFileError
 from tests.data.factories import FORGETFUL_TEMPLATE, MARKED_TEMPLATE, PLAIN_TEMPLATE, byte_tokenizer, chat

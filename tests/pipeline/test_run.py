@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
-from puzzle.report import Summary
 from puzzle.report.library import library_frame
+from puzzle.report.summary import Summary
 from puzzle.run import Run
 from puzzle.space import PARTS
 from puzzle.types import Site

@@ -14,14 +14,13 @@ import torch
 from transformers import DynamicCache
 
 from puzzle.modeling import FAMILIES, PuzzleConfig
-from puzzle.profiling import measure, probes, timer
+from puzzle.profiling import measure, probes
 from puzzle.profiling import stack as stack_module
 from puzzle.profiling.grid import GridPoint
-from puzzle.profiling.kv_cache import PreallocatedCache, PreallocatedLayer
 from puzzle.profiling.measure import measure_many, measure_point
 from puzzle.profiling.memory import kv_cache_bytes
 from puzzle.profiling.probes import GraphedSites, MarkedSites, ModelProbe, PointTooLargeError, site_probe
-from puzzle.profiling.stack import ForwardStep, SiteStack, random_model
+from puzzle.profiling.stack import ForwardStep, PreallocatedCache, PreallocatedLayer, SiteStack, random_model
 from puzzle.profiling.table import CostTable
 from puzzle.space import SearchSpace
 from puzzle.types import AttentionSpec, ConfigError, Costs, FfnSpec, ModelShape, Part, Site, Spec, Workload
@@ -116,7 +115,7 @@ def test_graphs_of_the_stack_telescope_to_the_whole(stack: SiteStack, monkeypatc
         return lambda: spent
 
     monkeypatch.setattr(probes, "make_clock", fake_clock)
-    monkeypatch.setattr(probes, "graph_pool", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     assert GraphedSites(stack, DECODE).run(random.Random(0)) == {"rest": 5.0, **weight}
 
 
@@ -170,7 +169,8 @@ def test_the_cache_holds_what_memory_predicts(shape: ModelShape, teacher_config:
     specs = (AttentionSpec("gqa", num_kv_heads=2), AttentionSpec("skip"), AttentionSpec("keep"))
     cache = ForwardStep(random_model(teacher_config, MIX, "cpu", "bf16"), GridPoint("decode", 3, 11)).cache
     workload = Workload("w", isl=9, osl=3)
-    assert cache.num_bytes == sum(kv_cache_bytes(spec, shape, workload, 3) for spec in specs) > 0
+    held = sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.slots)
+    assert held == sum(kv_cache_bytes(spec, shape, workload, 3) for spec in specs) > 0
     assert isinstance(cache, PreallocatedCache)
 
 
@@ -252,7 +252,8 @@ def test_a_decode_step_holds_what_windows_leave(family: str) -> None:
         AttentionSpec("window", window_tokens=3, sink_tokens=2),
     )
     workload = Workload("w", isl=6, osl=2, kv="fp32")
-    assert decode.cache.num_bytes == sum(kv_cache_bytes(spec, family_shape, workload, 3) for spec in specs)
+    held = sum(slot.keys.nbytes + slot.values.nbytes for slot in decode.cache.slots)
+    assert held == sum(kv_cache_bytes(spec, family_shape, workload, 3) for spec in specs)
 
 
 def test_whole_models_and_sites_are_measured_in_the_same_rounds(stack: SiteStack, teacher_config: PuzzleConfig) -> None:
@@ -283,7 +284,7 @@ def test_rounds_are_shuffled_repeatable_and_warmed_up() -> None:
     assert logs[0][::2] == logs[0][1::2]  # each runs once untimed before it is timed
     assert logs[0] == logs[1] != logs[2]
     alone: list[str] = []
-    assert measure_many([CountingProbe("a", alone)], repeats=3, seed=0)["a"] == timer.Timing.of([3.0, 4.0, 5.0])
+    assert measure_many([CountingProbe("a", alone)], repeats=3, seed=0)["a"] == probes.Timing.of([3.0, 4.0, 5.0])
 
 
 def test_two_probes_of_one_name_are_refused() -> None:
@@ -331,7 +332,7 @@ def test_measuring_on_a_gpu(shape: ModelShape, teacher_config: PuzzleConfig, poi
     assert set(timings) == {*SHAPES, "rest", "student"}
     assert 0 < timings["student"].ms < math.inf
     clock = probe._clock
-    assert isinstance(clock, timer.CapturedGraph)
+    assert isinstance(clock, probes.CapturedGraph)
     torch.cuda.synchronize()
     assert torch.allclose(clock._result, expected, atol=1e-2)  # type: ignore[arg-type]
 

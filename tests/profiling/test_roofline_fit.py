@@ -9,8 +9,7 @@ import pytest
 
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Deployment, hardware
-from puzzle.profiling.roofline import Efficiency, estimate
-from puzzle.profiling.roofline_fit import fit
+from puzzle.profiling.roofline import Efficiency, estimate, fit_efficiency
 from puzzle.types import AttentionSpec, Cost, FfnSpec, MissingMeasurementError, ModelShape, Phase, Spec
 
 LLAMA_8B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)
@@ -46,7 +45,7 @@ def assert_close(found: Efficiency, expected: Efficiency, tolerance: float) -> N
 
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.005), (0.05, 0.1)])
 def test_the_fit_recovers_what_costs_were_made_with(noise: float, tolerance: float) -> None:
-    found = fit(measured(noise, tps=(1, 4)), LLAMA_8B, SPECS, H200)
+    found = fit_efficiency(measured(noise, tps=(1, 4)), LLAMA_8B, SPECS, H200)
     assert_close(found.efficiency, TRUE, tolerance)
     assert found.num_costs == 2 * 18 * 5  # the rest is not among them
     assert found.error_after < noise + 1e-3 < 0.15 < found.error_before
@@ -55,12 +54,12 @@ def test_the_fit_recovers_what_costs_were_made_with(noise: float, tolerance: flo
 def test_an_outlier_hardly_moves_it() -> None:
     costs = measured()
     costs[7] = replace(costs[7], ms=20 * costs[7].ms)
-    assert_close(fit(costs, LLAMA_8B, SPECS, H200).efficiency, replace(TRUE, link=0.7), 0.05)
+    assert_close(fit_efficiency(costs, LLAMA_8B, SPECS, H200).efficiency, replace(TRUE, link=0.7), 0.05)
 
 
 def test_what_was_not_measured_stays_as_it_was() -> None:
     start = Efficiency(matmul=0.61, link=0.33)
-    found = fit(measured(phases=("decode",)), LLAMA_8B, SPECS, H200, start).efficiency
+    found = fit_efficiency(measured(phases=("decode",)), LLAMA_8B, SPECS, H200, start).efficiency
     assert found.link == 0.33  # one GPU
     assert found.matmul == pytest.approx(0.61, rel=0.01)  # at these batches no product of a decode step is bound by it
     assert found.bandwidth == pytest.approx(TRUE.bandwidth, rel=0.01)
@@ -73,13 +72,13 @@ def test_estimates_other_devices_and_other_shapes_are_left_out() -> None:
         *(replace(cost, device="h100", ms=99.0) for cost in costs),
         *(replace(cost, shape_id="ffn.narrow-3", ms=99.0) for cost in costs),
     ]
-    assert fit([*strangers, *costs], LLAMA_8B, SPECS, H200) == fit(costs, LLAMA_8B, SPECS, H200)
+    assert fit_efficiency([*strangers, *costs], LLAMA_8B, SPECS, H200) == fit_efficiency(costs, LLAMA_8B, SPECS, H200)
 
 
 def test_too_few_measurements_are_an_error_that_counts_them() -> None:
     costs = [cost for cost in measured() if cost.shape_id != "rest"]
-    assert fit(costs[:12], LLAMA_8B, SPECS, H200).num_costs == 12
+    assert fit_efficiency(costs[:12], LLAMA_8B, SPECS, H200).num_costs == 12
     with pytest.raises(MissingMeasurementError, match="h200: 11 measured costs .* 4 numbers need 12"):
-        fit(costs[:11], LLAMA_8B, SPECS, H200)
+        fit_efficiency(costs[:11], LLAMA_8B, SPECS, H200)
     with pytest.raises(MissingMeasurementError, match="l40s: 0 measured costs"):
-        fit(costs, LLAMA_8B, SPECS, hardware("l40s"))
+        fit_efficiency(costs, LLAMA_8B, SPECS, hardware("l40s"))

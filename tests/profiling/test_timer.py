@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from puzzle.profiling.hardware import device_name, device_slug
-from puzzle.profiling.timer import CapturedGraph, Timing, make_clock
+from puzzle.profiling.probes import CapturedGraph, Timing, make_clock
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: captures a CUDA graph")
 
