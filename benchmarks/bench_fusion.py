@@ -1,12 +1,11 @@
 """FFN fusion against FFN removal (REFERENCE.md, claim 15), on the bundled teacher.
 
-    python benchmarks/bench_fusion.py runs | students | costs
+    python benchmarks/bench_fusion.py runs | costs
 
 ``runs``: for every run of 2 and 3 layers, true KL on ``report`` without the attentions of its later layers, and with
 the FFNs in sequence as before, in parallel (fused), removed but for one (whichever is best), and the same with FFNs of
-half the width: two of those have as many parameters as one of the teacher's. ``students``: three disjoint pairs of
-layers, those that ``score`` says are cheapest to fuse, at once: fused, in sequence, removed, before and after GKD.
-``costs``: what fusing four layers of a Llama-70B saves by the roofline, beyond what leaving three attentions out does.
+half the width: two of those have as many parameters as one of the teacher's. ``costs``: what fusing four layers of a
+Llama-70B saves by the roofline, beyond what leaving out three attentions does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from demo_runs import REPORT_SEQUENCES, Results, distilled, make_library, quality, student_of
+from demo_runs import Results, make_library
 
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import Deployment
@@ -35,10 +34,8 @@ from puzzle.variants import fused_item, made_of, params, shape_id, site_item
 RESULTS = Path(__file__).parent / "results"
 SPACE = "attention: [keep, skip]\nffn: [keep, narrow-50%, skip]\nfusion: {max_layers: 3, ffn: [keep, narrow-50%]}\n"
 LENGTHS = (2, 3)
-NUM_PAIRS = 3
 CONTEXT = 1024
 LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, tied_embeddings=False)
-WAYS = ("fused", "in sequence", "removed")
 
 
 def ways(run: Run, first: int, last: int) -> dict[str, tuple[Item, ...]]:
@@ -100,26 +97,6 @@ def one_run(run: Run, scorer: Scorer, here: Mapping[str, tuple[Item, ...]]) -> d
     return {name: {"kl": kl[way], "params": size(run, here[way])} for name, way in told.items()}
 
 
-def students(options: argparse.Namespace, run: Run) -> None:
-    """Removal keeps the FFN that it does better with on ``score``."""
-    settings = {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens}
-    results = Results(options.output or RESULTS / "fusion_students.json", settings)
-    by_pair = {first: ways(run, first, first + 1) for first in range(run.shape.num_layers - 1)}
-    scorer, kl = scorer_of(run, "score", options.sequences), dict[str, float]()
-    for first, here in by_pair.items():
-        kl |= {f"{first} {name}": value for name, value in true_kl(scorer, here).items()}
-    chosen: list[int] = []
-    for first in sorted(by_pair, key=lambda first: kl[f"{first} fused"]):
-        if len(chosen) < NUM_PAIRS and all(abs(first - other) > 1 for other in chosen):
-            chosen.append(first)
-    for way in WAYS:
-        items = []
-        for first in sorted(chosen):
-            names = [name for name in by_pair[first] if name.startswith(way) and not name.endswith("width")]
-            items += by_pair[first][min(names, key=lambda name: kl[f"{first} {name}"])]
-        results.once(way, lambda items=items: trained(run, items))
-
-
 def costs(options: argparse.Namespace) -> None:
     """Milliseconds on H100s, fp8."""
     results = Results(options.output or RESULTS / "fusion_costs.json", {"context_tokens": CONTEXT})
@@ -140,29 +117,12 @@ def four_layers(point: GridPoint, tp: int) -> dict[str, float]:
     return {"whole": 4 * (first + each), "in sequence": apart, "fused": together, "saved": 1 - together / apart}
 
 
-def trained(run: Run, items: Sequence[Item]) -> dict[str, object]:
-    taken = {site for item in items for site in item.sites}
-    keeps = [
-        site_item(site, spec) for site, spec in zip(run.shape.sites, run.keep_specs, strict=True) if site not in taken
-    ]
-    student = student_of(run, [*(item.id for item in keeps), *(item.id for item in items)])
-    before = quality(run, student, "report", REPORT_SEQUENCES)
-    after = quality(run, distilled(run, student), "report", REPORT_SEQUENCES)
-    return {
-        "before": before,
-        "after": after,
-        "params": size(run, items),
-        "changed": [item.id for item in items if item.id in {one.id for one in run.items}],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["runs", "students", "costs"])
+    parser.add_argument("what", choices=["runs", "costs"])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "puzzle-bench")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--bld-tokens", type=int, default=131_072)
-    parser.add_argument("--kd-tokens", type=int, default=262_144)
     parser.add_argument("--sequences", type=int, default=32)
     options = parser.parse_args()
     if options.what == "costs":
@@ -171,9 +131,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     space = options.work / "fusion-space.yaml"
     space.write_text(SPACE)
-    settings = (f"space={space}", f"distill.tokens={options.bld_tokens}", f"kd.tokens={options.kd_tokens}")
-    run = make_library(options.work, *settings, until="distill")
-    {"runs": runs, "students": students}[options.what](options, run)
+    settings = (f"space={space}", f"distill.tokens={options.bld_tokens}")
+    runs(options, make_library(options.work, *settings, until="distill"))
 
 
 if __name__ == "__main__":
