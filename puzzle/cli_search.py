@@ -1,4 +1,4 @@
-"""The commands around the search: ``search``, ``pareto``, ``shrink``, ``constraints``, ``schema``."""
+"""The commands around the search: ``search``, ``pareto``, ``chain``, ``shrink``, ``constraints``, ``schema``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def add_commands(commands: Any) -> None:
     )
     pareto.add_argument("--output", type=Path, help="folder for pareto.csv and pareto.png (default: the run's)")
     pareto.set_defaults(command=_pareto)
+
+    chain = with_run(commands.add_parser("chain", help="a nested family: each model a reduction of the one before"))
+    chain.add_argument("--cost", default="params", help="what is limited, as in a constraint file (default params)")
+    chain.add_argument("--points", type=int, default=5, help="how many architectures (default 5)")
+    chain.add_argument("--output", type=Path, metavar="CSV", help="default: chain.csv in the run's folder")
+    chain.set_defaults(command=_chain)
 
     shrink = with_run(commands.add_parser("shrink", help="write a space of pairs (coupled BLD) of what is popular"))
     shrink.add_argument("output", type=Path, metavar="SPACE", help="the space file to write")
@@ -182,6 +188,22 @@ def _pareto(options: argparse.Namespace) -> None:
     surface.plot(found, picture)
     late = f"; at {found.unfinished} limits nothing was found in time" if found.unfinished else ""
     print(f"{len(found.points)} points{late}; {table}, {picture}")
+
+
+def _chain(options: argparse.Namespace) -> None:
+    from puzzle import pipeline
+    from puzzle.search import chain, effort_of
+
+    run = open_run(options)
+    problem, effort = pipeline.first_problem(run), effort_of(run.constraint_file)
+    limits = chain.even_limits(problem, options.cost, options.points)
+    found = chain.chain(problem, run.shape, options.cost, limits, effort)
+    print(found.frame().to_string(index=False))
+    table = options.output or run.folder / "chain.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    found.frame(architectures=True).to_csv(table, index=False)
+    total = sum(link.objective for link in found.links)
+    print(f"in sum {total:.4f} ({'optimal' if found.proven else 'feasible'}, bound {found.bound:.4f}); {table}")
 
 
 def _shrink(options: argparse.Namespace) -> None:

@@ -22,10 +22,10 @@ PURE = """
     profiling.imported profiling.correction profiling.regression export.nemotron_nas profiling.vllm
     profiling.vllm_costs profiling.source search.problem search.metrics search.goal search.fan_out schema
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
-    search.surface search.pareto search.baselines search.evolution search.shrink search.explain search.compare search
-    plans run report.summary report.figures report.library report.profile scoring.design scoring.interactions
-    report.additivity report export.card progress data.tokenise pipeline validate rivals cli_options cli_search
-    cli_explain cli
+    search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
+    search.compare search plans run report.summary report.figures report.library report.profile scoring.design
+    scoring.interactions report.additivity report export.card progress data.tokenise pipeline validate rivals
+    cli_options cli_search cli_explain cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle

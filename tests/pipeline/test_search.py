@@ -127,6 +127,17 @@ def test_a_front_of_two_costs_is_a_table_a_csv_and_a_picture(copy: Project, caps
     assert (copy.run / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_chain_is_a_table_and_a_csv(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "chain", str(copy.config), "--points", "3"]) == 0
+    header, *lines, last = capsys.readouterr().out.splitlines()
+    assert header.split() == ["limit", "params", "kl_nats", "free", "extra"]
+    csv = (copy.run / "chain.csv").read_text().splitlines()
+    assert csv[0] == "limit,params,kl_nats,free,extra,items"
+    assert len(csv) - 1 == len(lines) == 3
+    assert last.startswith("in sum ")
+    assert " (optimal, bound " in last
+
+
 def test_solutions_of_before_are_read(finished: Project) -> None:
     """Files that hold nothing of what came later."""
     from puzzle.types import Solution, from_json

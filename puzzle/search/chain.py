@@ -1,0 +1,239 @@
+"""A nested family: architectures from large to small, each a reduction of the one before, and what nesting them costs.
+
+Reads a Problem, computes a Chain, writes nothing. What is minimised is the sum of the objective over the chain. Two
+greedy chains come first: from the loose end each step may only reduce what the one before has, from the tight end each
+may only enlarge it. Where the whole fits one integer programme, it is solved, beginning at the better of the two:
+every architecture is a copy of the sites, and an item at one rules out at the next what is no reduction of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from puzzle import variants
+from puzzle.search.linear import EXACT, Choice, Cut, Effort, OutOfTimeError, minimise
+from puzzle.search.problem import Problem, Row
+from puzzle.search.surface import additive, extremes
+from puzzle.types import ConfigError, InfeasibleError, Item, ModelShape, Site, Spec
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+__all__ = ["Chain", "Link", "chain", "even_limits", "is_reduction"]
+
+Links = tuple[tuple[str, ...], ...]  # the items of every architecture
+NotAfter = Mapping[str, tuple[frozenset[str], ...]]  # by item and its sites: what is no reduction of it there
+MOST_VARIABLES = 1500  # of the joint programme
+SIZES = ("num_kv_heads", "window_tokens", "sink_tokens", "intermediate_size", "num_experts", "num_active_experts")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One architecture of the chain; ``free_objective``: of the best under the same limit without the others."""
+
+    limit: float
+    chosen: tuple[str, ...]
+    cost: float
+    objective: float
+    free_objective: float
+
+    @property
+    def extra(self) -> float:
+        """What nesting costs here."""
+        return self.objective - self.free_objective
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``bound``: no chain has a sum of objectives below it. ``proven``: none is better than this one."""
+
+    cost_name: str
+    objective_name: str
+    links: tuple[Link, ...]
+    bound: float
+    proven: bool
+
+    def frame(self, architectures: bool = False) -> pd.DataFrame:
+        """Columns: ``limit``, the cost's and the objective's name, ``free``, ``extra``; ``items``, one text a link."""
+        import pandas as pd
+
+        columns: dict[str, list[object]] = {
+            "limit": [link.limit for link in self.links],
+            self.cost_name: [link.cost for link in self.links],
+            self.objective_name: [link.objective for link in self.links],
+            "free": [link.free_objective for link in self.links],
+            "extra": [link.extra for link in self.links],
+        }
+        if architectures:
+            columns["items"] = [" ".join(link.chosen) for link in self.links]
+        return pd.DataFrame(columns)
+
+
+def is_reduction(after: Spec, before: Spec, shape: ModelShape) -> bool:
+    """Whether a site may go from ``before`` to ``after`` along a chain.
+
+    Parameters may not grow, and the kind stays with no size (KV heads, window, sinks, channels, experts) growing; but
+    from the teacher's own block everything may follow, and to nothing everything may go. The precision stays the same.
+    """
+    if after == before or after.kind == "skip":
+        return True
+    if after.precision != before.precision or variants.params(after, shape) > variants.params(before, shape):
+        return False
+    if before.kind == "keep":
+        return True
+    sizes = [(getattr(after, name, None), getattr(before, name, None)) for name in SIZES]
+    return after.kind == before.kind and all((new or 0) <= (old or 0) for new, old in sizes)
+
+
+def even_limits(problem: Problem, cost_name: str, count: int) -> tuple[Fraction, ...]:
+    """So many limits from loose to tight, evenly between the most and the least that the cost can be, without them."""
+    if count < 2:
+        raise ConfigError(f"--points: a chain has at least 2 architectures, found {count}")
+    least, most = extremes(problem, additive(problem, cost_name))
+    return tuple(most - (most - least) * Fraction(step, count + 1) for step in range(1, count + 1))
+
+
+def chain(
+    problem: Problem, shape: ModelShape, cost_name: str, limits: Sequence[Fraction], effort: Effort = EXACT
+) -> Chain:
+    """The best chain found under ``limits`` on a cost, from loose to tight; the problem's own rows bind every link.
+
+    ``effort``: of one solve. InfeasibleError where no architecture keeps the tightest limit.
+    """
+    cost = additive(problem, cost_name)
+    rows = [(*problem.rows, Row(cost, f"{cost_name} ≤ {float(limit):.6g}", upper=limit)) for limit in limits]
+    free = []
+    for of in rows:
+        choice = minimise(problem, problem.objective, of, effort=effort)
+        if choice is None:
+            raise InfeasibleError(f"no architecture keeps {' and '.join(row.written for row in of)}")
+        free.append(choice)
+    not_after = _not_after(problem, shape)
+    ways = [_down(problem, rows, not_after, effort), _up(problem, rows, not_after, effort)]
+    best = min(filter(None, ways), key=lambda way: sum(map(problem.objective_of, way)), default=None)
+    bound, proven = sum(choice.bound for choice in free), False
+    small = len(problem.items) * len(rows) <= MOST_VARIABLES
+    if small and (joint := _joint(problem, rows, not_after, best, effort)) is not None:
+        best, bound, proven = joint[0], joint[1].bound, joint[1].proven
+    if best is None:
+        raise InfeasibleError(
+            f"no chain was found whose architectures keep {rows[0][-1].written} to {rows[-1][-1].written}"
+        )
+    links = [
+        Link(
+            float(limit),
+            problem.in_order(chosen),
+            float(cost.value(chosen)),
+            float(problem.objective_of(chosen)),
+            float(choice.total),
+        )
+        for limit, chosen, choice in zip(limits, best, free, strict=True)
+    ]
+    total = sum(link.objective for link in links)
+    return Chain(cost_name, problem.objective_name, tuple(links), min(bound, total), proven)
+
+
+def _not_after(problem: Problem, shape: ModelShape) -> NotAfter:
+    at: dict[Site, list[tuple[Item, Spec]]] = {site: [] for site in problem.sites}
+    for item in problem.items:
+        for site, spec in zip(item.sites, item.specs, strict=True):
+            at[site].append((item, spec))
+    allowed = functools.cache(lambda after, before: is_reduction(after, before, shape))  # layers share specs
+    return {
+        item.id: tuple(
+            frozenset(other.id for other, after in at[site] if not allowed(after, before))
+            for site, before in zip(item.sites, item.specs, strict=True)
+        )
+        for item in problem.items
+    }
+
+
+def _down(problem: Problem, rows: Sequence[Sequence[Row]], not_after: NotAfter, effort: Effort) -> Links | None:
+    """From the loose end, each of what is left; None where that leads to a limit that nothing left keeps."""
+    links: list[tuple[str, ...]] = []
+    banned: set[str] = set()
+    for of in rows:
+        choice = _best(problem, of, banned, effort)
+        if choice is None:
+            return None
+        links.append(choice.chosen)
+        banned = {other for item_id in choice.chosen for others in not_after[item_id] for other in others}
+    return tuple(links)
+
+
+def _up(problem: Problem, rows: Sequence[Sequence[Row]], not_after: NotAfter, effort: Effort) -> Links | None:
+    """From the tight end, each of what can be reduced to the one before."""
+    links: list[tuple[str, ...]] = []
+    banned: set[str] = set()
+    for of in rows[::-1]:
+        choice = _best(problem, of, banned, effort)
+        if choice is None:
+            return None  # time was up, or a row of the problem's own bounds from below
+        links.append(choice.chosen)
+        chosen = set(choice.chosen)
+        banned = {item_id for item_id, at in not_after.items() if any(others & chosen for others in at)}
+    return tuple(links[::-1])
+
+
+def _best(problem: Problem, rows: Sequence[Row], banned: Collection[str], effort: Effort) -> Choice | None:
+    try:
+        return minimise(problem, problem.objective, rows, [Cut(dict.fromkeys(banned, 1), 0)], effort)
+    except OutOfTimeError:
+        return None
+
+
+def _joint(
+    problem: Problem,
+    rows: Sequence[Sequence[Row]],
+    not_after: NotAfter,
+    begin: Links | None,
+    effort: Effort,
+) -> tuple[Links, Choice] | None:
+    """The whole chain as one programme: the sites of every link beside each other, as further layers."""
+    depth = 1 + max(site.layer for site in problem.sites)
+
+    def moved(sites: Sequence[Site], link: int) -> tuple[Site, ...]:
+        return tuple(replace(site, layer=site.layer + link * depth) for site in sites)
+
+    numbers = range(len(rows))
+    items = [replace(item, id=_name(item.id, k), sites=moved(item.sites, k)) for k in numbers for item in problem.items]
+    whole = Problem(
+        tuple(items),
+        tuple(site for k in numbers for site in moved(problem.sites, k)),
+        {_name(item_id, k): score for k in numbers for item_id, score in problem.objective.items()},
+        tuple(_row_of(row, k) for k in numbers for row in rows[k]),
+        conflicts=tuple(
+            replace(conflict, item_ids=tuple(_name(item_id, k) for item_id in conflict.item_ids))
+            for k in numbers
+            for conflict in problem.conflicts
+        ),
+    )
+    cuts = [
+        Cut({_name(item_id, k): 1, **{_name(other, k + 1): 1 for other in others}}, 1)
+        for k in numbers[:-1]
+        for item_id, at in not_after.items()
+        for others in at
+    ]
+    ids = [{_name(item_id, k) for item_id in problem.by_id} for k in numbers]
+    start = None if begin is None else [_name(item_id, k) for k in numbers for item_id in begin[k]]
+    try:
+        choice = minimise(whole, whole.objective, whole.rows, cuts, effort, start)
+    except OutOfTimeError:
+        return None
+    if choice is None:
+        return None
+    return tuple(tuple(name[len(_name("", k)) :] for name in choice.chosen if name in ids[k]) for k in numbers), choice
+
+
+def _name(item_id: str, link: int) -> str:
+    return f"{link}:{item_id}"
+
+
+def _row_of(row: Row, link: int) -> Row:
+    """The row, of the items of one link."""
+    moved = {_name(item_id, link): value for item_id, value in row.quantity.coefficients.items()}
+    return replace(row, quantity=replace(row.quantity, coefficients=moved), written=f"{row.written}, link {link}")
