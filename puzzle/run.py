@@ -271,6 +271,10 @@ class Run:
         mode = self.config.score.mode
         return mode == "one-pass" or (mode == "auto" and self.shape.num_layers > MOST_EXACT_LAYERS)
 
+    def num_sequences(self, split: str) -> int:
+        """Of the split, that changes are scored on: what chooses and what is reported is as sure as an evaluation."""
+        return self.config.score.sequences if split == "score" else self.config.evaluate.sequences
+
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
         counts = artifacts.read_unit(self.data).payload["num_tokens"]

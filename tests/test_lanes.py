@@ -33,7 +33,7 @@ TORCH = """
     blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.linear_channels blocks.candidates
     blocks.starts blocks.stream blocks.distill scoring scoring.context scoring.exact scoring.one_pass build kd evaluate
     export export.hf export.verify profiling.timer profiling.kv_cache profiling.stack profiling.probes
-    profiling.measure speed stages.common stages.starts stages.distill stages.score stages.rescore stages.additivity
+    profiling.measure speed stages.common stages.starts stages.distill stages.score stages.rescore stages.truth
     stages.profile stages.student stages
 """.split()  # noqa: SIM905
 ALONE = {

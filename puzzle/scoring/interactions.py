@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from puzzle.scoring.design import Design, Floats, Ints, Single
-from puzzle.types import ConfigError, Interaction, Site, Strict
+from puzzle.types import ConfigError, Interaction, Score, Site, Strict
 
 # What has coefficients, from the simplest kind. line, bends: of the curve; pairs: a rho per pair of sites; means: from
 # which rho deviates, per ordered pair of parts (attention before FFN ...) one constant and one fading with distance
@@ -50,6 +50,11 @@ class Evaluation(Strict):
         if not (self.items and 0 < self.kl_nats < np.inf and self.standard_error >= 0):
             named = " ".join(self.items) or "no items"
             raise ConfigError(f"{named}: {self.kl_nats} ± {self.standard_error} nats is no KL of a changed model")
+
+    @classmethod
+    def of(cls, items: Iterable[str], score: Score) -> Evaluation:
+        """From the true score of the whole; of a single sequence the error is not known, and not counted."""
+        return cls(tuple(items), score.mean, score.standard_error if len(score.per_sequence) > 1 else 0.0)
 
 
 @dataclass(frozen=True)
