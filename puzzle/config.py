@@ -211,6 +211,14 @@ class AdditivityConfig(_Model):
     architectures: Positive = 120
 
 
+class RefineConfig(_Model):
+    """The search past sums of scores: how many whole architectures are evaluated truly, on ``evaluate.sequences`` of
+    select. 0: what the search finds is taken as it is."""
+
+    evaluations: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class VllmConfig(_Model):
     """vLLM's own environment, and how it is started.
 
@@ -308,6 +316,7 @@ class RunConfig(_Model):
     score: ScoreConfig = ScoreConfig()
     additivity: AdditivityConfig = AdditivityConfig()
     profile: ProfileConfig = ProfileConfig()
+    refine: RefineConfig = RefineConfig()
     kd: KdConfig = KdConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

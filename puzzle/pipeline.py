@@ -48,7 +48,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("profile", (), plans.plan_profile, "measure what every block shape costs on this device"),
     Stage("rescore", ("score", "profile"), plans.plan_rescore, "measure exactly what decides the search", True),
     Stage("search", ("score", "profile", "rescore"), plans.plan_search, "find the best architecture that fits"),
-    Stage("build", ("search", "distill"), plans.plan_build, "put the student together"),
+    Stage("refine", ("search", "distill"), plans.plan_refine, "evaluate contenders truly, learn, search again", True),
+    Stage("build", ("search", "refine", "distill"), plans.plan_build, "put the student together"),
     Stage("kd", ("build",), plans.plan_kd, "distil the student globally"),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
@@ -214,6 +215,12 @@ def _maker(name: str) -> Callable[[Run, Sequence[Planned], Progress], None]:
 def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     solutions = solve(run, unit.inputs)
+    publish_solutions(run, unit, solutions)
+    progress.done(unit.path.name)
+
+
+def publish_solutions(run: Run, unit: Planned, solutions: Sequence[Solution], **more: object) -> None:
+    """The unit of a search: its solutions, the first one's architecture by variant names, and ``more`` payload."""
     best = set(solutions[0].items)
 
     def write(aside: Path) -> Mapping[str, object]:
@@ -227,10 +234,9 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
         (aside / "architecture.json").write_text(json.dumps(architecture, indent=1) + "\n", encoding="utf-8")
         found = {"solutions": [to_json(solution) for solution in solutions]}
         (aside / "solution.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return found
+        return {**found, **more}
 
     artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.done(unit.path.name)
 
 
 def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:

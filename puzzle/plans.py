@@ -168,7 +168,16 @@ def _engine(run: Run) -> dict[str, str]:
 
 
 def plan_search(run: Run) -> list[Planned]:
-    return [Planned(run.solution, search_inputs(run))]
+    return [Planned(run.unrefined.solution, search_inputs(run))]
+
+
+def plan_refine(run: Run) -> list[Planned]:
+    return [Planned(run.solution, refine_inputs(run))] if run.config.refine.evaluations else []
+
+
+def refine_inputs(run: Run) -> dict[str, str]:
+    settings = [run.config.refine.model_dump(), run.num_sequences("select"), run.config.score.tasks, run.config.dtype]
+    return {**search_inputs(run), **_teacher_and_data(run), "refine": _slice(run, settings)}
 
 
 def plan_build(run: Run) -> list[Planned]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import artifacts, checkpoint, plans, yamlfiles
-from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
+from puzzle.config import ConstraintFile, GridFile, RefineConfig, RunConfig, SpaceFile
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.source import CostSource
@@ -317,7 +317,16 @@ class Run:
     @property
     def solution_id(self) -> str:
         """Named by what it rests on, so a changed constraint file or table gives a new solution beside the old one."""
-        return f"{self.constraints.stem}-{artifacts.fingerprint(plans.search_inputs(self))[:8]}"
+        refined = bool(self.config.refine.evaluations)
+        inputs = plans.refine_inputs(self) if refined else plans.search_inputs(self)
+        return f"{self.constraints.stem}{'-refined' * refined}-{artifacts.fingerprint(inputs)[:8]}"
+
+    @cached_property
+    def unrefined(self) -> Run:
+        """This run, whose solution is the search's."""
+        if not self.config.refine.evaluations:
+            return self
+        return replace(self, config=self.config.model_copy(update={"refine": RefineConfig()}))
 
     @property
     def solution(self) -> Path:
@@ -332,7 +341,7 @@ class Run:
         return self.folder / "events.jsonl"
 
     def solutions(self) -> tuple[Solution, ...]:
-        """What the search found for the constraint file, best first."""
+        """What was found for the constraint file, best first."""
         payload = artifacts.read_unit(self.solution).payload
         source = f"{self.solution / artifacts.MARKER}"
         return tuple(from_json(Solution, entry, source) for entry in payload["solutions"])

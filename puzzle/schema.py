@@ -101,6 +101,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "score": "how much worse the model gets with each variant",
         "additivity": "puzzle additivity",
         "profile": "where times come from",
+        "refine": "the search past sums of scores",
         "kd": "global distillation of the student",
         "evaluate": "the final comparison",
     },
@@ -151,6 +152,10 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "tasks": "scores of your own: name to module:function",
     },
     "AdditivityConfig": {"architectures": "how many are evaluated truly"},
+    "RefineConfig": {
+        "evaluations": "whole architectures that are evaluated truly; 0: the search's answer is taken as it is",
+        "seed": "of what is random in it",
+    },
     "VllmConfig": {
         "python": "the interpreter of vLLM's own environment",
         "tp": "tensor parallelism",

@@ -366,7 +366,8 @@ class Solution(Strict):
     (nats for all whose names end in it); no answer has one below ``bound_nats``. Where a cost was ``minimised`` in its
     place, the sum was bounded, and it is the cost that no answer brings below ``cost_bound`` (a rate: above it).
     ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
-    ``estimated``: the metrics among them that rest on times nobody measured.
+    ``estimated``: the metrics among them that rest on times nobody measured. ``found_by``: the search, or refine, which
+    chose by true quality.
     """
 
     items: tuple[str, ...]
@@ -380,6 +381,7 @@ class Solution(Strict):
     objective_name: str = ""
     minimised: str | None = None
     cost_bound: float | None = None
+    found_by: Literal["search", "refine"] = "search"
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ PURE = """
     export.nemotron_nas profiling.vllm profiling.vllm_costs profiling.source search.problem search.metrics search.goal
     search.fan_out schema search.constraints search.meaning search.puzzletron search.programme search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search.explain search.compare search
-    plans run report.summary report.figures report.library report.profile scoring.design scoring.interactions
-    report.additivity report export.card progress data.tokenise pipeline validate cli_options cli_search cli_explain
+    scoring.design scoring.interactions search.moves search.refine plans run report.summary report.figures
+    report.library report.profile report.additivity report export.card progress data.tokenise pipeline validate cli_options cli_search cli_explain
     cli
 """.split()  # noqa: SIM905
 TORCH = """
@@ -34,7 +34,7 @@ TORCH = """
     blocks.starts blocks.stream blocks.distill scoring scoring.context scoring.exact scoring.one_pass build kd evaluate
     export export.hf export.verify profiling.timer profiling.kv_cache profiling.stack profiling.probes
     profiling.measure speed stages.common stages.starts stages.distill stages.score stages.rescore stages.truth
-    stages.profile stages.student stages
+    stages.refine stages.profile stages.student stages
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",

@@ -15,6 +15,7 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stages.distill import make_distill
 from puzzle.stages.profile import make_fit_costs, make_profile
+from puzzle.stages.refine import make_refine
 from puzzle.stages.rescore import make_rescore
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
@@ -31,6 +32,7 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "score": make_score,
     "rescore": make_rescore,
     "additivity": make_truth,
+    "refine": make_refine,
     "profile": make_profile,
     "fit-costs": make_fit_costs,
     "build": make_build,

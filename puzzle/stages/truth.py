@@ -10,16 +10,21 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from puzzle import artifacts
-from puzzle.plans import Planned, Truth
+from puzzle.plans import Planned, Truth, truth_of
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
 from puzzle.run import Run
 from puzzle.scoring.exact import Change
+from puzzle.search.moves import Chosen
+from puzzle.search.refine import Measure
 from puzzle.stages.score import ScoreJob
+from puzzle.tables import read_truth
 
+SPLITS = ("select", "report")  # that choose, and that are reported
 JobOf = Callable[[str], ScoreJob]  # that of a split
 
 
@@ -49,6 +54,59 @@ def evaluate(run: Run, missing: Sequence[Truth], job_of: JobOf, progress: Progre
             payload = {"items": items, **job_of(split).whole(name, values)}
             artifacts.publish_json(units[name].path, units[name].inputs, payload)
             progress.done(name)
+
+
+@dataclass(frozen=True)
+class Truths:
+    """Evaluates architectures and remembers them on disk: one that is there is never evaluated again.
+
+    Records made from other inputs are made anew: what they rest on was, too, or its stage would have been refused.
+    Rank 0 asks, at most ``most`` at a time; the others do their share (:meth:`serve`) until it is done (:meth:`end`).
+    """
+
+    run: Run
+    job_of: JobOf
+    progress: Progress
+    most: int = 100
+
+    def of(self, split: str, metric: str) -> Measure:
+        """On a split, by a metric."""
+
+        def measure(architectures: Sequence[Chosen]) -> list[Sequence[float] | None]:
+            for start in range(0, len(architectures), self.most):
+                self._told(split, architectures[start : start + self.most])
+            units = [truth_of(self.run, items, split) for items in architectures]
+            found = [read_truth(unit.path).get(metric) for unit in units]
+            return [None if score is None else score.per_sequence for score in found]
+
+        return measure
+
+    def serve(self) -> None:
+        while self._told("", ()):
+            pass
+
+    def end(self) -> None:
+        self._told("", ())
+
+    def _told(self, split: str, architectures: Sequence[Chosen]) -> bool:
+        """Makes what rank 0 asks for, whatever this rank was given; False where that is nothing."""
+        ranks, items = Ranks.current(), self.run.items
+        chosen = [set(one) for one in architectures]
+        marks = [item.id in one for one in chosen for item in items]
+        marks += [False] * (self.most * len(items) - len(marks))
+        first, *told = ranks.agreed(self.run.folder, "true evaluations", [split == SPLITS[0], *marks])
+        parts = (told[start : start + len(items)] for start in range(0, len(told), len(items)))
+        asked = [[item.id for item in itertools.compress(items, part)] for part in parts if any(part)]
+        units = [truth_of(self.run, one, SPLITS[0] if first else SPLITS[1]) for one in asked]
+        missing = {unit.path: unit for unit in units if not _is_current(unit)}
+        ranks.wait(self.run.folder, "true evaluations")  # all have seen the same before anyone adds to it
+        evaluate(self.run, list(missing.values()), self.job_of, self.progress)
+        ranks.wait(self.run.folder, "true evaluations")
+        return bool(asked)
+
+
+def _is_current(unit: Planned) -> bool:
+    return unit.path.exists() and not artifacts.changed_inputs(unit.path, unit.inputs)
 
 
 def _first_layer(unit: Truth) -> int:
