@@ -26,9 +26,8 @@ from demo_runs import Results, distilled, make_library, problem_of, quality, stu
 from puzzle.progress import stage_progress
 from puzzle.run import Run
 from puzzle.search import mip
-from puzzle.search.moves import Chosen
-from puzzle.search.problem import Problem
-from puzzle.search.refine import Measure, Refined, Settings, refine
+from puzzle.search.problem import Chosen, Measure, Problem
+from puzzle.search.refine import Refined, Settings, refine
 from puzzle.stages.truth import Truths, jobs
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,5 @@
-"""The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``. Pure; they write nothing.
+"""The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``. Pure; they write nothing
+but, with ``--true``, true evaluations.
 
 Both solve on the run's tables, at the batch sizes at which the best architecture was found.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ def add_commands(commands: Any) -> None:
     explain.set_defaults(command=lambda options: _explain(options, open_run(options)))
     compare = with_run(commands.add_parser("compare", help="the search beside simpler ways to choose"))
     compare.add_argument("--importance", type=Path, metavar="FILE", help="JSON list, one number a layer")
+    compare.add_argument("--true", action="store_true", help="evaluate each architecture on the report split, too")
     compare.set_defaults(command=lambda options: _compare(options, open_run(options)))
 
 
@@ -59,6 +62,7 @@ def _site(name: str, problem: Problem) -> Site:
 
 
 def _compare(options: argparse.Namespace, run: Run) -> None:
+    from puzzle import pipeline
     from puzzle.search import mip
     from puzzle.search.compare import compare, table
     from puzzle.search.constraints import usable_items
@@ -70,7 +74,9 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     importance = None if options.importance is None else _importance(options.importance)
     if problem.label:
         print(problem.label)
-    print(table(compare(problem, loss, importance, run.config.seed), problem))
+    metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+    measure = partial(pipeline.true_values, run, split="report", metric=metric) if options.true else None
+    print(table(compare(problem, loss, importance, run.config.seed, measure), problem))
 
 
 def _importance(path: Path) -> list[float]:

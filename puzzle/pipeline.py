@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +21,7 @@ from puzzle import artifacts, plans, search, yamlfiles
 from puzzle.plans import Planned
 from puzzle.ranks import Ranks, noted, notes
 from puzzle.run import Run
+from puzzle.tables import read_truth
 from puzzle.types import ConfigError, MissingMeasurementError, Solution, StaleUnitError, to_json
 from puzzle.variants import variant_name
 
@@ -59,6 +60,7 @@ ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
     Stage("fit-costs", ("profile",), plans.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
+TRUTH = Stage("truth", ("distill",), lambda _: [], "evaluate whole architectures", True)
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}
 State = Literal["done", "stale", "missing"]
 
@@ -77,21 +79,40 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
     """Makes one stage's missing units; MissingMeasurementError where an earlier stage is not complete."""
     stage = BY_NAME[name]
     with _working_on(run) as ranks:
-        for needed in stage.needs:
-            states = unit_states(run, BY_NAME[needed])
-            if "stale" in states:
-                raise StaleUnitError(
-                    f"{name} needs {needed}, of which {states.count('stale')} units were made from other inputs; "
-                    f"run `puzzle {needed} RUN --redo`, or go back to the settings they were made with"
-                )
-            if "missing" in states:
-                raise MissingMeasurementError(
-                    f"{name} needs {states.count('missing')} more units of {needed}; run `puzzle {needed} RUN` first"
-                )
+        _check_needs(run, stage)
         if redo and ranks.first:
             _forget(stage.plan(run))
         ranks.wait(run.folder, name)
         _make(run, stage, ranks)
+
+
+def true_values(
+    run: Run, architectures: Sequence[Sequence[str]], split: str, metric: str
+) -> list[tuple[float, ...] | None]:
+    """Of whole architectures, per sequence of the split; evaluated where they were not; None: outputs not finite."""
+    units = {unit.path: unit for unit in (plans.truth_of(run, one, split) for one in architectures)}
+    with _working_on(run) as ranks:
+        _check_needs(run, TRUTH)
+        if ranks.first:
+            _forget([unit for unit in units.values() if unit_state(unit) == "stale"])  # of no use to anyone
+        ranks.wait(run.folder, TRUTH.name)
+        _make(run, replace(TRUTH, plan=lambda _: list(units.values())), ranks)
+    scores = [read_truth(plans.truth_of(run, one, split).path).get(metric) for one in architectures]
+    return [None if score is None else score.per_sequence for score in scores]
+
+
+def _check_needs(run: Run, stage: Stage) -> None:
+    for needed in stage.needs:
+        states = unit_states(run, BY_NAME[needed])
+        if "stale" in states:
+            raise StaleUnitError(
+                f"{stage.name} needs {needed}, of which {states.count('stale')} units were made from other inputs; "
+                f"run `puzzle {needed} RUN --redo`, or go back to the settings they were made with"
+            )
+        if "missing" in states:
+            raise MissingMeasurementError(
+                f"{stage.name} needs {states.count('missing')} more units of {needed}; run `puzzle {needed} RUN` first"
+            )
 
 
 @contextlib.contextmanager

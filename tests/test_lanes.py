@@ -23,9 +23,9 @@ PURE = """
     export.nemotron_nas profiling.vllm profiling.vllm_costs profiling.source search.problem search.metrics search.goal
     search.fan_out schema search.constraints search.meaning search.puzzletron search.programme search.linear
     search.infeasible search.mip search.pareto search.baselines search.shrink search.explain search.compare search
-    scoring.design scoring.interactions search.moves search.refine plans run report.summary report.figures
-    report.library report.profile report.additivity report export.card progress data.tokenise pipeline validate cli_options cli_search cli_explain
-    cli
+    scoring.design scoring.interactions search.moves search.refine search.study plans run report.summary
+    report.figures report.library report.profile report.additivity report export.card progress data.tokenise pipeline
+    validate cli_options cli_search cli_explain cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle

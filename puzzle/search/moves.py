@@ -19,12 +19,11 @@ import numpy as np
 
 from puzzle.scoring.design import Floats, Ints
 from puzzle.scoring.interactions import InteractionModel
-from puzzle.search.problem import Problem
+from puzzle.search.problem import Chosen, Problem
 from puzzle.types import Item, Site, Spec
 
-__all__ = ["Chosen", "Moves"]
+__all__ = ["Moves"]
 
-Chosen = tuple[str, ...]  # an architecture: item ids in the order of the sites
 BLOCK = 2_000_000  # pairs of moves that are valued at once
 KEPT = 100_000  # of these, the best
 SLACK = 1e-9  # of a bound, within which the exact check decides

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from puzzle.scoring.design import Single, singles
 from puzzle.scoring.interactions import Evaluation, InteractionModel, cross_validated
-from puzzle.search.moves import Chosen, Moves
-from puzzle.search.problem import Problem
+from puzzle.search.moves import Moves
+from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.types import ConfigError
 from puzzle.variants import is_teacher
 
-__all__ = ["Measure", "Refined", "Settings", "Trial", "refine"]
+__all__ = ["Refined", "Settings", "Trial", "refine"]
 
-# values per sequence of each architecture, the same sequences for all; None where its outputs are not finite
-Measure = Callable[[Sequence[Chosen]], Sequence[Sequence[float] | None]]
 KIND = "interactions-of-power"
 LEAST_FIT = 8  # evaluations that a model is fitted to
 FIRST_SHARE = 3  # of the evaluations, one in so many goes to answers of the integer programme

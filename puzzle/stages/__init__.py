@@ -33,6 +33,7 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "rescore": make_rescore,
     "additivity": make_truth,
     "refine": make_refine,
+    "truth": make_truth,
     "profile": make_profile,
     "fit-costs": make_fit_costs,
     "build": make_build,

@@ -21,8 +21,9 @@ from puzzle.ranks import Ranks
 from puzzle.report.summary import at_batch_sizes_of
 from puzzle.run import Run
 from puzzle.search import mip
-from puzzle.search.problem import Problem
-from puzzle.search.refine import Measure, Refined, Settings, Trial, refine
+from puzzle.search.problem import Measure, Problem
+from puzzle.search.refine import Refined, Settings, Trial, refine
+from puzzle.search.study import study
 from puzzle.stages.truth import Truths, jobs
 from puzzle.types import ConfigError, Solution
 
@@ -40,8 +41,12 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         problem = _problem(run, searched)
         metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
         progress.total(settings.evaluations, 0)
-        answers = mip.solve([problem], {}, settings.first, run.constraint_file.solutions.min_difference).solutions
-        found = refine(problem, [one.items for one in answers], truths.of("select", metric), settings)
+        solutions = mip.solve([problem], {}, settings.first, run.constraint_file.solutions.min_difference).solutions
+        answers, select = [one.items for one in solutions], truths.of("select", metric)
+        if metric == "kl":
+            found = refine(problem, answers, select, settings)
+        else:
+            found = study(problem, answers, select, settings, run.folder / "truth" / "study.journal")
         rows = _comparison(problem, found, truths.of("report", metric))
         truths.end()
     best = _solution(run, searched, problem, found.best, unit.inputs)

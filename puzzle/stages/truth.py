@@ -19,8 +19,7 @@ from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
 from puzzle.run import Run
 from puzzle.scoring.exact import Change
-from puzzle.search.moves import Chosen
-from puzzle.search.refine import Measure
+from puzzle.search.problem import Chosen, Measure
 from puzzle.stages.score import ScoreJob
 from puzzle.tables import read_truth
 
