@@ -120,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         help="add sequences until a site's variants are told apart, or so close",
     )
 
+    refine = commands.choices["refine"]
+    refine.add_argument("--evaluations", type=int, help="true ones (default: the config's, or 60)")
+    refine.add_argument("--seed", type=int, dest="refine_seed", help="of what is random in it (default 0)")
+
     commands.choices["additivity"].add_argument(
         "--architectures", type=int, help="how many are evaluated truly (default 120)"
     )
@@ -198,6 +202,9 @@ def _stage(options: argparse.Namespace) -> None:
     from puzzle import pipeline
 
     run = open_run(options)
+    if options.stage == "refine":
+        cli_search.refine(options)
+        return
     if options.stage in ("rescore", "search"):
         cli_search.search(run, options.stage, options.redo)
         return

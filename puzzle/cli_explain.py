@@ -1,6 +1,6 @@
 """The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``.
 
-Pure, and they write nothing, unless ``compare`` is asked for what needs a model (rivals.py).
+Pure, and they write nothing, unless ``compare`` is asked for what needs a model (rivals.py, true evaluations).
 
 Both solve on the run's tables, at the batch sizes at which the best architecture was found.
 """
@@ -8,8 +8,8 @@ Both solve on the run's tables, at the batch sizes at which the best architectur
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,10 @@ def add_commands(commands: Any) -> None:
     compare.add_argument(
         "--evolution", type=int, metavar="N", help="an evolutionary search with N true evaluations (EvoPress's way)"
     )
-    compare.add_argument("--quantised", action="store_true", help="the teacher in fp8 and int4-g32, true quality")
+    compare.add_argument("--true", action="store_true", help="evaluate each architecture on the report split, too")
+    compare.add_argument(
+        "--quantised", action="store_true", help="the teacher in fp8 and int4-g32, which costs no search; with --true"
+    )
     compare.set_defaults(command=lambda options: _compare(options, open_run(options)))
 
 
@@ -74,6 +77,7 @@ def _site(name: str, problem: Problem) -> Site:
 
 
 def _compare(options: argparse.Namespace, run: Run) -> None:
+    from puzzle import pipeline
     from puzzle.rivals import evolutions, quantised_teachers
     from puzzle.search import mip
     from puzzle.search.compare import compare, table
@@ -86,9 +90,11 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     if options.evolution is not None and options.evolution < 1:
         raise ConfigError(f"--evolution: expected at least 1 true evaluation, found {options.evolution}")
     importance = None if options.importance is None else _importance(run, options.importance)
-    with contextlib.ExitStack() as stack:
-        more = {} if options.evolution is None else stack.enter_context(evolutions(run, problem, options.evolution))
-        found = compare(problem, loss, importance, run.config.seed, more=more)
+    more = {} if options.evolution is None else evolutions(run, problem, options.evolution)
+    metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+    true = options.true or options.quantised
+    measure = partial(pipeline.true_values, run, split="report", metric=metric) if true else None
+    found = compare(problem, loss, importance, run.config.seed, measure, more)
     if options.quantised:
         found += tuple(quantised_teachers(run, problem))
     if problem.label:

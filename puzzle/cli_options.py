@@ -35,6 +35,8 @@ def open_run(options: argparse.Namespace) -> Run:
         "device": options.device,
         "memory_budget_gib": options.memory_budget,
         "score.until_se": vars(options).get("until_se"),
+        "refine.evaluations": vars(options).get("evaluations"),
+        "refine.seed": vars(options).get("refine_seed"),
         "additivity.architectures": vars(options).get("architectures"),
     }
     overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]

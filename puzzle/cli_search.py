@@ -1,10 +1,10 @@
-"""The commands around the search: ``search``, ``pareto``, ``chain``, ``shrink``, ``constraints``, ``schema``."""
+"""The commands around the search: ``search``, ``refine``, ``pareto``, ``chain``, ``shrink``, and of its files."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from puzzle.run import Run
 
 FRONT_ROWS, GRID_LIMITS = 20, 8  # of a printed front; for each of several costs
+
+
+DEFAULT_EVALUATIONS = 60
 
 
 def add_commands(commands: Any) -> None:
@@ -72,9 +75,42 @@ def search(run: Run, stage: str, redo: bool) -> None:
     if len(runs) == 1:
         pipeline.run_stage(runs[0], stage, redo)
         if stage == "search":
-            print_solutions(runs[0])
+            print_solutions(runs[0].unrefined)
         return
     _fan_out(runs, stage, redo)
+
+
+def refine(options: argparse.Namespace) -> None:
+    """Refines what the search found, and prints it beside the search's own."""
+    from puzzle import artifacts, pipeline
+
+    run = open_run(options)
+    if not run.config.refine.evaluations:
+        options.evaluations = DEFAULT_EVALUATIONS
+        run = open_run(options)
+    pipeline.run_stage(run, "refine", options.redo)
+    payload = artifacts.read_unit(run.solution).payload
+    print(_comparison(payload, run.solutions()[0].objective_name))
+    print(run.solution / "architecture.json")
+    print(f"to go on with it: puzzle run … --set refine.evaluations={run.config.refine.evaluations}, or in the config")
+
+
+def _comparison(payload: Mapping[str, Any], objective: str) -> str:
+    import pandas as pd
+
+    rows = [
+        {
+            "": row["name"],
+            "sum of scores": f"{row['sum']:.4f}",
+            "predicted": f"{row['predicted']:.4f}",
+            **{f"true on {split}": f"{row[split][0]:.4f} ± {row[split][1]:.4f}" for split in ("select", "report")},
+            "against the search": f"{row['excess'][0]:+.4f} ± {row['excess'][1]:.4f}",
+        }
+        for row in payload["comparison"]
+    ]
+    why = "the answer stands" if payload["stands"] else "all are spent"
+    head = f"{objective}, {payload['num_trials']} true evaluations on select ({why}); nothing was chosen on report"
+    return head + "\n" + pd.DataFrame(rows).to_string(index=False)
 
 
 def print_solutions(run: Run) -> None:
@@ -118,7 +154,7 @@ def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
         try:
             pipeline.run_stage(run, stage, redo)
             if stage == "search":
-                found.append((run, run.solutions()[0]))
+                found.append((run, run.unrefined.solutions()[0]))
         except InfeasibleError as error:
             found.append((run, error))
     if stage == "search":
@@ -158,7 +194,7 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
                     for name in shown
                     if name != answer.objective_name
                 },
-                "solution": run.solution_id,
+                "solution": run.unrefined.solution_id,
             }
         )
     columns = [*dict.fromkeys(key for row in rows for key in row if key != "solution"), "solution"]

@@ -221,6 +221,15 @@ class AdditivityConfig(_Model):
     architectures: Positive = Field(120, description="how many are evaluated truly")
 
 
+class RefineConfig(_Model):
+    """The search past sums of scores, by true evaluations on ``evaluate.sequences`` of select."""
+
+    evaluations: Natural = Field(
+        0, description="whole architectures that are evaluated truly; 0: the search's answer is taken as it is"
+    )
+    seed: Natural = Field(0, description="of what is random in it")
+
+
 class VllmConfig(_Model):
     """vLLM's own environment, and how it is started."""
 
@@ -322,6 +331,7 @@ class RunConfig(_Model):
     score: ScoreConfig = Field(ScoreConfig(), description="how much worse the model gets with each variant")
     additivity: AdditivityConfig = Field(AdditivityConfig(), description="puzzle additivity")
     profile: ProfileConfig = Field(ProfileConfig(), description="where times come from")
+    refine: RefineConfig = Field(RefineConfig(), description="the search past sums of scores")
     kd: KdConfig = Field(KdConfig(), description="global distillation of the student")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the final comparison")
 

@@ -6,7 +6,7 @@ Means over tokens, standard errors over sequences. Reads models and the ``report
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +45,19 @@ class Quality:
     agreement: Estimate
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same sequences, each (N,) fp64: means over the tokens that count."""
+
+    ce_nats: Tensor
+    teacher_ce_nats: Tensor
+    kl_nats: Tensor
+    agreement: Tensor
+
+
 @torch.no_grad()
-def evaluate(
-    student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batches: list[Batch], bytes_per_token: float
-) -> Quality:
-    """Compares the student with the teacher on ``batches``; where only some tokens count, on predicting those."""
+def compared(student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batches: Sequence[Batch]) -> Comparison:
+    """The student beside the teacher, sequence by sequence."""
     heads = (student.lm_head, teacher.lm_head)
     columns = [
         token_metrics([final_hidden(student, one)], final_hidden(teacher, one), heads, one)[0] for one in batches
@@ -59,11 +67,23 @@ def evaluate(
         pairs = zip(columns, batches, strict=True)
         return torch.cat([sequence_means(of_tokens(tokens), batch) for tokens, batch in pairs])
 
-    ce, teacher_ce = means(lambda tokens: tokens.ce_nats), means(lambda tokens: tokens.teacher_ce_nats)
+    return Comparison(
+        means(lambda tokens: tokens.ce_nats),
+        means(lambda tokens: tokens.teacher_ce_nats),
+        means(lambda tokens: tokens.kl_nats),
+        means(lambda tokens: tokens.agreement),
+    )
+
+
+def evaluate(
+    student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, batches: Sequence[Batch], bytes_per_token: float
+) -> Quality:
+    """Compares the student with the teacher on ``batches``; where only some tokens count, on predicting those."""
+    found = compared(student, teacher, batches)
     return Quality(
-        ce_nats=Estimate.of(ce),
-        bits_per_byte=Estimate.of(ce).scaled(1 / math.log(2) / bytes_per_token),
-        kl_nats=Estimate.of(means(lambda tokens: tokens.kl_nats)),
-        ce_gap_nats=Estimate.of(ce - teacher_ce),
-        agreement=Estimate.of(means(lambda tokens: tokens.agreement)),
+        ce_nats=Estimate.of(found.ce_nats),
+        bits_per_byte=Estimate.of(found.ce_nats).scaled(1 / math.log(2) / bytes_per_token),
+        kl_nats=Estimate.of(found.kl_nats),
+        ce_gap_nats=Estimate.of(found.ce_nats - found.teacher_ce_nats),
+        agreement=Estimate.of(found.agreement),
     )

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +21,7 @@ from puzzle import artifacts, plans, search, yamlfiles
 from puzzle.plans import Planned
 from puzzle.ranks import Ranks, noted, notes
 from puzzle.run import Run
+from puzzle.tables import read_truth
 from puzzle.types import ConfigError, MissingMeasurementError, Solution, StaleUnitError, to_json
 from puzzle.variants import variant_name
 
@@ -48,7 +49,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("profile", (), plans.plan_profile, "measure what every block shape costs on this device"),
     Stage("rescore", ("score", "profile"), plans.plan_rescore, "measure exactly what decides the search", True),
     Stage("search", ("score", "profile", "rescore"), plans.plan_search, "find the best architecture that fits"),
-    Stage("build", ("search", "distill"), plans.plan_build, "put the student together"),
+    Stage("refine", ("search", "distill"), plans.plan_refine, "evaluate contenders truly, learn, search again", True),
+    Stage("build", ("search", "refine", "distill"), plans.plan_build, "put the student together"),
     Stage("kd", ("build",), plans.plan_kd, "distil the student globally"),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
@@ -59,6 +61,7 @@ ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
     Stage("importance", ("data",), plans.plan_importance, "measure how much each layer changes the residual stream"),
     Stage("fit-costs", ("profile",), plans.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
+TRUTH = Stage("truth", ("distill",), lambda _: [], "evaluate whole architectures", True)
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}
 State = Literal["done", "stale", "missing"]
 
@@ -77,21 +80,40 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
     """Makes one stage's missing units; MissingMeasurementError where an earlier stage is not complete."""
     stage = BY_NAME[name]
     with _working_on(run) as ranks:
-        for needed in stage.needs:
-            states = unit_states(run, BY_NAME[needed])
-            if "stale" in states:
-                raise StaleUnitError(
-                    f"{name} needs {needed}, of which {states.count('stale')} units were made from other inputs; "
-                    f"run `puzzle {needed} RUN --redo`, or go back to the settings they were made with"
-                )
-            if "missing" in states:
-                raise MissingMeasurementError(
-                    f"{name} needs {states.count('missing')} more units of {needed}; run `puzzle {needed} RUN` first"
-                )
+        _check_needs(run, stage)
         if redo and ranks.first:
             _forget(stage.plan(run))
         ranks.wait(run.folder, name)
         _make(run, stage, ranks)
+
+
+def true_values(
+    run: Run, architectures: Sequence[Sequence[str]], split: str, metric: str
+) -> list[tuple[float, ...] | None]:
+    """Of whole architectures, per sequence of the split; evaluated where they were not; None: outputs not finite."""
+    units = {unit.path: unit for unit in (plans.truth_of(run, one, split) for one in architectures)}
+    with _working_on(run) as ranks:
+        _check_needs(run, TRUTH)
+        if ranks.first:
+            _forget([unit for unit in units.values() if unit_state(unit) == "stale"])  # of no use to anyone
+        ranks.wait(run.folder, TRUTH.name)
+        _make(run, replace(TRUTH, plan=lambda _: list(units.values())), ranks)
+    scores = [read_truth(plans.truth_of(run, one, split).path).get(metric) for one in architectures]
+    return [None if score is None else score.per_sequence for score in scores]
+
+
+def _check_needs(run: Run, stage: Stage) -> None:
+    for needed in stage.needs:
+        states = unit_states(run, BY_NAME[needed])
+        if "stale" in states:
+            raise StaleUnitError(
+                f"{stage.name} needs {needed}, of which {states.count('stale')} units were made from other inputs; "
+                f"run `puzzle {needed} RUN --redo`, or go back to the settings they were made with"
+            )
+        if "missing" in states:
+            raise MissingMeasurementError(
+                f"{stage.name} needs {states.count('missing')} more units of {needed}; run `puzzle {needed} RUN` first"
+            )
 
 
 @contextlib.contextmanager
@@ -215,6 +237,12 @@ def _maker(name: str) -> Callable[[Run, Sequence[Planned], Progress], None]:
 def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     solutions = solve(run, unit.inputs)
+    publish_solutions(run, unit, solutions)
+    progress.done(unit.path.name)
+
+
+def publish_solutions(run: Run, unit: Planned, solutions: Sequence[Solution], **more: object) -> None:
+    """The unit of a search: its solutions, the first one's architecture by variant names, and ``more`` payload."""
     best = set(solutions[0].items)
 
     def write(aside: Path) -> Mapping[str, object]:
@@ -228,10 +256,9 @@ def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> 
         (aside / "architecture.json").write_text(json.dumps(architecture, indent=1) + "\n", encoding="utf-8")
         found = {"solutions": [to_json(solution) for solution in solutions]}
         (aside / "solution.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return found
+        return {**found, **more}
 
     artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.done(unit.path.name)
 
 
 def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:

@@ -6,7 +6,7 @@ is done; one with others is stale (artifacts.py). What a stage depends on is nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from puzzle.data.inputs import data_inputs
 from puzzle.data.packing import num_windows
 from puzzle.scoring.sampling import undecided
 from puzzle.types import ConfigError, Item
-from puzzle.variants import has_weights, made_of, shape_id, variant_name
+from puzzle.variants import has_weights, is_teacher, made_of, shape_id, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -32,6 +32,14 @@ class Planned:
     path: Path
     inputs: Mapping[str, str]
     outgrown: bool = False
+
+
+@dataclass(frozen=True)
+class Truth(Planned):
+    """The true scores of a whole architecture on a split; ``changes`` are its items, the teacher's own left out."""
+
+    changes: tuple[Item, ...] = ()
+    split: str = "score"
 
 
 def plan_data(run: Run) -> list[Planned]:
@@ -95,8 +103,8 @@ def exact_unit(run: Run, item: Item) -> Planned:
     return Planned(run.folder / "rescored" / f"{item.id}.json", scored_from(run, [item], estimated=False))
 
 
-def scored_from(run: Run, items: Sequence[Item], estimated: bool) -> dict[str, str]:
-    settings = [run.config.score.sequences, run.config.score.tasks, estimated, run.config.dtype]
+def scored_from(run: Run, items: Sequence[Item], estimated: bool, split: str = "score") -> dict[str, str]:
+    settings = [run.num_sequences(split), run.config.score.tasks, estimated, run.config.dtype]
     return {
         **_teacher_and_data(run),
         "library": _library_content(run, [*items, *run.context]),
@@ -109,15 +117,18 @@ def plan_importance(run: Run) -> list[Planned]:
     return [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, run.config.init.sequences)})]
 
 
+def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
+    """Where the true scores of an architecture lie, and what they are made from."""
+    if run.context:
+        raise ConfigError("architectures are evaluated as changes to the teacher; leave out --on")
+    chosen = set(item_ids)
+    changes = tuple(item for item in run.items if item.id in chosen and not is_teacher(item))
+    path = run.folder / "truth" / split / f"{artifacts.fingerprint([item.id for item in changes])}.json"
+    return Truth(path, scored_from(run, changes, estimated=False, split=split), changes=changes, split=split)
+
+
 def plan_additivity(run: Run) -> list[Planned]:
-    by_id = {item.id: item for item in run.items}
-    return [
-        Planned(
-            run.additivity / f"{name}.json",
-            scored_from(run, [by_id[item_id] for item_id in one.items], estimated=False),
-        )
-        for name, one in run.draws.items()
-    ]
+    return [truth_of(run, one.items, "score") for one in run.draws.values()]
 
 
 def plan_rescore(run: Run) -> list[Planned]:
@@ -154,7 +165,16 @@ def _engine(run: Run) -> dict[str, str]:
 
 
 def plan_search(run: Run) -> list[Planned]:
-    return [Planned(run.solution, search_inputs(run))]
+    return [Planned(run.unrefined.solution, search_inputs(run))]
+
+
+def plan_refine(run: Run) -> list[Planned]:
+    return [Planned(run.solution, refine_inputs(run))] if run.config.refine.evaluations else []
+
+
+def refine_inputs(run: Run) -> dict[str, str]:
+    settings = [run.config.refine.model_dump(), run.num_sequences("select"), run.config.score.tasks, run.config.dtype]
+    return {**search_inputs(run), **_teacher_and_data(run), "refine": _slice(run, settings)}
 
 
 def plan_build(run: Run) -> list[Planned]:

@@ -1,14 +1,12 @@
 """What the search is set beside and needs a model for, as the pure lane sees it: made when asked for. Loads torch then.
 
-Reads a run; evolution chooses on the split that the scores are from, as the search does, so that what is measured on
-another split is fair to both.
+Reads a run; evolution chooses on the split that the scores are from, as the search does; all is reported on another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from puzzle import artifacts, pipeline
@@ -20,12 +18,11 @@ from puzzle.search.constraints import teacher_value, workloads
 from puzzle.search.evolution import Step, evolve
 from puzzle.search.metrics import METRICS, Setting
 from puzzle.search.mip import best_of
-from puzzle.search.problem import Problem
+from puzzle.search.problem import Chosen, Problem
 from puzzle.types import GIB, ConfigError
 
 SHARES = ((1 / 8, 4), (1 / 2, 2), (1.0, 1))  # of the sequences, and survivors: evolution's steps
 ROUNDED_TO = ("fp8", "int4-g32")
-MEASURED_ON = "select"  # where nothing was scored
 
 
 def block_importance(run: Run) -> list[float]:
@@ -34,43 +31,46 @@ def block_importance(run: Run) -> list[float]:
     return [float(number) for number in artifacts.read_unit(run.importance).payload["importance"]]
 
 
-@contextlib.contextmanager
-def evolutions(run: Run, problem: Problem, evaluations: int) -> Iterator[dict[str, Callable[[], tuple[str, ...]]]]:
+def evolutions(run: Run, problem: Problem, evaluations: int) -> dict[str, Callable[[], Chosen]]:
     """Two ways to choose: by evolution from the best uniform architecture, and from the search's; each with so many
     true evaluations on the sequences that the parts were scored on.
     """
-    from puzzle.stages.rivals import true_scores
-
     metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(artifacts.exclusive(run.folder))
-        steps = [
-            Step(stack.enter_context(true_scores(run, metric, share)), share, survivors) for share, survivors in SHARES
-        ]
-        find = functools.partial(evolve, problem, steps, evaluations, run.config.seed)
-        yield {
-            f"evolution, {evaluations} evaluations": find,
-            "evolution from the MIP": lambda: find(start=best_of([problem])[1].chosen),
-        }
+
+    def find(start: Sequence[str] | None = None) -> Chosen:
+        from puzzle.stages.rivals import true_scores
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(artifacts.exclusive(run.folder))
+            steps = [
+                Step(stack.enter_context(true_scores(run, metric, share)), share, survivors)
+                for share, survivors in SHARES
+            ]
+            return evolve(problem, steps, evaluations, run.config.seed, start)
+
+    return {
+        f"evolution, {evaluations} evaluations": find,
+        "evolution from the MIP": lambda: find(best_of([problem])[1].chosen),
+    }
 
 
 def quantised_teachers(run: Run, problem: Problem) -> list[Compared]:
-    """The teacher rounded to nearest, its true quality on ``select`` and what it takes; times are not known.
+    """The teacher rounded to nearest, its true quality on ``report`` and what it takes; times are not known.
 
     ConfigError where the objective is neither KL nor CE.
     """
-    figures = {"kl_nats": "kl_nats", "ce_delta_nats": "ce_gap_nats"}
-    if problem.objective_name not in figures:
-        raise ConfigError(f"--quantised: measured are {' and '.join(figures)}, not {problem.objective_name}")
+    if problem.objective_name not in ("kl_nats", "ce_delta_nats"):
+        raise ConfigError(f"--quantised: measured are kl_nats and ce_delta_nats, not {problem.objective_name}")
     from puzzle.stages.rivals import quantised_quality
 
     found = []
     for dtype in ROUNDED_TO:
         of_layers = sum(memory.weight_bytes(spec, run.shape, dtype) for spec in run.keep_specs)
         gib = (of_layers + memory.rest_weight_bytes(run.shape, dtype)) / GIB
-        measured = getattr(quantised_quality(run, dtype, MEASURED_ON), figures[problem.objective_name]).mean
+        seen = quantised_quality(run, dtype, "report")
+        measured = seen.kl_nats if problem.objective_name == "kl_nats" else seen.ce_nats - seen.teacher_ce_nats
         name = f"teacher in {dtype}, {gib:.4g} GiB"
-        found.append(Compared(name, totals=_totals(run, problem, dtype), measured=measured))
+        found.append(Compared(name, totals=_totals(run, problem, dtype), measured=tuple(measured.tolist())))
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from puzzle import artifacts, checkpoint, plans, yamlfiles
 from puzzle.capabilities import served_as
-from puzzle.config import ConstraintFile, GridFile, RunConfig, SpaceFile
+from puzzle.config import ConstraintFile, GridFile, RefineConfig, RunConfig, SpaceFile
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.source import CostSource
@@ -276,6 +276,10 @@ class Run:
         mode = self.config.score.mode
         return mode == "one-pass" or (mode == "auto" and self.shape.num_layers > MOST_EXACT_LAYERS)
 
+    def num_sequences(self, split: str) -> int:
+        """Of the split, that changes are scored on: what chooses and what is reported is as sure as an evaluation."""
+        return self.config.score.sequences if split == "score" else self.config.evaluate.sequences
+
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
         counts = artifacts.read_unit(self.data).payload["num_tokens"]
@@ -318,7 +322,16 @@ class Run:
     @property
     def solution_id(self) -> str:
         """Named by what it rests on, so a changed constraint file or table gives a new solution beside the old one."""
-        return f"{self.constraints.stem}-{artifacts.fingerprint(plans.search_inputs(self))[:8]}"
+        refined = bool(self.config.refine.evaluations)
+        inputs = plans.refine_inputs(self) if refined else plans.search_inputs(self)
+        return f"{self.constraints.stem}{'-refined' * refined}-{artifacts.fingerprint(inputs)[:8]}"
+
+    @cached_property
+    def unrefined(self) -> Run:
+        """This run, whose solution is the search's."""
+        if not self.config.refine.evaluations:
+            return self
+        return replace(self, config=self.config.model_copy(update={"refine": RefineConfig()}))
 
     @property
     def solution(self) -> Path:
@@ -333,7 +346,7 @@ class Run:
         return self.folder / "events.jsonl"
 
     def solutions(self) -> tuple[Solution, ...]:
-        """What the search found for the constraint file, best first."""
+        """What was found for the constraint file, best first."""
         payload = artifacts.read_unit(self.solution).payload
         source = f"{self.solution / artifacts.MARKER}"
         return tuple(from_json(Solution, entry, source) for entry in payload["solutions"])

@@ -128,6 +128,11 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
     return ScoreTable.of(scores, failed, base)
 
 
+def read_truth(path: Path) -> dict[str, Score]:
+    """The true scores of a whole architecture by metric; none where its outputs are not finite."""
+    return {score.metric: score for score in _records(Score, artifacts.read_unit(path), "scores")}
+
+
 def read_costs(folder: Path, names: Collection[str] | None = None) -> Costs:
     """All costs in ``folder``, or those in the files of these ``names``; files in the order of their names."""
     units = [unit for unit in _units(folder, "costs") if names is None or unit.path.name in names]

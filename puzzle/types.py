@@ -328,7 +328,8 @@ class Solution(Strict):
     place, the sum was bounded, and it is the cost that no answer brings below ``cost_bound`` (a rate: above it).
     ``objective_se``: standard error of the sum of the scores, over sequences; None where that is not known.
     ``estimated``: the metrics among them that rest on times nobody measured. ``gap``: how far what was minimised may be
-    from the best there is, relative to itself; ``timed_out``: because the solver's time was up.
+    from the best there is, relative to itself; ``timed_out``: because the solver's time was up. ``found_by``: the
+    search, or refine, which chose by true quality.
     """
 
     items: tuple[str, ...]
@@ -344,6 +345,7 @@ class Solution(Strict):
     cost_bound: float | None = None
     gap: float | None = None
     timed_out: bool = False
+    found_by: Literal["search", "refine"] = "search"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import artifacts
+from puzzle import artifacts, plans
 from puzzle.run import Run
 from puzzle.scoring.design import singles
 from puzzle.scoring.interactions import KINDS, Evaluation, Fit, best_of, cross_validated, spearman
+from puzzle.tables import read_truth
 from puzzle.types import to_json
 
 if TYPE_CHECKING:
@@ -28,15 +29,9 @@ LEAST = 20  # architectures that a model is fitted to
 
 def evaluations(run: Run) -> dict[str, Evaluation]:
     """The truly evaluated architectures, by their names; without those whose outputs are not finite."""
-    found = {}
-    for name in run.draws:
-        payload = artifacts.read_unit(run.additivity / f"{name}.json").payload
-        values = payload["kl"]
-        if values is None:
-            continue
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        found[name] = Evaluation(tuple(payload["items"]), statistics.fmean(values), error)
-    return found
+    units = {name: plans.truth_of(run, one.items, "score") for name, one in run.draws.items()}
+    found = {name: (unit.changes, read_truth(unit.path).get("kl")) for name, unit in units.items()}
+    return {name: Evaluation.of((item.id for item in of), kl) for name, (of, kl) in found.items() if kl is not None}
 
 
 def frame(run: Run) -> pd.DataFrame:
@@ -117,4 +112,5 @@ def draw(table: pd.DataFrame, found: Sequence[Fit], path: Path) -> None:
     axes.set_ylabel("predicted KL, nats per token")
     axes.set_title("When sums lie")
     axes.legend()
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, format="png", dpi=120)

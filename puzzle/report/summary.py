@@ -55,7 +55,7 @@ class Summary:
         evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
         tables = run.read_scores(), run.read_costs()
         found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
-        problem = next(one for one in found if _at_batch_sizes_of(one, solution))
+        problem = next(one for one in found if at_batch_sizes_of(one, solution))
         keep = [item.id for item in run.items if is_teacher(item)]
         specs: dict[str, Spec] = {
             str(site): spec for item in run.chosen_items() for site, spec in zip(item.sites, item.specs, strict=True)
@@ -107,7 +107,7 @@ class Summary:
         return "\n".join(lines) + "\n"
 
 
-def _at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
+def at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
     """Whether the problem is the one that ``solution`` solved: each workload at the batch size it chose."""
     sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
     return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from puzzle.scoring.design import Design, Floats, Ints, Single
-from puzzle.types import ConfigError, Interaction, Site, Strict
+from puzzle.types import ConfigError, Interaction, Score, Site, Strict
 
 # What has coefficients, from the simplest kind. line, bends: of the curve; pairs: a rho per pair of sites; means: from
 # which rho deviates, per ordered pair of parts (attention before FFN ...) one constant and one fading with distance
@@ -50,6 +50,11 @@ class Evaluation(Strict):
         if not (self.items and 0 < self.kl_nats < np.inf and self.standard_error >= 0):
             named = " ".join(self.items) or "no items"
             raise ConfigError(f"{named}: {self.kl_nats} ± {self.standard_error} nats is no KL of a changed model")
+
+    @classmethod
+    def of(cls, items: Iterable[str], score: Score) -> Evaluation:
+        """From the true score of the whole; of a single sequence the error is not known, and not counted."""
+        return cls(tuple(items), score.mean, score.standard_error if len(score.per_sequence) > 1 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ class InteractionModel(Strict):
 
     def predict_many(self, architectures: Sequence[Sequence[str]]) -> tuple[Floats, Floats]:
         """KL (nats) and standard errors of N architectures, (N,) each; needs N * sites^2 / 2 numbers of memory."""
-        sums, columns = self._design.rows(architectures)
+        sums, columns = self.design.rows(architectures)
         products = columns @ self._rows[1].T, np.square(columns).sum(1)
         value, leverage = _ridge(self._gram, self._targets, *products, self.ridge)
         several = np.array([len(items) > 1 for items in architectures])
@@ -185,28 +190,41 @@ class InteractionModel(Strict):
         """The same for many pairs at once."""
         if self.kind not in ADDITIVE:
             raise ConfigError(f"{self.kind} is no sum over pairs of items; kinds that are: {', '.join(ADDITIVE)}")
-        amplitudes = self._design.amplitudes[[self._design.place(item_id) for pair in pairs for item_id in pair]]
+        amplitudes = self.design.amplitudes[[self.design.place(item_id) for pair in pairs for item_id in pair]]
         values = 2 * ((amplitudes[::2] @ self.rho) * amplitudes[1::2]).sum(1)
         return tuple(Interaction(*pair, float(value)) for pair, value in zip(pairs, values, strict=True))
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Those that items cover, in the order in which the residual stream meets them."""
-        return self._design.sites
+        return self.design.sites
 
     @cached_property
     def rho(self) -> Floats:
         """(sites, sites), symmetric; zero on the diagonal and for kinds without pairs."""
-        weights = np.linalg.solve(self._gram + self.ridge * np.eye(len(self._gram)), self._targets)
-        return self._design.rho(self._rows[1].T @ weights)
+        return self.design.rho(self._coefficients)
+
+    def combined(self, sums: Floats, squares: Floats, pairs: Floats) -> Floats:
+        """KL (nats) from what adds up: S, sum of s_i^2, and the sum over pairs of 2 rho_ij sqrt(s_i s_j); any shape.
+
+        What :meth:`predict_many` says, for those who keep these sums up to date move by move.
+        """
+        safe = np.where(sums > 0, sums, 1.0)
+        curve = self.design.curve(np.log(safe).reshape(-1, 1)) @ self._coefficients[: self.design.num_curve]
+        value = (1 - squares / safe**2) * curve.reshape(safe.shape) + pairs / safe
+        return sums * np.exp(self._log_ratio(value))
 
     @cached_property
-    def _design(self) -> Design:
+    def _coefficients(self) -> Floats:
+        return self._rows[1].T @ np.linalg.solve(self._gram + self.ridge * np.eye(len(self._gram)), self._targets)
+
+    @cached_property
+    def design(self) -> Design:
         return Design.of(KINDS[self.kind], self.singles, [one.items for one in self.evaluations])
 
     @cached_property
     def _rows(self) -> tuple[Floats, Floats]:
-        return self._design.rows([one.items for one in self.evaluations])
+        return self.design.rows([one.items for one in self.evaluations])
 
     @cached_property
     def _gram(self) -> Floats:

@@ -6,8 +6,10 @@ architecture, is handed in as a function.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from puzzle.search.baselines import (
     best_uniform,
@@ -18,12 +20,11 @@ from puzzle.search.baselines import (
     random_feasible,
 )
 from puzzle.search.linear import minimise
-from puzzle.search.problem import Problem
+from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.types import ConfigError, InfeasibleError
 
-__all__ = ["Compared", "Evaluate", "compare", "table"]
+__all__ = ["Compared", "compare", "table"]
 
-Evaluate = Callable[[tuple[str, ...]], float]  # the true objective of an architecture, given its item ids
 MIP = "MIP"
 
 
@@ -31,15 +32,15 @@ MIP = "MIP"
 class Compared:
     """``chosen`` is empty where nothing was found that fits, and ``note`` says why; or where it is no choice of items.
 
-    ``objective``: as the problem's scores predict it; ``totals``: of the bounded metrics, by name; ``measured``: what
-    the evaluation says.
+    ``objective``: as the problem's scores predict it; ``totals``: of the bounded metrics, by name; ``measured``: the
+    true objective per sequence, where that was asked for and is finite.
     """
 
     name: str
-    chosen: tuple[str, ...] = ()
+    chosen: Chosen = ()
     objective: float | None = None
     totals: Mapping[str, float] = field(default_factory=dict, hash=False)
-    measured: float | None = None
+    measured: tuple[float, ...] = ()
     note: str = ""
 
 
@@ -48,13 +49,13 @@ def compare(
     loss: Mapping[str, float] | None = None,
     importance: Sequence[float] | None = None,
     seed: int = 0,
-    evaluate: Evaluate | None = None,
-    more: Mapping[str, Callable[[], tuple[str, ...]]] | None = None,
+    measure: Measure | None = None,
+    more: Mapping[str, Callable[[], Chosen]] | None = None,
 ) -> tuple[Compared, ...]:
     """The MIP first, then each baseline.
 
     ``loss``: scores by CE for the loss-only MIP; ``importance``: one number a layer; without them those two are left
-    out. ``evaluate`` is called once for every different architecture. ``more``: further ways to choose, by name.
+    out. ``measure`` is called once, with every different architecture. ``more``: further ways to choose, by name.
     """
     ways: dict[str, Callable[[], tuple[str, ...]]] = {
         MIP: lambda: _optimum(problem, problem.objective),
@@ -69,29 +70,24 @@ def compare(
     if importance is not None:
         ways["importance depth"] = lambda: importance_depth(problem, importance)
     ways.update(more or {})
-    measured: dict[frozenset[str], float] = {}
-    return tuple(_compared(problem, name, choose, evaluate, measured) for name, choose in ways.items())
+    found = tuple(_compared(problem, name, choose) for name, choose in ways.items())
+    different = list(dict.fromkeys(problem.in_order(one.chosen) for one in found if one.chosen))
+    if measure is None or not different:
+        return found
+    values = dict(zip(different, measure(different), strict=True))
+    return tuple(replace(one, measured=tuple(values.get(problem.in_order(one.chosen)) or ())) for one in found)
 
 
-def _compared(
-    problem: Problem,
-    name: str,
-    choose: Callable[[], tuple[str, ...]],
-    evaluate: Evaluate | None,
-    measured: dict[frozenset[str], float],
-) -> Compared:
+def _compared(problem: Problem, name: str, choose: Callable[[], Chosen]) -> Compared:
     try:
         chosen = choose()
     except (ConfigError, InfeasibleError) as error:
         return Compared(name, note=str(error))
-    if evaluate is not None and frozenset(chosen) not in measured:
-        measured[frozenset(chosen)] = evaluate(chosen)
     return Compared(
         name,
         chosen,
         float(problem.objective_of(chosen)),
         {row.quantity.name: float(row.quantity.value(chosen)) for row in problem.rows},
-        measured.get(frozenset(chosen)),
     )
 
 
@@ -105,17 +101,27 @@ def _optimum(problem: Problem, objective: Mapping[str, float]) -> tuple[str, ...
     return problem.in_order(choice.chosen)
 
 
+def _truth(values: Sequence[float], first: Sequence[float]) -> list[str]:
+    """The mean, and its excess over the first's with the standard error of the paired differences."""
+    if not values or not first:
+        return [f"{statistics.fmean(values):.4f}" if values else "not finite", ""]
+    differences = [one - other for one, other in zip(values, first, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return [f"{statistics.fmean(values):.4f}", f"{statistics.fmean(differences):+.4f} ± {error:.4f}"]
+
+
 def table(found: Sequence[Compared], problem: Problem) -> str:
     """For people: one line each, and a note where nothing was found."""
     metrics = list(dict.fromkeys(row.quantity.name for row in problem.rows))
-    measured = any(one.measured is not None for one in found)
-    head = ["", f"{problem.objective_name}, predicted", *(["measured"] if measured else []), *metrics]
+    measured = any(one.measured for one in found)
+    true = [f"true {problem.objective_name}", f"over the {MIP}'s"] if measured else []
+    head = ["", f"{problem.objective_name}, predicted", *true, *metrics]
     lines = [head]
     for one in found:
-        if one.objective is None and one.measured is None:
+        if one.objective is None and not one.measured:
             lines.append([one.name, f"- {one.note}"])
             continue
-        truth = [] if not measured else ["" if one.measured is None else f"{one.measured:.4f}"]
+        truth = _truth(one.measured, found[0].measured) if measured else []
         predicted = "" if one.objective is None else f"{one.objective:.4f}"
         totals = (f"{one.totals[name]:,.6g}" if name in one.totals else "" for name in metrics)
         lines.append([one.name, predicted, *truth, *totals])

@@ -9,14 +9,18 @@ Reads nothing and writes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 
 from puzzle.types import ConfigError, Conflict, Item, Site
 
-__all__ = ["Problem", "Quantity", "Row"]
+__all__ = ["Chosen", "Measure", "Problem", "Quantity", "Row"]
+
+Chosen = tuple[str, ...]  # an architecture: item ids in the order of the sites
+# true values per sequence of each architecture, the same sequences for all; None where its outputs are not finite
+Measure = Callable[[Sequence[Chosen]], Sequence[Sequence[float] | None]]
 
 
 @dataclass(frozen=True)

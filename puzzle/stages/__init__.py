@@ -13,14 +13,15 @@ import transformers
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.stages.additivity import make_additivity
 from puzzle.stages.distill import make_distill
 from puzzle.stages.profile import make_fit_costs, make_profile
+from puzzle.stages.refine import make_refine
 from puzzle.stages.rescore import make_rescore
 from puzzle.stages.rivals import make_importance
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
 from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
+from puzzle.stages.truth import make_truth
 
 transformers.logging.set_verbosity_error()  # its warnings are about uses that are not ours
 transformers.logging.disable_progress_bar()
@@ -31,8 +32,10 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "distill": make_distill,
     "score": make_score,
     "rescore": make_rescore,
-    "additivity": make_additivity,
+    "additivity": make_truth,
     "importance": make_importance,
+    "refine": make_refine,
+    "truth": make_truth,
     "profile": make_profile,
     "fit-costs": make_fit_costs,
     "build": make_build,

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from puzzle import artifacts, formats
 from puzzle.blocks.stream import Stream
-from puzzle.evaluate import Quality, evaluate
+from puzzle.evaluate import Comparison, compared
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.scoring.exact import Change
-from puzzle.stages.common import sequences_of, streamed_teacher, teacher_of, tokens_of
+from puzzle.stages.common import sequences_of, streamed_teacher, teacher_of
 from puzzle.stages.score import ScoreJob
 from puzzle.teacher import LayerPass, layers_of
 from puzzle.variants import is_teacher
@@ -68,12 +68,10 @@ def true_scores(run: Run, metric: str, share: float = 1.0) -> Iterator[Callable[
         yield true_score
 
 
-def quantised_quality(run: Run, dtype: str, split: str) -> Quality:
-    """Of the teacher with its layers' matrices rounded to nearest in ``dtype``, on sequences of a split."""
-    teacher, tokens = teacher_of(run), tokens_of(run)
-    count = min(run.config.evaluate.sequences, tokens.num_sequences(split))
-    rounded = quantised(teacher, dtype)
-    return evaluate(rounded, teacher, sequences_of(run, split, count), tokens.bytes_per_token[split])
+def quantised_quality(run: Run, dtype: str, split: str) -> Comparison:
+    """Of the teacher with its layers' matrices rounded to nearest in ``dtype``, on the sequences of a split."""
+    teacher = teacher_of(run)
+    return compared(quantised(teacher, dtype), teacher, sequences_of(run, split, run.num_sequences(split)))
 
 
 @torch.no_grad()

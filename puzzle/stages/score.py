@@ -88,12 +88,16 @@ class Measured:
 
 
 class ScoreJob:
-    """One context, and the rounds of sequences that changes to it are scored on."""
+    """One context, and the rounds of sequences of a split that changes to it are scored on."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, settings, compute = run, run.config.score, compute_of(run)
-        most = settings.sequences if settings.until_se is None else tokens_of(run).num_sequences("score")
-        self._rounds = list(rounds(settings.sequences, most))
+    def __init__(self, run: Run, split: str = "score") -> None:
+        self._run, self._split, settings, compute = run, split, run.config.score, compute_of(run)
+        most = first = run.num_sequences(split)
+        if first > (there := tokens_of(run).num_sequences(split)):
+            raise ConfigError(f"evaluate.sequences is {first}, but split {split!r} holds {there}; ask for fewer")
+        if settings.until_se is not None and split == "score":
+            most = there
+        self._rounds = list(rounds(first, most))
         self._machine = machine_of(run)
         counts = [num_batches(len(sequences)) for sequences in self._rounds]
         widths = [spec.intermediate_size or 0 for item in run.items for spec in item.specs if isinstance(spec, FfnSpec)]
@@ -132,7 +136,7 @@ class ScoreJob:
         """That of one round, made when first needed."""
         while index >= len(self._scorers):
             place, plan = len(self._scorers), self._plan
-            batches = sequences_of(self._run, "score", self._rounds[place].stop, self._rounds[place].start)
+            batches = sequences_of(self._run, self._split, self._rounds[place].stop, self._rounds[place].start)
             stores = [self._store(self._in_memory[place]) for _ in ("the teacher's last", "the context's stream")]
             finals = finals_of(ScoringContext(self._context.teacher, self._context.read_weights), batches, stores[0])
             scorer = Scorer(self._context, batches, finals, plan.together, plan.chunk, self._tasks, stores[1])
@@ -141,8 +145,17 @@ class ScoreJob:
         return self._scorers[index]
 
     def exact(self, changes: Sequence[Change]) -> Iterator[tuple[str, Values]]:
-        """Of changes that begin at one layer, on the sequences that all scores begin with."""
-        return ((change.name, values) for change, values in self._scorer(0).scores(changes))
+        """Of changes that begin at one layer, on the sequences that all scores begin with; of none, the context's."""
+        scorer = self._scorer(0)
+        if not all(change.items for change in changes):
+            return ((change.name, scorer.context_values()) for change in changes)
+        return ((change.name, values) for change, values in scorer.scores(changes))
+
+    def whole(self, name: str, values: Values) -> dict[str, Any]:
+        """Of a whole architecture: its scores, or why it has none."""
+        if not all(torch.isfinite(column).all() for column in values.values()):
+            return {"scores": [], "failed": [{"item_id": name, "reason": "its outputs are not finite"}]}
+        return {"scores": [to_json(self._score(name, *one, "exact")) for one in values.items()], "failed": []}
 
     def items_to_score(self, items: Sequence[Item]) -> list[Item]:
         """What is in place already changes nothing, nor do the teacher's own blocks in the teacher."""
@@ -267,7 +280,7 @@ class ScoreJob:
 
     def _score(self, name: str, metric: str, column: Tensor, method: Literal["exact", "one-pass"]) -> Score:
         tokens, context = self._run.config.data.sequence_tokens, self._run.context_id
-        return Score(name, "teacher", context, metric, "score", tuple(column.tolist()), tokens, method)
+        return Score(name, "teacher", context, metric, self._split, tuple(column.tolist()), tokens, method)
 
     def _failure(self, item: Item, measured: Measured) -> str | None:
         """Why the item cannot be chosen, if so: its training failed, or its scores are no numbers."""

@@ -13,10 +13,12 @@ from puzzle.artifacts import read_unit
 from puzzle.blocks.stream import OnDisk
 from puzzle.cli import main
 from puzzle.memory_plan import OnePassPlan, ScorePlan
+from puzzle.plans import plan_additivity
 from puzzle.report import additivity
 from puzzle.run import Run
 from puzzle.scoring.interactions import InteractionModel
 from puzzle.scoring.sampling import may_reach
+from puzzle.tables import read_truth
 from puzzle.types import from_json
 from tests.pipeline.conftest import Project
 
@@ -249,16 +251,16 @@ def test_additivity_is_reported_resumed_and_kept(copy: Project, capsys: pytest.C
     command = ["--debug", "additivity", str(copy.config), "--architectures"]
     assert main([*command, "8"]) == 0
     assert "too few to fit a model; it takes 20" in capsys.readouterr().out
-    first = {path.name: path.read_text() for path in (copy.run / "additivity").glob("*.json")}
+    truth = copy.run / "truth" / "score"
+    first = {path.name: path.read_text() for path in truth.glob("*.json")}
     assert len(first) == 8
     assert main([*command, "40"]) == 0
     out = capsys.readouterr().out
     assert "near-optimal mild" in out and "<- best" in out
     assert (copy.run / "additivity" / "additivity.png").read_bytes().startswith(b"\x89PNG")
-    now = {path.name: path.read_text() for path in (copy.run / "additivity").glob("*.json")}
-    assert first.items() <= now.items()
+    assert first.items() <= {path.name: path.read_text() for path in truth.glob("*.json")}.items()
     run = Run.open(copy.config, ["additivity.architectures=40"])
-    model = from_json(InteractionModel, json.loads(now["model.json"]), "model.json")
+    model = from_json(InteractionModel, json.loads((copy.run / "additivity" / "model.json").read_text()), "model.json")
     one = next(iter(run.draws.values()))
     changed = [item_id for item_id in one.items if not item_id.endswith("keep")]
     assert model.predict(changed).mean > 0
@@ -289,7 +291,7 @@ def test_additivity_can_be_done_anew(copy: Project) -> None:
     assert main(["--debug", "score", str(copy.config), *fewer, "--redo"]) == 0
     assert main([*command, *fewer, "--redo"]) == 0
     run = Run.open(copy.config, ["score.sequences=3", "additivity.architectures=4"])
-    assert {len(read_unit(run.additivity / f"{name}.json").payload["kl"]) for name in run.draws} == {3}
+    assert {len(read_truth(unit.path)["kl"].per_sequence) for unit in plan_additivity(run)} == {3}
 
 
 def test_the_dtype_that_is_scored_in_is_an_input(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from search_factories import make_costs, make_file, make_items, make_scores
 
 from puzzle.search import problems
 from puzzle.search.compare import compare, table
-from puzzle.search.problem import Problem
+from puzzle.search.problem import Chosen, Problem
 from puzzle.types import ModelShape
 
 
@@ -32,7 +34,7 @@ def test_the_mip_is_first_and_best_and_all_keep_the_bounds(shape: ModelShape) ->
         assert problem.violations(one.chosen) == ()
         assert one.objective == float(problem.objective_of(one.chosen))
         assert one.totals == {"params": float(problem.quantity("params").value(one.chosen))}
-        assert one.measured is None
+        assert one.measured == ()
 
 
 def test_loss_only_is_the_optimum_of_other_scores_told_in_the_problems_own(shape: ModelShape) -> None:
@@ -45,20 +47,25 @@ def test_loss_only_is_the_optimum_of_other_scores_told_in_the_problems_own(shape
     assert note == "L000.attention.keep has no such score"
 
 
-def test_each_architecture_is_evaluated_once(shape: ModelShape) -> None:
+def test_all_different_architectures_are_measured_at_once(shape: ModelShape) -> None:
     problem = problem_of(shape, params="100%")
-    asked: list[tuple[str, ...]] = []
+    asked: list[Sequence[Chosen]] = []
 
-    def evaluate(chosen: tuple[str, ...]) -> float:
-        asked.append(chosen)
-        return float(len(asked))
+    def measure(architectures: Sequence[Chosen]) -> list[Sequence[float] | None]:
+        asked.append(architectures)
+        return [(1.0 + place, 3.0 + place) for place in range(len(architectures))]
 
-    found = compare(problem, evaluate=evaluate)
+    found = compare(problem, measure=measure)
+    (architectures,) = asked
     different = {frozenset(one.chosen) for one in found if one.chosen}
-    assert len(asked) == len(different) < len(found)
-    assert {one.measured for one in found if set(one.chosen) == set(found[0].chosen)} == {1.0}
-    head = table(found, problem).splitlines()[0].split("  ")
-    assert [cell.strip() for cell in head if cell] == ["kl_nats, predicted", "measured", "params"]
+    assert len(architectures) == len(set(architectures)) == len(different) < len(found)
+    assert {one.measured for one in found if set(one.chosen) == set(found[0].chosen)} == {(1.0, 3.0)}
+    head, first, *others = table(found, problem).splitlines()
+    assert [cell.strip() for cell in head.split("  ") if cell] == [
+        "kl_nats, predicted", "true kl_nats", "over the MIP's", "params",
+    ]  # fmt: skip
+    assert "2.0000" in first and "+0.0000 ± 0.0000" in first
+    assert any("3.0000  +1.0000 ± 0.0000" in line for line in others)
 
 
 def test_a_way_that_does_not_fit_is_a_note_not_an_error(shape: ModelShape) -> None:

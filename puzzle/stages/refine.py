@@ -1,0 +1,114 @@
+"""The stage that looks past sums of scores: contenders are evaluated truly, and what that teaches is searched again.
+
+Reads tables, library and the splits ``select``, which chooses, and ``report``, which is only told of; writes a solution
+that later stages go on with, and the true evaluations (stages/truth.py), which a start after a stop does not repeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from puzzle import pipeline, search
+from puzzle.config import OBJECTIVES
+from puzzle.plans import Planned
+from puzzle.progress import Progress
+from puzzle.ranks import Ranks
+from puzzle.report.summary import at_batch_sizes_of
+from puzzle.run import Run
+from puzzle.search import mip
+from puzzle.search.problem import Measure, Problem
+from puzzle.search.refine import Refined, Settings, Trial, refine
+from puzzle.search.study import study
+from puzzle.stages.truth import Truths, jobs
+from puzzle.types import ConfigError, Solution
+
+
+def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    """At the batch sizes that the search chose. Rank 0 decides what is evaluated; ranks share it."""
+    (unit,) = missing
+    settings = Settings(run.config.refine.evaluations, run.constraint_file.solutions.count, run.config.refine.seed)
+    with contextlib.ExitStack() as stack:
+        truths = Truths(run, jobs(run, stack), progress, max(settings.evaluations, 3))
+        if not Ranks.current().first:
+            truths.serve()
+            return
+        searched = run.unrefined.solutions()[0]
+        problem = _problem(run, searched)
+        metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+        progress.total(settings.evaluations, 0)
+        solutions = mip.solve([problem], {}, settings.first, run.constraint_file.solutions.min_difference).solutions
+        answers, select = [one.items for one in solutions], truths.of("select", metric)
+        if metric == "kl":
+            found = refine(problem, answers, select, settings)
+        else:
+            found = study(problem, answers, select, settings, run.folder / "truth" / "study.journal")
+        rows = _comparison(problem, found, truths.of("report", metric))
+        truths.end()
+    best = _solution(run, searched, problem, found.best, unit.inputs)
+    more = {"comparison": rows, "num_trials": len(found.trials), "stands": found.stands}
+    pipeline.publish_solutions(run, unit, [best], **more)
+    progress.done(unit.path.name)
+
+
+def _problem(run: Run, searched: Solution) -> Problem:
+    """The search that found ``searched``; ConfigError where it minimised a cost, not quality."""
+    if searched.minimised is not None:
+        raise ConfigError(
+            f"{run.constraints}: refine is about quality within limits, and the objective is {searched.minimised}; "
+            "bound that, and let the objective be a score"
+        )
+    tables = run.read_scores(), run.read_costs()
+    problems = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
+    return next(one for one in problems if at_batch_sizes_of(one, searched))
+
+
+def _comparison(problem: Problem, found: Refined, report: Measure) -> list[dict[str, Any]]:
+    """The search's answer, the best by truth of its different answers, and the best of all: on select and report."""
+    answers = [trial for trial in found.trials if trial.source == "search"]
+    best = min(answers, key=lambda trial: trial.true)
+    shown = {"search": found.trials[0], f"best of its {len(answers)} best": best, "refined": found.best}
+    values = dict(zip(shown, report([trial.items for trial in shown.values()]), strict=True))
+    return [
+        {
+            "name": name,
+            "items": list(trial.items),
+            "sum": float(problem.objective_of(trial.items)),
+            "predicted": trial.predicted,
+            "select": _mean_and_error(trial.values),
+            "report": _mean_and_error(values[name] or ()),
+            "excess": _mean_and_error(_differences(values[name], values["search"])),
+        }
+        for name, trial in shown.items()
+    ]
+
+
+def _differences(values: Sequence[float] | None, others: Sequence[float] | None) -> list[float]:
+    return [one - other for one, other in zip(values or (), others or (), strict=False)]
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """None for what is not finite, and for the error of a single sequence."""
+    if not values:
+        return None, None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def _solution(run: Run, searched: Solution, problem: Problem, best: Trial, inputs: Mapping[str, str]) -> Solution:
+    """What the search's own was, but for what is chosen: no sum of scores is below its bound."""
+    metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+    return replace(
+        searched,
+        items=best.items,
+        objective_nats=float(problem.objective_of(best.items)),
+        status="optimal" if best.items == searched.items else "feasible",
+        totals=problem.totals(best.items),
+        inputs=dict(inputs),
+        objective_se=run.read_scores().standard_error(best.items, metric),
+        found_by="refine",
+    )

@@ -1,0 +1,125 @@
+"""Refine on a world whose interactions are known: what it finds, what it costs, and that a stop repeats nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pytest
+from search_factories import all_choices, make_problem
+
+from puzzle.scoring.design import Floats
+from puzzle.search import mip
+from puzzle.search.problem import Chosen, Problem
+from puzzle.search.refine import Settings, refine
+from puzzle.types import ConfigError
+
+
+class Killed(BaseException):
+    """Like a kill."""
+
+
+@dataclass
+class World:
+    """Sites act together by a rho of their own; remembers what was measured, and is killed after so many."""
+
+    problem: Problem
+    seed: int
+    kill_after: int = 1_000_000
+    known: dict[Chosen, tuple[float, ...]] = field(default_factory=dict)
+    measured: list[Chosen] = field(default_factory=list)
+
+    @cached_property
+    def rho(self) -> Floats:
+        size = len(self.problem.sites)
+        return np.triu(np.random.default_rng(self.seed).normal(-0.05, 0.35, (size, size)), 1)
+
+    def true(self, items: Chosen) -> float:
+        amplitudes = np.sqrt([self.problem.objective[name] for name in items])
+        return max(0.05, float(amplitudes @ amplitudes + 2 * amplitudes @ self.rho @ amplitudes))
+
+    def measure(self, asked: Sequence[Chosen]) -> list[Sequence[float] | None]:
+        for items in asked:
+            if items not in self.known:
+                if len(self.measured) >= self.kill_after:
+                    raise Killed
+                self.measured.append(items)
+                self.known[items] = (self.true(items) * 0.99, self.true(items) * 1.01)
+        return [self.known[items] for items in asked]
+
+
+def make_world(seed: int, num_sites: int = 5) -> World:
+    return World(make_problem(random.Random(seed), num_sites, 3), seed)
+
+
+def answers_of(problem: Problem, settings: Settings) -> list[Chosen]:
+    return [one.items for one in mip.solve([problem], {}, settings.first, 0.2).solutions]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interactions_are_learnt_and_the_optimum_found(seed: int) -> None:
+    world, settings = make_world(seed), Settings(30)
+    answers = answers_of(world.problem, settings)
+    found = refine(world.problem, answers, world.measure, settings)
+    of_answers = min(world.true(items) for items in answers)
+    allowed = [one for one in all_choices(world.problem) if not world.problem.violations(one)]
+    best = min(map(world.true, map(world.problem.in_order, allowed)))
+    assert found.best.true <= of_answers
+    assert found.best.true == pytest.approx(best, rel=0.02)
+    assert len(world.measured) == len(found.trials) <= 30
+    assert all(not world.problem.violations(trial.items) for trial in found.trials)
+    assert len({trial.items for trial in found.trials}) == len(found.trials)
+
+
+def test_refine_beats_the_answers_where_sums_are_wrong() -> None:
+    gains = []
+    for seed in range(2):
+        world, settings = make_world(seed, num_sites=8), Settings(40)
+        found = refine(world.problem, answers_of(world.problem, settings), world.measure, settings)
+        of_answers = min(map(world.true, answers_of(world.problem, Settings(40, count=40))))
+        gains.append(1 - found.best.true / of_answers)
+    assert np.mean(gains) > 0.05
+
+
+@pytest.mark.parametrize("kill_after", [3, 15])
+def test_what_was_stopped_repeats_no_evaluation_and_ends_the_same(kill_after: int) -> None:
+    settings = Settings(24)
+    whole, stopped = make_world(1), make_world(1)
+    expected = refine(whole.problem, answers_of(whole.problem, settings), whole.measure, settings)
+    stopped.kill_after = kill_after
+    with pytest.raises(Killed):
+        refine(stopped.problem, answers_of(stopped.problem, settings), stopped.measure, settings)
+    stopped.kill_after = 1_000_000
+    found = refine(stopped.problem, answers_of(stopped.problem, settings), stopped.measure, settings)
+    assert found == expected
+    assert stopped.measured == whole.measured
+    assert len(set(stopped.measured)) == len(stopped.measured)
+
+
+def test_no_more_evaluations_than_count_is_the_best_of_the_k_best() -> None:
+    world, settings = make_world(2), Settings(5, count=8)
+    answers = answers_of(world.problem, settings)
+    found = refine(world.problem, answers, world.measure, settings)
+    assert [trial.items for trial in found.trials] == answers
+    assert len(answers) == 5
+    assert found.best.true == pytest.approx(min(map(world.true, answers)))
+    assert {trial.source for trial in found.trials} == {"search"}
+
+
+def test_what_is_not_finite_is_never_the_best_and_all_of_it_is_an_error() -> None:
+    world, settings = make_world(3), Settings(20)
+    answers = answers_of(world.problem, settings)
+
+    def some_fail(asked: Sequence[Chosen]) -> list[Sequence[float] | None]:
+        return [
+            None if items == answers[0] else values for items, values in zip(asked, world.measure(asked), strict=True)
+        ]
+
+    found = refine(world.problem, answers, some_fail, settings)
+    assert found.best.items != answers[0]
+    assert found.trials[0].true == float("inf")
+    with pytest.raises(ConfigError, match="finite"):
+        refine(world.problem, answers, lambda asked: [None] * len(asked), settings)
