@@ -198,7 +198,8 @@ def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]
         elif target == "llama.cpp" and spec.kind == "skip" and site == Site(0, "attention"):
             found.append(AttentionSpec("linear"))
         elif target == "llama.cpp" and spec.kind == "linear" and site.part == "ffn":
-            found += [spec, ZERO_FFN]
+            # its matrix takes a layer of its own, whose FFN is zeros; so is that of an attention left behind
+            found += [spec, ZERO_FFN] if beside == AttentionSpec("skip") else [spec, ZERO_FFN, ZERO_FFN]
         elif target == "llama.cpp" and spec.kind == "skip" and site.part == "ffn" and beside != AttentionSpec("skip"):
             found.append(ZERO_FFN)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import capabilities, config, yamlfiles
 from puzzle.cli_options import open_run, with_run
-from puzzle.types import ConfigError, InfeasibleError, Solution
+from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -149,17 +149,17 @@ def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
     """One search for each of ``runs``; what cannot be met is a line of the table, and an error only if nothing can."""
     from puzzle import pipeline
 
-    found: list[tuple[Run, Solution | InfeasibleError]] = []
+    found: list[tuple[Run, Solution | InfeasibleError | OutOfTimeError]] = []
     for run in runs:
         try:
             pipeline.run_stage(run, stage, redo)
             if stage == "search":
                 found.append((run, run.unrefined.solutions()[0]))
-        except InfeasibleError as error:
+        except (InfeasibleError, OutOfTimeError) as error:
             found.append((run, error))
     if stage == "search":
         print(_table(found))
-    reasons = [f"pick {run.pick}: {answer}" for run, answer in found if isinstance(answer, InfeasibleError)]
+    reasons = [f"pick {run.pick}: {answer}" for run, answer in found if not isinstance(answer, Solution)]
     if len(reasons) == len(runs):
         raise InfeasibleError("; ".join(reasons))
     print("\n".join(reasons), end="\n" if reasons else "")
@@ -167,7 +167,7 @@ def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
         print(f"{runs[0].folder / 'solutions'}; to go on with one of them: puzzle run … --pick N")
 
 
-def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
+def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeError]]) -> str:
     """One line for each search: its values, what was found, and its folder."""
     import pandas as pd
 
@@ -178,8 +178,8 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError]]) -> str:
             "pick": str(pick.number),
             **{key: f"{value:.12g}" if isinstance(value, float) else value for key, value in pick.values},
         }
-        if isinstance(answer, InfeasibleError):
-            rows.append({**row, "status": "infeasible"})
+        if not isinstance(answer, Solution):
+            rows.append({**row, "status": "infeasible" if isinstance(answer, InfeasibleError) else "out of time"})
             continue
         asked = [*run.constraint_file.constraints, *([answer.minimised] if answer.minimised else [])]
         shown = [name for name in answer.totals if any(name == key or name.endswith(f".{key}") for key in asked)]

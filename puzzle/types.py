@@ -38,6 +38,16 @@ class InfeasibleError(PuzzleError):
     exit_code = 3
 
 
+class OutOfTimeError(PuzzleError):
+    """The time given ended before any architecture was found; none has a total below ``bound``."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, bound: float) -> None:
+        super().__init__(message)
+        self.bound = bound
+
+
 class MissingMeasurementError(PuzzleError):
     exit_code = 4
 

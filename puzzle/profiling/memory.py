@@ -94,7 +94,7 @@ def spec_per_gpu(spec: Spec, tp: int) -> Spec:
     if isinstance(spec, AttentionSpec):
         return replace(spec, num_kv_heads=_share(spec.num_kv_heads, tp)) if spec.num_kv_heads else spec
     if spec.intermediate_size:
-        return replace(spec, intermediate_size=_share(spec.intermediate_size, tp))
+        return replace(spec, intermediate_size=_share(spec.intermediate_size, tp), num_fused=None)
     return replace(spec, num_experts=_share(spec.num_experts, tp)) if spec.num_experts else spec
 
 

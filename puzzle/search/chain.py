@@ -15,10 +15,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from puzzle import variants
-from puzzle.search.linear import EXACT, Choice, Cut, Effort, OutOfTimeError, minimise
+from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
 from puzzle.search.problem import Problem, Row
 from puzzle.search.surface import additive, extremes
-from puzzle.types import ConfigError, InfeasibleError, Item, ModelShape, Site, Spec
+from puzzle.types import ConfigError, InfeasibleError, Item, ModelShape, OutOfTimeError, Site, Spec
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]

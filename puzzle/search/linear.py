@@ -16,20 +16,12 @@ import numpy as np
 
 from puzzle.search.problem import Problem, Row
 from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
-from puzzle.types import PuzzleError
+from puzzle.types import OutOfTimeError, Site
 
-__all__ = ["EXACT", "Choice", "Cut", "Effort", "OutOfTimeError", "minimise", "programme_of"]
+__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of"]
 
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
 LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
-
-
-class OutOfTimeError(PuzzleError):
-    """The time given ended before anything was found; nothing has a total below ``bound``."""
-
-    def __init__(self, message: str, bound: float) -> None:
-        super().__init__(message)
-        self.bound = bound
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ def minimise(
         if found is None:
             return None
         if not margins:
-            bound = found.bound
+            bound = max(found.bound, _least(problem, objective))
         if found.columns is None:
             raise OutOfTimeError(
                 f"no architecture was found within {effort.seconds:.3g} s (none can be better than {bound:.6g}); "
@@ -115,6 +107,16 @@ def minimise(
         if len(forbidden) > FORBIDDEN_CHOICES:
             for row in broken:
                 margins[row.written] = 2 * margins.get(row.written, _excess(row, chosen))
+
+
+def _least(problem: Problem, objective: Mapping[str, float]) -> float:
+    """No choice has a smaller sum, whatever the rows say: at each site the least of what items take there."""
+    least: dict[Site, float] = {}
+    for item in problem.items:
+        share = objective[item.id] / len(item.sites)
+        for site in item.sites:
+            least[site] = min(least.get(site, share), share)
+    return math.fsum(least.values())
 
 
 def _allowed(problem: Problem, rows: Sequence[Row], cuts: Sequence[Cut], chosen: Sequence[str]) -> bool:

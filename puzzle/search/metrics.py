@@ -43,7 +43,7 @@ class Setting:
     """One workload at one batch size; ``workload`` None is the model by itself.
 
     ``serve_on``: runtimes whose forms of the variants cost (capabilities.py): the workload's own where it is among
-    them, else, item by item, the dearest. Empty: the variants as they are.
+    them, else, item by item, the dearest. Empty: the variants as they are, as always where times were measured.
     """
 
     shape: ModelShape
@@ -177,10 +177,11 @@ def quantity(name: str, setting: Setting, items: Iterable[Item]) -> Quantity:
     of_workload = metric.workload != "none" and setting.workload is not None
     numerator = 1000.0 * metric.tokens(setting.served, setting.batch_size) if metric.tokens else None
     estimated = bool(metric.phases) and setting.table.estimated
+    as_is = metric.structure or (bool(metric.phases) and not estimated)  # times are measured of what is there
     shares: dict[Spec, float] = {}  # layers share shapes: thousands of items, a dozen shapes
     coefficients = {}
     for item in items:
-        forms = {item.specs} if metric.structure else setting.forms(item)
+        forms = {item.specs} if as_is else setting.forms(item)
         for spec in {spec for form in forms for spec in form}.difference(shares):
             shares[spec] = metric.share(setting, spec)
         coefficients[item.id] = max(math.fsum(shares[spec] for spec in form) for form in forms)

@@ -16,9 +16,9 @@ from fractions import Fraction
 from time import monotonic
 
 from puzzle.search.infeasible import explain
-from puzzle.search.linear import EXACT, Choice, Cut, Effort, OutOfTimeError, minimise
+from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
 from puzzle.search.problem import Problem, Quantity, Row
-from puzzle.types import InfeasibleError, Solution
+from puzzle.types import InfeasibleError, OutOfTimeError, Solution
 
 __all__ = ["Found", "best_of", "solve"]
 
@@ -62,7 +62,7 @@ def solve(
         open_problems = [problem for problem, answer in answers if answer is not None]
         problem, best = min(answered, key=lambda pair: pair[0].rank(pair[1].total))
         others = [one.rank(Fraction(choice.bound)) for one, choice in answered if not choice.proven]
-        others += [one.rank(Fraction(error.bound)) for one, error in late if math.isfinite(error.bound)]
+        others += [one.rank(Fraction(error.bound)) for one, error in late]
         proven = best.proven and min(others, default=math.inf) >= problem.rank(best.total) and not late
         bound = min([problem.rank(Fraction(best.bound)), *others])
         best = replace(best, proven=proven, timed_out=bool(late) or any(choice.timed_out for _, choice in answered))

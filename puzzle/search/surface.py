@@ -16,9 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puzzle.search.linear import EXACT, Choice, Effort, OutOfTimeError, minimise
+from puzzle.search.linear import EXACT, Choice, Effort, minimise
 from puzzle.search.problem import Problem, Quantity, Row
-from puzzle.types import ConfigError, InfeasibleError
+from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]

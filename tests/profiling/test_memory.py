@@ -78,6 +78,8 @@ def test_weights_are_shared_out_over_gpus(shape: ModelShape) -> None:
     norm = shape.hidden_size * 2
     whole, half = (weight_bytes(FfnSpec("narrow", intermediate_size=16), shape, "bf16", tp) for tp in (1, 2))
     assert half - norm == (whole - norm) / 2
+    fused, plain = FfnSpec("narrow", 3 * 20, num_fused=3), FfnSpec("narrow", 3 * 20)  # 8 channels a GPU, not by three
+    assert weight_bytes(fused, shape, "bf16", 8) == weight_bytes(plain, shape, "bf16", 8)
     one_head = AttentionSpec("gqa", num_kv_heads=1)
     # queries and output are halved, the one KV head is on both
     query, kv = shape.hidden_size * shape.num_attention_heads * shape.head_dim, shape.hidden_size * shape.head_dim

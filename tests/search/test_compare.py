@@ -48,7 +48,7 @@ def test_loss_only_is_the_optimum_of_other_scores_told_in_the_problems_own(shape
 
 
 def test_all_different_architectures_are_measured_at_once(shape: ModelShape) -> None:
-    problem = problem_of(shape, params="100%")
+    problem = problem_of(shape, params="60%")
     asked: list[Sequence[Chosen]] = []
 
     def measure(architectures: Sequence[Chosen]) -> list[Sequence[float] | None]:

@@ -14,7 +14,7 @@ from search_factories import make_problem
 from puzzle.search import linear, mip, programme
 from puzzle.search.linear import Effort, minimise
 from puzzle.search.problem import Problem
-from puzzle.types import Conflict, PuzzleError
+from puzzle.types import Conflict, OutOfTimeError, PuzzleError
 
 KINDS = [
     {"rows": ("max", "max", "max")},
@@ -119,7 +119,7 @@ def test_a_batch_size_without_an_answer_in_time_leaves_the_others_open(
     def answer(problem: Problem, objective: object, rows: object, cuts: object, effort: Effort) -> linear.Choice:
         given.append(effort.seconds)
         if problem.label == "late":
-            raise linear.OutOfTimeError("late", late_bound)
+            raise OutOfTimeError("late", late_bound)
         return linear.Choice(solved.chosen, Fraction(1), 1.0, True)
 
     solved = minimise(first, first.objective, first.rows)
@@ -129,7 +129,7 @@ def test_a_batch_size_without_an_answer_in_time_leaves_the_others_open(
     assert (solution.status, solution.timed_out, solution.gap) == ("feasible", True, gap)
     assert given[0] == pytest.approx(30, abs=1)
     assert given[1] == pytest.approx(60, abs=1)  # the first took nothing
-    with pytest.raises(linear.OutOfTimeError, match="late"):
+    with pytest.raises(OutOfTimeError, match="late"):
         mip.solve([second], {}, effort=Effort(seconds=60))
 
 

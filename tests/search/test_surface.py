@@ -12,10 +12,10 @@ import pytest
 from search_factories import all_choices, make_problem
 
 from puzzle.search import surface as module
-from puzzle.search.linear import Effort, OutOfTimeError
+from puzzle.search.linear import Effort
 from puzzle.search.problem import Problem
 from puzzle.search.surface import Surface, plot, surface
-from puzzle.types import ConfigError
+from puzzle.types import ConfigError, OutOfTimeError
 
 Vector = tuple[Fraction, ...]
 
