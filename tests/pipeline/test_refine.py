@@ -91,7 +91,7 @@ def test_what_was_stopped_repeats_no_evaluation_and_finds_the_same(
 
 def test_compare_evaluates_every_architecture_on_report(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--debug", "compare", str(copy.config), "--true"]) == 0
-    head, mip, *_ = capsys.readouterr().out.splitlines()
+    _, head, mip, *_ = capsys.readouterr().out.splitlines()
     assert "true kl_nats" in head and "over the MIP's" in head
     run = Run.open(copy.config)
     kl = read_truth(plans.truth_of(run, run.solutions()[0].items, "report").path)["kl"].mean

@@ -48,7 +48,7 @@ def test_loss_only_is_the_optimum_of_other_scores_told_in_the_problems_own(shape
 
 
 def test_all_different_architectures_are_measured_at_once(shape: ModelShape) -> None:
-    problem = problem_of(shape, params="100%")
+    problem = problem_of(shape, params="70%")
     asked: list[Sequence[Chosen]] = []
 
     def measure(architectures: Sequence[Chosen]) -> list[Sequence[float] | None]:
@@ -58,7 +58,7 @@ def test_all_different_architectures_are_measured_at_once(shape: ModelShape) -> 
     found = compare(problem, measure=measure)
     (architectures,) = asked
     different = {frozenset(one.chosen) for one in found if one.chosen}
-    assert len(architectures) == len(set(architectures)) == len(different) < len(found)
+    assert len(architectures) == len(set(architectures)) == len(different) > 1
     assert {one.measured for one in found if set(one.chosen) == set(found[0].chosen)} == {(1.0, 3.0)}
     head, first, *others = table(found, problem).splitlines()
     assert [cell.strip() for cell in head.split("  ") if cell] == [

@@ -62,7 +62,7 @@ def test_what_is_evaluated_keeps_every_bound_begins_with_the_answers_and_gets_be
     assert found.best.true == min(map(world.truth, world.asked)) < min(map(world.truth, world.answers))
 
 
-@pytest.mark.parametrize("stop_after", [0, 2, 7])
+@pytest.mark.parametrize("stop_after", [0, 5])
 def test_stopped_and_started_again_it_ends_as_it_would_have(stop_after: int, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the study needs Optuna: pip install 'puzzle-nas[study]'")
     whole = World()
