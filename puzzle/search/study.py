@@ -36,6 +36,7 @@ def study(problem: Problem, answers: Sequence[Chosen], measure: Measure, setting
     evaluations are spent where so many trials have found nothing new that keeps all bounds.
     """
     optuna = _optuna()
+    journal.parent.mkdir(parents=True, exist_ok=True)
     options, states = _options(problem, answers), optuna.trial.TrialState
     bounds = [(row.quantity.name, *map(str, row.linear_bounds())) for row in problem.rows]
     running = optuna.create_study(

@@ -46,7 +46,9 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         if metric == "kl":
             found = refine(problem, answers, select, settings)
         else:
-            found = study(problem, answers, select, settings, run.folder / "truth" / "study.journal")
+            # one for each solution: what other scores or another library led to is no guide here
+            journal = run.folder / "truth" / f"{unit.path.name}.journal"
+            found = study(problem, answers, select, settings, journal)
         rows = _comparison(problem, found, truths.of("report", metric))
         truths.end()
     best = _solution(run, searched, problem, found.best, unit.inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 
 import pytest
 
@@ -110,3 +111,29 @@ def test_refine_is_about_quality_of_changes_to_the_teacher(copy: Project, capsys
     assert "the objective is params" in capsys.readouterr().err
     assert main(["refine", str(copy.config), "--set", "evaluate.sequences=4000"]) == 2
     assert "ask for fewer" in capsys.readouterr().err
+
+
+def test_an_objective_that_is_no_kl_is_studied_and_goes_on_where_it_was(
+    copy: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = copy.folder / "by-ce.yaml"
+    limits.write_text("constraints:\n  params: 80%\nobjective: ce_delta_nats\n")
+    asked = [str(copy.config), "--constraints", str(limits)]
+    command = ["refine", *asked, "--evaluations", str(EVALUATIONS)]
+    assert main(["--debug", "search", *asked]) == 0
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "optuna", None)
+        assert main(command) == 2
+        assert "pip install 'puzzle-nas[study]'" in capsys.readouterr().err
+    pytest.importorskip("optuna", reason="the study needs Optuna: pip install 'puzzle-nas[study]'")
+    assert main(["--debug", *command]) == 0
+    run = Run.open(copy.config, REFINED, str(limits))
+    (solution,) = run.solutions()
+    on_select = [read_truth(path)["ce_delta"].mean for path in (copy.run / "truth" / "select").glob("*.json")]
+    assert len(on_select) == EVALUATIONS
+    score = read_truth(plans.truth_of(run, solution.items, "select").path)["ce_delta"]
+    assert score.mean == pytest.approx(min(on_select))
+    whole, first = truths(copy), (run.solution / "unit.json").read_bytes()
+    assert main(["--debug", *command, "--redo"]) == 0
+    assert truths(copy) == whole
+    assert (run.solution / "unit.json").read_bytes() == first
