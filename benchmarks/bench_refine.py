@@ -3,10 +3,10 @@
     python benchmarks/bench_refine.py [--seeds 0 1 2] [--shares 0.85 0.65 0.45] [--gkd]
 
 On BLD-trained libraries of the bundled teacher, in the work folder that bench_score_quality.py uses; at each budget:
-the additive MIP's answer, what refine finds, and the best by truth of the MIP's k best and mutually different answers,
-at as many true evaluations on ``select``. Figures are true KL on ``report``, paired over sequences with the MIP's;
-``--gkd`` adds the same after equal global distillation. Another way to search is a line more in WAYS. Evaluations are
-kept in the run's folder: what was stopped goes on.
+the additive MIP's answer, what refine finds, and, at as many true evaluations on ``select``, the best by truth of the
+MIP's k best answers, those that differ from one another in a fifth of the sites and those that differ at all. Figures
+are true KL on ``report``, paired over sequences with the MIP's; ``--gkd`` adds the same after equal GKD. Another way to
+search is a line more in WAYS. Evaluations are kept in the run's folder: what was stopped goes on.
 """
 
 from __future__ import annotations
@@ -61,13 +61,19 @@ def refined(task: Task) -> Refined:
 WAYS: dict[str, Callable[[Task], Chosen]] = {
     "additive": lambda task: task.answers(1, 0.2)[0],
     "refine": lambda task: refined(task).best.items,
-    "best of k": lambda task: task.best_of(task.answers(task.evaluations, 0.2)),
+    "k best, diverse": lambda task: task.best_of(task.answers(task.evaluations, 0.2)),
+    "k best": lambda task: task.best_of(task.answers(task.evaluations, 0.0)),
 }
 
 
 def library(options: argparse.Namespace, seed: int) -> tuple[Run, Run]:
     """The run, as it chooses and as it reports."""
-    settings = [f"seed={seed}", "init.start=best", f"distill.tokens={options.bld_tokens}", "kd.tokens=262144"]
+    settings = [
+        f"seed={seed}",
+        f"init.start={options.start}",
+        f"distill.tokens={options.bld_tokens}",
+        "kd.tokens=262144",
+    ]
     run = make_library(options.work, *settings)
     config = options.work / f"{run.folder.name}.yaml"
     chooses, reports = (
@@ -85,7 +91,7 @@ def one_library(results: Results, options: argparse.Namespace, seed: int) -> Non
         for share in options.shares:
             task = Task(problem_of(chooses, share), select, options.evaluations, seed)
             for name, way in WAYS.items():
-                if f"{seed}/{share}/{name}" in results.figures:
+                if f"{options.start}/{seed}/{share}/{name}" in results.figures:
                     continue
                 chosen = way(task)
                 first = task.answers(1, 0.2)[0]
@@ -96,12 +102,14 @@ def one_library(results: Results, options: argparse.Namespace, seed: int) -> Non
                     **against(*(one or () for one in on_report)),
                     "items": list(chosen),
                 }
-                results.once(f"{seed}/{share}/{name}", lambda figures=figures: figures)
+                results.once(f"{options.start}/{seed}/{share}/{name}", lambda figures=figures: figures)
     if options.gkd:
         for share in options.shares:
             for name in WAYS:
-                items = results.figures[f"{seed}/{share}/{name}"]["items"]
-                results.once(f"{seed}/{share}/{name}/gkd", lambda items=items: after_gkd(reports, items))
+                items = results.figures[f"{options.start}/{seed}/{share}/{name}"]["items"]
+                results.once(
+                    f"{options.start}/{seed}/{share}/{name}/gkd", lambda items=items: after_gkd(reports, items)
+                )
 
 
 def against(values: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -124,11 +132,14 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
         for share in options.shares:
             rows: dict[str, list[float]] = {}
             for name in WAYS:
-                found = [results.figures.get(f"{seed}/{share}/{name}{when}") for seed in options.seeds]
+                found = [results.figures.get(f"{options.start}/{seed}/{share}/{name}{when}") for seed in options.seeds]
                 rows[name] = [row[key] for row in found if row is not None]
             if not all(len(of) == len(options.seeds) for of in rows.values()):
                 continue
-            print(f"{share:.0%}{when:<5}", {name: [round(value, 4) for value in of] for name, of in rows.items()})
+            print(
+                f"{options.start} {share:.0%}{when:<5}",
+                {name: [round(value, 4) for value in of] for name, of in rows.items()},
+            )
             if share in HARDER:
                 for name in WAYS:
                     gains[name] += [1 - one / two for one, two in zip(rows["refine"], rows[name], strict=True)]
@@ -142,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    parser.add_argument("--start", choices=["best", "paper"], default="best", help="of the variants before BLD")
     parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--bld-tokens", type=int, default=131072)
     parser.add_argument("--gkd", action="store_true")

@@ -35,6 +35,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 ADDITIVE = tuple(kind for kind, columns in KINDS.items() if "line" not in columns)
 RIDGES = 10.0 ** np.arange(3, -2.25, -0.5)  # from the strongest, which wins a tie
 TUNING_FOLDS = 5
+MOST_LOG_RATIO = 20.0  # far beyond what is measured; keeps extrapolations numbers
 LEAST_RATIO = 0.05  # of the sum: an additive kind's interactions never take a prediction below it
 
 
@@ -237,7 +238,10 @@ class InteractionModel(Strict):
 
     def _log_ratio(self, value: Floats) -> Floats:
         """log(KL / S) from what the regression predicts."""
-        return np.log(np.maximum(1 + value, LEAST_RATIO)) if self.kind in ADDITIVE else value
+        additive = self.kind in ADDITIVE
+        return (
+            np.log(np.maximum(1 + value, LEAST_RATIO)) if additive else np.clip(value, -MOST_LOG_RATIO, MOST_LOG_RATIO)
+        )
 
     def _estimates(self, sums: Floats, value: Floats, variance: Floats) -> tuple[Floats, Floats]:
         means = sums * np.exp(self._log_ratio(value))

@@ -1,8 +1,9 @@
 """Small steps from one architecture to others that keep every bound, valued by a model of interactions. Pure, numpy.
 
 A move puts one item in the place of what it overlaps; what that leaves uncovered keeps the specs that it had, as
-items of its own (leaving a run of layers, its other layers stay left out). Neighbours are all architectures one move or
-two moves at different sites away. With u the sum of the chosen items' amplitudes a, and d what a move adds to u,
+items of its own (leaving a run of layers, its other layers stay left out), or takes what is best by score, where those
+are not on offer. Neighbours are all architectures one move or two moves at different sites away. With u the sum of the
+chosen items' amplitudes a, and d what a move adds to u,
 
     pairs(u) = u' rho u - sum_i a_i' rho a_i        change of two moves = change of each + 2 d_1' rho d_2
 
@@ -137,7 +138,7 @@ class Moves:
         return _Steps(added, removed, nats, squares, amplitudes, own, costs, (touched > 0).astype(float))
 
     def _filled(self, gone: Chosen, item: Item) -> Chosen | None:
-        """Items for what ``gone`` covers and ``item`` does not, of the same specs; None where they are not on offer."""
+        """Items for what ``gone`` covers and ``item`` does not, of the same specs or the best by score; or None."""
         left: dict[Site, Spec] = {}
         for name in gone:
             other = self.problem.by_id[name]
@@ -145,7 +146,11 @@ class Moves:
         found = []
         while left:
             site = min(left)
-            fits = next((one for one in self._starting[site] if left.items() >= one[1].items()), None)
+            starting = self._starting[site]
+            fits = next((one for one in starting if left.items() >= one[1].items()), None)
+            if fits is None:
+                rest = (one for one in starting if left.keys() >= one[1].keys())
+                fits = min(rest, key=lambda one: self.problem.objective[one[0]], default=None)
             if fits is None:
                 return None
             found.append(fits[0])

@@ -31,7 +31,8 @@ FIRST_SHARE = 3  # of the evaluations, one in so many goes to answers of the int
 BATCH = 4  # evaluated between two fits
 STARTS = 4  # best evaluated architectures that moves begin at
 POOL = 200  # neighbours of each optimum that are looked at
-SURE = 1.0  # standard errors below a prediction that an architecture may be
+SURE = 1.0  # standard errors below its prediction, by which the unsure are ordered
+HOPE = 2.0  # and by which an architecture may be better: where none may, the answer stands
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Settings:
 
     @property
     def first(self) -> int:
-        return min(self.evaluations, max(self.count, self.evaluations // FIRST_SHARE))
+        """How many answers of the search are evaluated before anything is learnt."""
+        return min(self.evaluations, max(self.count, self.evaluations // FIRST_SHARE, LEAST_FIT))
 
 
 @dataclass(frozen=True)
 class Refined:
-    """``stands``: the model knows nothing that may be better; else the budget was spent."""
+    """``stands``: nothing in reach may be better, as far as the model knows; else the budget was spent."""
 
     trials: tuple[Trial, ...]
     stands: bool
@@ -107,6 +109,9 @@ def _proposals(
     if not pool:
         return []
     means, errors = model.predict_many([_changes(problem, items) for items in pool])
+    hopeful = means - HOPE * errors < min(trial.true for trial in trials)
+    pool = [items for items, may in zip(pool, hopeful, strict=True) if may]
+    means, errors = means[hopeful], errors[hopeful]
     found: list[tuple[Chosen, float, str]] = []
     orders = {"best": np.argsort(means, kind="stable"), "unsure": np.argsort(means - SURE * errors, kind="stable")}
     for turn in range(count):

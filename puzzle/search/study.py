@@ -38,6 +38,7 @@ def study(problem: Problem, answers: Sequence[Chosen], measure: Measure, setting
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal.parent.mkdir(parents=True, exist_ok=True)
     options, states = _options(problem, answers), optuna.trial.TrialState
     bounds = [(row.quantity.name, *map(str, row.linear_bounds())) for row in problem.rows]
     running = optuna.create_study(

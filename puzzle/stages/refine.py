@@ -21,7 +21,7 @@ from puzzle.ranks import Ranks
 from puzzle.report.summary import at_batch_sizes_of
 from puzzle.run import Run
 from puzzle.search import mip
-from puzzle.search.problem import Measure, Problem
+from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.search.refine import Refined, Settings, Trial, refine
 from puzzle.search.study import study
 from puzzle.stages.truth import Truths, jobs
@@ -41,12 +41,14 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         problem = _problem(run, searched)
         metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
         progress.total(settings.evaluations, 0)
-        solutions = mip.solve([problem], {}, settings.first, run.constraint_file.solutions.min_difference).solutions
-        answers, select = [one.items for one in solutions], truths.of("select", metric)
+        answers = _answers(problem, settings.first, run.constraint_file.solutions.min_difference)
+        select = truths.of("select", metric)
         if metric == "kl":
             found = refine(problem, answers, select, settings)
         else:
-            found = study(problem, answers, select, settings, run.folder / "truth" / "study.journal")
+            # one for each solution: what other scores or another library led to is no guide here
+            journal = run.folder / "truth" / f"{unit.path.name}.journal"
+            found = study(problem, answers, select, settings, journal)
         rows = _comparison(problem, found, truths.of("report", metric))
         truths.end()
     best = _solution(run, searched, problem, found.best, unit.inputs)
@@ -65,6 +67,16 @@ def _problem(run: Run, searched: Solution) -> Problem:
     tables = run.read_scores(), run.read_costs()
     problems = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
     return next(one for one in problems if at_batch_sizes_of(one, searched))
+
+
+def _answers(problem: Problem, count: int, min_difference: float) -> list[Chosen]:
+    """The search's best that differ as asked; where there are not so many, then those that differ at all."""
+    found: dict[Chosen, None] = {}
+    for difference in (min_difference, 0.0):
+        if len(found) < count:
+            solutions = mip.solve([problem], {}, count, difference).solutions
+            found |= dict.fromkeys(one.items for one in solutions)
+    return list(found)[:count]
 
 
 def _comparison(problem: Problem, found: Refined, report: Measure) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ def test_without_wide_items_neighbours_are_all_within_two_sites(seed: int) -> No
 
 @pytest.mark.parametrize("seed", range(8))
 def test_two_sites_end_at_the_optimum_from_anywhere(seed: int) -> None:
-    problem = problem_of(seed, num_sites=2, wide=1)
+    problem = problem_of(seed, num_sites=2, wide=0)
     model, allowed = model_of(problem, KINDS[1]), feasible(problem)
     best = min(model.predict(one).mean for one in allowed)
     for start in allowed:

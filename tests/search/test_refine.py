@@ -52,7 +52,12 @@ class World:
 
 
 def make_world(seed: int, num_sites: int = 5) -> World:
-    return World(make_problem(random.Random(seed), num_sites, 3), seed)
+    """The first problem of this seed that is not too tight."""
+    rng = random.Random(seed)
+    while True:
+        problem = make_problem(rng, num_sites, 3)
+        if problem.rows[0].upper is not None and problem.rows[0].upper > 1 + 4 * num_sites:
+            return World(problem, seed)
 
 
 def answers_of(problem: Problem, settings: Settings) -> list[Chosen]:
@@ -77,17 +82,17 @@ def test_the_interactions_are_learnt_and_the_optimum_found(seed: int) -> None:
 def test_refine_beats_the_answers_where_sums_are_wrong() -> None:
     gains = []
     for seed in range(2):
-        world, settings = make_world(seed, num_sites=8), Settings(40)
+        world, settings = make_world(seed, num_sites=12), Settings(40)
         found = refine(world.problem, answers_of(world.problem, settings), world.measure, settings)
         of_answers = min(map(world.true, answers_of(world.problem, Settings(40, count=40))))
         gains.append(1 - found.best.true / of_answers)
     assert np.mean(gains) > 0.05
 
 
-@pytest.mark.parametrize("kill_after", [3, 15])
+@pytest.mark.parametrize("kill_after", [3, 10])
 def test_what_was_stopped_repeats_no_evaluation_and_ends_the_same(kill_after: int) -> None:
     settings = Settings(24)
-    whole, stopped = make_world(1), make_world(1)
+    whole, stopped = make_world(1, num_sites=9), make_world(1, num_sites=9)
     expected = refine(whole.problem, answers_of(whole.problem, settings), whole.measure, settings)
     stopped.kill_after = kill_after
     with pytest.raises(Killed):

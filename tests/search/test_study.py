@@ -50,7 +50,7 @@ class World:
 
 def test_what_is_evaluated_keeps_every_bound_begins_with_the_answers_and_gets_better(tmp_path: Path) -> None:
     world = World()
-    found = world.run(tmp_path / "journal")
+    found = world.run(tmp_path / "not there yet" / "journal")
     assert tuple(world.asked[:3]) == world.answers
     assert [trial.source for trial in found.trials] == ["search"] * 3 + ["study"] * 13
     assert tuple(trial.items for trial in found.trials) == tuple(world.asked)
@@ -59,7 +59,7 @@ def test_what_is_evaluated_keeps_every_bound_begins_with_the_answers_and_gets_be
     assert found.best.true == min(map(world.truth, world.asked)) < min(map(world.truth, world.answers))
 
 
-@pytest.mark.parametrize("stop_after", [0, 2, 7])
+@pytest.mark.parametrize("stop_after", [0, 5])
 def test_stopped_and_started_again_it_ends_as_it_would_have(stop_after: int, tmp_path: Path) -> None:
     whole = World()
     expected = whole.run(tmp_path / "whole")
