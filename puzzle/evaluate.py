@@ -30,9 +30,6 @@ class Estimate:
     def of(cls, per_sequence: Tensor) -> Estimate:
         return cls(*mean_and_error(per_sequence.tolist()))
 
-    def scaled(self, factor: float) -> Estimate:
-        return Estimate(self.mean * factor, self.standard_error * factor)
-
 
 @dataclass(frozen=True)
 class Quality:
@@ -62,7 +59,7 @@ def evaluate(
     ce, teacher_ce = means(lambda tokens: tokens.ce_nats), means(lambda tokens: tokens.teacher_ce_nats)
     return Quality(
         ce_nats=Estimate.of(ce),
-        bits_per_byte=Estimate.of(ce).scaled(1 / math.log(2) / bytes_per_token),
+        bits_per_byte=Estimate.of(ce / math.log(2) / bytes_per_token),
         kl_nats=Estimate.of(means(lambda tokens: tokens.kl_nats)),
         ce_gap_nats=Estimate.of(ce - teacher_ce),
         agreement=Estimate.of(means(lambda tokens: tokens.agreement)),
