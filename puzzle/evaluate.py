@@ -30,9 +30,6 @@ class Estimate:
     def of(cls, per_sequence: Tensor) -> Estimate:
         return cls(*mean_and_error(per_sequence.tolist()))
 
-    def scaled(self, factor: float) -> Estimate:
-        return Estimate(self.mean * factor, self.standard_error * factor)
-
 
 @dataclass(frozen=True)
 class Quality:
@@ -82,7 +79,7 @@ def evaluate(
     found = compared(student, teacher, batches)
     return Quality(
         ce_nats=Estimate.of(found.ce_nats),
-        bits_per_byte=Estimate.of(found.ce_nats).scaled(1 / math.log(2) / bytes_per_token),
+        bits_per_byte=Estimate.of(found.ce_nats / math.log(2) / bytes_per_token),
         kl_nats=Estimate.of(found.kl_nats),
         ce_gap_nats=Estimate.of(found.ce_nats - found.teacher_ce_nats),
         agreement=Estimate.of(found.agreement),

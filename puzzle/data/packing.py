@@ -30,8 +30,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("
 Arrays = Mapping[str, np.ndarray]
 Counts = Mapping[str, int]  # tokens by split
 Documents = Any  # a numpy.recarray of DOCUMENT
-_NAMES = ("source", "shard", "first", "length", "text_bytes")
-DOCUMENT = np.dtype([*((name, np.int64) for name in _NAMES), ("place", np.float64)])
+DOCUMENT = np.dtype([*((name, "i8") for name in ("source", "shard", "first", "length", "text_bytes")), ("place", "f8")])
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ def estimate(
             kernels[name] = site_kernels(spec, shape, point, deployment)
     kernels[REST] = rest_kernels(shape, point, deployment)
     ms = {name: math.fsum(kernel_ms(kernel, deployment, efficiency) for kernel in run) for name, run in kernels.items()}
-    device, weights, kv, tp = deployment.hardware.device, deployment.weights, deployment.kv, deployment.tp
-    setting = CostSetting(device, weights, kv, tp, ANY_ENGINE)
+    setting = CostSetting(deployment.hardware.device, deployment.weights, deployment.kv, deployment.tp, ANY_ENGINE)
     return tuple(point.cost(name, setting, (value, value, value), "estimate") for name, value in ms.items())
 
 

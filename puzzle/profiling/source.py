@@ -107,7 +107,7 @@ class CostSource:
     @cached_property
     def estimates(self) -> Costs:
         """At every point that some workload consists of, each once."""
-        settings = {(workload, size) for workload in self.workloads for size in workload.batch_sizes}
+        settings = [(workload, size) for workload in self.workloads for size in workload.batch_sizes]
         rows: dict[tuple[CostSetting, str, str, int, int], Cost] = {}
         for workload, size in settings:
             for point in points_of(workload, size):

@@ -99,7 +99,7 @@ class CostTable:
             curve[cost.context_tokens] = cost.ms
         return cls(
             workload,
-            {key: _curve(point) for key, point in points.items()},
+            {key: Curve(tuple(sorted(at)), tuple(at[n] for n in sorted(at))) for key, at in points.items()},
             costs.gaps,
             {one.phase: one for one in costs.corrections if one.setting == asked},
             any(cost.source == "estimate" for cost in fitting),
@@ -166,8 +166,3 @@ class CostTable:
             f"{where}, batch size {batch_size}: {values} tokens lie outside the measured {tokens[0]} to {tokens[-1]}; "
             f"add {values} to {GRID_KEY[phase]} in the grid file and run `{COMMAND}`"
         )
-
-
-def _curve(points: Mapping[int, float]) -> Curve:
-    tokens = tuple(sorted(points))
-    return Curve(tokens, tuple(points[length] for length in tokens))

@@ -54,6 +54,14 @@ def test_estimates_answer_for_every_workload_without_a_grid(tmp_path: Path) -> N
             assert table.prefill_ms("ffn.narrow-512", size, workload.isl) > 0
 
 
+def test_estimates_come_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """A solution is named by them: no set's order, which differs from process to process, may show."""
+    workloads = [Workload(f"w{isl}", isl, 8, (1, 2, 4), device="h100") for isl in (100, 101, 102, 103)]
+    rows = [cost for cost in estimates(tmp_path, *workloads).rows if cost.phase == "prefill"]
+    found = list(dict.fromkeys((cost.context_tokens, cost.batch_size) for cost in rows))
+    assert found == [(workload.isl, size) for workload in workloads for size in workload.batch_sizes]
+
+
 def test_a_table_of_one_device_makes_estimates_of_others_better(tmp_path: Path) -> None:
     slow = Efficiency(matmul=0.3, attention=0.2, bandwidth=0.4)
     points = [GridPoint(phase, size, tokens) for phase in PHASES for size in (1, 64) for tokens in (128, 4000)]
