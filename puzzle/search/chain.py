@@ -104,7 +104,8 @@ def chain(
 ) -> Chain:
     """The best chain found under ``limits`` on a cost, from loose to tight; the problem's own rows bind every link.
 
-    ``effort``: of one solve; a joint programme ends after 20 s unless it says otherwise. InfeasibleError where no architecture keeps the tightest limit.
+    ``effort``: of one solve; a joint programme ends after 20 s unless it says otherwise.
+    InfeasibleError where no architecture keeps the tightest limit.
     """
     cost = additive(problem, cost_name)
     rows = [(*problem.rows, Row(cost, f"{cost_name} ≤ {float(limit):.6g}", upper=limit)) for limit in limits]
