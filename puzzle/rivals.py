@@ -41,6 +41,8 @@ def evolutions(run: Run, problem: Problem, evaluations: int) -> Iterator[dict[st
     """
     from puzzle.stages.rivals import true_scores
 
+    if run.context:
+        raise ConfigError("evolution looks at changes to the teacher; leave out --on")
     metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(artifacts.exclusive(run.folder))
