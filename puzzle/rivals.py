@@ -35,6 +35,8 @@ def evolutions(run: Run, problem: Problem, evaluations: int) -> dict[str, Callab
     """Two ways to choose: by evolution from the best uniform architecture, and from the search's; each with so many
     true evaluations on the sequences that the parts were scored on.
     """
+    if run.context:
+        raise ConfigError("evolution looks at changes to the teacher; leave out --on")
     metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
 
     def find(start: Sequence[str] | None = None) -> Chosen:

@@ -9,6 +9,7 @@ every architecture is a copy of the sites, and an item at one rules out at the n
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Chain", "Link", "chain", "even_limits", "is_reduction"]
 
 Links = tuple[tuple[str, ...], ...]  # the items of every architecture
-NotAfter = Mapping[str, tuple[frozenset[str], ...]]  # by item and its sites: what is no reduction of it there
-MOST_VARIABLES = 1500  # of the joint programme
+NotAfter = Mapping[Site, Mapping[str, frozenset[str]]]  # by site and item there: what is no reduction of it
+MOST_VARIABLES = 600  # of the joint programme: of 1500 nothing is gained in its time
+JOINT_SECONDS = 20.0  # where the caller names no time
 SIZES = ("num_kv_heads", "window_tokens", "sink_tokens", "intermediate_size", "num_experts", "num_active_experts")
 
 
@@ -102,7 +104,8 @@ def chain(
 ) -> Chain:
     """The best chain found under ``limits`` on a cost, from loose to tight; the problem's own rows bind every link.
 
-    ``effort``: of one solve. InfeasibleError where no architecture keeps the tightest limit.
+    ``effort``: of one solve; a joint programme ends after 20 s unless it says otherwise.
+    InfeasibleError where no architecture keeps the tightest limit.
     """
     cost = additive(problem, cost_name)
     rows = [(*problem.rows, Row(cost, f"{cost_name} ≤ {float(limit):.6g}", upper=limit)) for limit in limits]
@@ -116,9 +119,13 @@ def chain(
     ways = [_down(problem, rows, not_after, effort), _up(problem, rows, not_after, effort)]
     best = min(filter(None, ways), key=lambda way: sum(map(problem.objective_of, way)), default=None)
     bound, proven = sum(choice.bound for choice in free), False
-    small = len(problem.items) * len(rows) <= MOST_VARIABLES
-    if small and (joint := _joint(problem, rows, not_after, best, effort)) is not None:
-        best, bound, proven = joint[0], joint[1].bound, joint[1].proven
+    if len(problem.items) * len(rows) <= MOST_VARIABLES:
+        seconds = JOINT_SECONDS if effort.seconds is None else effort.seconds
+        joint = _joint(problem, rows, not_after, best, replace(effort, seconds=seconds))
+        if joint is not None:
+            bound = max(bound, joint[1].bound)
+            if best is None or joint[1].total <= problem.objective_of(itertools.chain(*best)):
+                best, proven = joint[0], joint[1].proven
     if best is None:
         raise InfeasibleError(
             f"no chain was found whose architectures keep {rows[0][-1].written} to {rows[-1][-1].written}"
@@ -144,11 +151,10 @@ def _not_after(problem: Problem, shape: ModelShape) -> NotAfter:
             at[site].append((item, spec))
     allowed = functools.cache(lambda after, before: is_reduction(after, before, shape))  # layers share specs
     return {
-        item.id: tuple(
-            frozenset(other.id for other, after in at[site] if not allowed(after, before))
-            for site, before in zip(item.sites, item.specs, strict=True)
-        )
-        for item in problem.items
+        site: {
+            item.id: frozenset(other.id for other, after in here if not allowed(after, before)) for item, before in here
+        }
+        for site, here in at.items()
     }
 
 
@@ -161,7 +167,8 @@ def _down(problem: Problem, rows: Sequence[Sequence[Row]], not_after: NotAfter, 
         if choice is None:
             return None
         links.append(choice.chosen)
-        banned = {other for item_id in choice.chosen for others in not_after[item_id] for other in others}
+        chosen = set(choice.chosen)
+        banned = {other for at in not_after.values() for item_id in chosen & set(at) for other in at[item_id]}
     return tuple(links)
 
 
@@ -175,7 +182,7 @@ def _up(problem: Problem, rows: Sequence[Sequence[Row]], not_after: NotAfter, ef
             return None  # time was up, or a row of the problem's own bounds from below
         links.append(choice.chosen)
         chosen = set(choice.chosen)
-        banned = {item_id for item_id, at in not_after.items() if any(others & chosen for others in at)}
+        banned = {item_id for at in not_after.values() for item_id, others in at.items() if others & chosen}
     return tuple(links[::-1])
 
 
@@ -212,11 +219,17 @@ def _joint(
             for conflict in problem.conflicts
         ),
     )
+    # what rules out all of a set rules it out together: one row for them is tighter than one for each
     cuts = [
-        Cut({_name(item_id, k): 1, **{_name(other, k + 1): 1 for other in others}}, 1)
+        Cut(
+            {_name(item_id, k): 1 for item_id, more in at.items() if more >= others}
+            | {_name(other, k + 1): 1 for other in others},
+            1,
+        )
         for k in numbers[:-1]
-        for item_id, at in not_after.items()
-        for others in at
+        for at in not_after.values()
+        for others in dict.fromkeys(at.values())
+        if others
     ]
     ids = [{_name(item_id, k) for item_id in problem.by_id} for k in numbers]
     start = None if begin is None else [_name(item_id, k) for k in numbers for item_id in begin[k]]
