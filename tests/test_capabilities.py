@@ -95,7 +95,7 @@ RENAMED = {("attention", "window-512", 1), ("attention", "linear", 0), ("attenti
 COSTS_OF = {
     ("ffn", "narrow-700", 1): dict.fromkeys(NEMOTRON, (PADDED,)),
     ("attention", "skip", 0): {"llama.cpp": (AttentionSpec("linear"),)},
-    ("ffn", "linear", 1): {"llama.cpp": (FfnSpec("linear"), ZEROS)},
+    ("ffn", "linear", 1): {"llama.cpp": (FfnSpec("linear"), ZEROS, ZEROS)},  # and of what is left behind
     ("ffn", "skip", 3): {"llama.cpp": (ZEROS,)},  # beside what, an item of its own does not know
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
@@ -80,19 +81,19 @@ def test_what_a_runtime_lowers_costs_what_its_form_costs(shape: ModelShape) -> N
     assert float(problem.quantity("params").value(ids)) == MIXED_PARAMS - NARROW48 - LINEAR + 2 * padded
 
 
-def test_times_of_a_form_that_nobody_measured_are_missing(shape: ModelShape) -> None:
-    """The tables hold the widths of the space, not the one that a runtime pads them to."""
-    chat = {**CHAT, "runtime": "vllm"}
+def test_times_measured_in_a_runtime_are_of_its_own_form(shape: ModelShape) -> None:
+    """It has padded what was measured; parameters are counted padded."""
+    chat, items = {**CHAT, "runtime": "vllm"}, make_items(shape)
     costs = Costs(tuple(replace(cost, engine="vllm") for cost in make_costs(shape).rows))
-    items = make_items(shape)
-    for asked in ({"params": "200%"}, {"chat.ttft_ms": 50}):
-        file = make_file(workloads={"chat": chat}, constraints=asked, serve_on=["vllm"])
-        if "params" in asked:
-            (problem,) = problems(shape, items, make_scores(items), costs, file)
-            assert "chat.ttft_ms" not in [one.name for one in problem.quantities]
-            continue
-        with pytest.raises(MissingMeasurementError, match="ffn.narrow-256 at prefill was never measured"):
-            problems(shape, items, make_scores(items), costs, file)
+
+    def coefficients(name: str, serve_on: list[str]) -> Mapping[str, float]:
+        file = make_file(workloads={"chat": chat}, constraints={"chat.ttft_ms": 50}, serve_on=serve_on)
+        (problem,) = problems(shape, items, make_scores(items), costs, file)
+        return problem.quantity(name).coefficients
+
+    served, alone = coefficients("chat.ttft_ms", ["vllm"]), coefficients("chat.ttft_ms", [])
+    assert served == {item_id: alone[item_id] for item_id in served}
+    assert coefficients("params", ["vllm"])["L000.ffn.keep"] > coefficients("params", [])["L000.ffn.keep"]
 
 
 def build(shape: ModelShape, file: ConstraintFile, scores: ScoreTable | None = None) -> tuple[Problem, ...]:

@@ -102,9 +102,9 @@ def test_a_time_limit_ends_with_the_best_found_and_a_bound(monkeypatch: pytest.M
 
 def test_no_answer_in_time_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = large(3, rows=("max",))
-    nothing = programme.Answer(None, float("inf"), 0.25, closed=False)
+    nothing = programme.Answer(None, float("inf"), 9.25, closed=False)
     monkeypatch.setattr(linear, "solve", lambda *_: nothing)
-    with pytest.raises(PuzzleError, match=r"within 2 s \(none can be better than 0.25\); allow more time"):
+    with pytest.raises(PuzzleError, match=r"within 2 s \(none can be better than 9.25\); allow more time"):
         minimise(problem, problem.objective, problem.rows, effort=Effort(seconds=2))
 
 
