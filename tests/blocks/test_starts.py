@@ -180,7 +180,7 @@ def test_channels_are_cut_by_contribution_and_by_obs() -> None:
     with captured_calls(down) as seen, torch.no_grad():
         for one in calibration:
             layer.ffn_delta(one.middle)
-    activations = torch.cat(seen)[:, 1:].flatten(0, 1).double()
+    activations = torch.cat([inputs for inputs, _ in seen])[:, 1:].flatten(0, 1).double()
     kept = contribution_order(activations.abs().sum(0), down.weight)[:20].sort().values
     for name in ("paper", "refit"):
         assert torch.equal(found[name]["mlp.up_proj.weight"], state["mlp.up_proj.weight"][kept])
