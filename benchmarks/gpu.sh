@@ -7,7 +7,7 @@ export OUT="${OUT:-benchmarks/results}" PYTHONPATH=. PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 if [ -n "${WHEELS:-}" ]; then
     python3 -m pip install --quiet --no-index --find-links "$WHEELS" \
-        ortools ruamel.yaml pydantic rich pytest matplotlib pandas psutil hypothesis jsonschema
+        ortools ruamel.yaml pydantic rich pytest matplotlib pandas psutil hypothesis jsonschema scipy filelock optuna
 fi
 python3 -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log"
 python3 benchmarks/make_tables.py --device cuda --out "$OUT/tables"
