@@ -39,7 +39,7 @@ from puzzle.data.batches import Batch
 from puzzle.kd import Distillation, distillation_loss
 from puzzle.metrics import divergence_loss
 from puzzle.teacher import Compute, load_model
-from puzzle.types import FfnSpec, Item, Site
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site
 from puzzle.variants import site_item
 
 VOCAB_SIZE, HIDDEN_SIZE = 128_256, 1024
@@ -103,7 +103,9 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     teacher = load_model(DEMO_TEACHER, compute)
     width = teacher.config.intermediate_size // 2
     items: list[Item] = [
-        site_item(Site(layer, "ffn"), FfnSpec("narrow", width)) for layer in range(len(teacher.model.layers))
+        site_item(Site(layer, part), spec)
+        for layer in range(len(teacher.model.layers))
+        for part, spec in (("attention", AttentionSpec("keep")), ("ffn", FfnSpec("narrow", width)))
     ]
     state = teacher.state_dict()
 
