@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle.cli_options import open_run, with_run
-from puzzle.config import OBJECTIVES
+from puzzle.config import OBJECTIVES, score_of
 from puzzle.types import ConfigError, Site
 
 if TYPE_CHECKING:
@@ -91,12 +91,11 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
         raise ConfigError(f"--evolution: expected at least 1 true evaluation, found {options.evolution}")
     importance = None if options.importance is None else _importance(run, options.importance)
     more = {} if options.evolution is None else evolutions(run, problem, options.evolution)
-    metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+    metric = score_of(problem.objective_name)
     true = options.true or options.quantised
     measure = partial(pipeline.true_values, run, split="report", metric=metric) if true else None
-    found = compare(problem, loss, importance, run.config.seed, measure, more)
-    if options.quantised:
-        found += tuple(quantised_teachers(run, problem))
+    rounded = quantised_teachers(run, problem) if options.quantised else []
+    found = (*compare(problem, loss, importance, run.config.seed, measure, more), *rounded)
     if problem.label:
         print(problem.label)
     print(table(found, problem))

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from puzzle.run import Run
 
 FRONT_ROWS, GRID_LIMITS = 20, 8  # of a printed front; for each of several costs
-
-
-DEFAULT_EVALUATIONS = 60
+DEFAULT_EVALUATIONS = 60  # of refine
 
 
 def add_commands(commands: Any) -> None:
@@ -103,14 +101,22 @@ def _comparison(payload: Mapping[str, Any], objective: str) -> str:
             "": row["name"],
             "sum of scores": f"{row['sum']:.4f}",
             "predicted": f"{row['predicted']:.4f}",
-            **{f"true on {split}": f"{row[split][0]:.4f} ± {row[split][1]:.4f}" for split in ("select", "report")},
-            "against the search": f"{row['excess'][0]:+.4f} ± {row['excess'][1]:.4f}",
+            **{f"true on {split}": _measured(row[split]) for split in ("select", "report")},
+            "against the search": _measured(row["excess"], "+"),
         }
         for row in payload["comparison"]
     ]
     why = "the answer stands" if payload["stands"] else "all are spent"
     head = f"{objective}, {payload['num_trials']} true evaluations on select ({why}); nothing was chosen on report"
     return head + "\n" + pd.DataFrame(rows).to_string(index=False)
+
+
+def _measured(found: Sequence[float | None], sign: str = "") -> str:
+    """A mean and its error; None: of outputs that are not finite, and the error of a single sequence."""
+    mean, error = found
+    if mean is None:
+        return "not finite"
+    return f"{mean:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def print_solutions(run: Run) -> None:

@@ -190,6 +190,11 @@ OBJECTIVES = {  # name in the file: name of the score
 BUILT_IN = {"kl", "ce_delta", "agreement", "hidden_distance"}  # scores that are no tasks of the user's own
 
 
+def score_of(objective: str) -> str:
+    """The score that an objective adds up: one of ours, or a task of the user's own by its name."""
+    return OBJECTIVES.get(objective, objective)
+
+
 class ScoreConfig(_Model):
     """``until_se`` adds sequences, twice as many each time, where two variants of a site are not told apart, until the
     standard error of their difference is below it. ``tasks``: see scoring/exact.py, Task.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from puzzle import artifacts, pipeline
-from puzzle.config import OBJECTIVES
+from puzzle.config import score_of
 from puzzle.profiling import memory
 from puzzle.run import Run
 from puzzle.search.compare import Compared
@@ -37,7 +37,7 @@ def evolutions(run: Run, problem: Problem, evaluations: int) -> dict[str, Callab
     """
     if run.context:
         raise ConfigError("evolution looks at changes to the teacher; leave out --on")
-    metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+    metric = score_of(problem.objective_name)
 
     def find(start: Sequence[str] | None = None) -> Chosen:
         from puzzle.stages.rivals import true_scores

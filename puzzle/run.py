@@ -284,12 +284,14 @@ class Run:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
         counts = artifacts.read_unit(self.data).payload["num_tokens"]
         tokens = self.config.data.sequence_tokens
-        asked = {
-            "init.sequences": ("train", self.config.init.sequences),
-            "score.sequences": ("score", self.config.score.sequences),
-            "evaluate.sequences": ("report", self.config.evaluate.sequences),
-        }
-        for key, (split, wanted) in asked.items():
+        asked = [
+            ("init.sequences", "train", self.config.init.sequences),
+            ("score.sequences", "score", self.config.score.sequences),
+            ("evaluate.sequences", "report", self.config.evaluate.sequences),
+        ]
+        if self.config.refine.evaluations:
+            asked.append(("evaluate.sequences", "select", self.config.evaluate.sequences))
+        for key, split, wanted in asked:
             if wanted > (there := num_windows(counts, split, tokens)):
                 raise ConfigError(
                     f"{key} is {wanted}, but split {split!r} holds {there} sequences of {tokens} tokens; "

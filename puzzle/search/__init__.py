@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from puzzle.capabilities import offer
-from puzzle.config import OBJECTIVES, ConstraintFile
+from puzzle.config import ConstraintFile, score_of
 from puzzle.search.constraints import problems
 from puzzle.tables import ScoreTable
 from puzzle.types import Conflict, Costs, InfeasibleError, Item, ModelShape, Solution
@@ -59,9 +59,7 @@ def search(
     return tuple(
         replace(
             solution,
-            objective_se=scores.standard_error(
-                solution.items, OBJECTIVES.get(solution.objective_name, solution.objective_name)
-            ),
+            objective_se=scores.standard_error(solution.items, score_of(solution.objective_name)),
         )
         for solution in found.solutions
     )

@@ -6,8 +6,6 @@ architecture, is handed in as a function.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +19,7 @@ from puzzle.search.baselines import (
 )
 from puzzle.search.linear import minimise
 from puzzle.search.problem import Chosen, Measure, Problem
-from puzzle.types import ConfigError, InfeasibleError
+from puzzle.types import ConfigError, InfeasibleError, mean_and_error
 
 __all__ = ["Compared", "compare", "table"]
 
@@ -103,11 +101,11 @@ def _optimum(problem: Problem, objective: Mapping[str, float]) -> tuple[str, ...
 
 def _truth(values: Sequence[float], first: Sequence[float]) -> list[str]:
     """The mean, and its excess over the first's with the standard error of the paired differences."""
+    mean = f"{mean_and_error(values)[0]:.4f}" if values else "not finite"
     if not values or not first:
-        return [f"{statistics.fmean(values):.4f}" if values else "not finite", ""]
-    differences = [one - other for one, other in zip(values, first, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return [f"{statistics.fmean(values):.4f}", f"{statistics.fmean(differences):+.4f} ± {error:.4f}"]
+        return [mean, ""]
+    excess, error = mean_and_error([one - other for one, other in zip(values, first, strict=True)])
+    return [mean, f"{excess:+.4f} ± {error:.4f}"]
 
 
 def table(found: Sequence[Compared], problem: Problem) -> str:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from puzzle import formats, variants
 from puzzle.capabilities import offer
-from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile, ValuesFile
+from puzzle.config import BUILT_IN, OBJECTIVES, ConstraintFile, ValuesFile, score_of
 from puzzle.search.goal import Goal, goal_of, is_quality, nearest
 from puzzle.search.metrics import METRICS, Setting, known_quantities, quantity
 from puzzle.search.problem import Problem, Quantity, Row
@@ -131,8 +131,8 @@ def problems(
             f"workloads: their batch sizes are {combinations:,} combinations; at most {MOST_COMBINATIONS:,}"
         )
     limits = bounds(file, tasks)
-    objective = usable_items(offered.items, scores, OBJECTIVES.get(goal.quality, goal.quality))
-    _check_context(served, objective, scores, OBJECTIVES.get(goal.quality, goal.quality))
+    objective = usable_items(offered.items, scores, score_of(goal.quality))
+    _check_context(served, objective, scores, score_of(goal.quality))
     qualities = _qualities(limits, tuple(objective), scores)
     kept_ids = {item.id for item in objective}
     made, alone = [], Setting(shape, serve_on=file.serve_on)
@@ -178,7 +178,7 @@ def _qualities(limits: Sequence[Bound], items: Sequence[Item], scores: ScoreTabl
     names = dict.fromkeys(bound.metric for bound in limits if bound.metric not in METRICS)
     found = {}
     for name in names:
-        by_item = usable_items(items, scores, OBJECTIVES.get(name, name))
+        by_item = usable_items(items, scores, score_of(name))
         unit = "nats" if name.endswith("_nats") else "in its own unit"
         found[name] = Quantity(name, unit, {item.id: score for item, score in by_item.items()})
     return found

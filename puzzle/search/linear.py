@@ -18,7 +18,7 @@ from puzzle.search.problem import Problem, Row
 from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
 from puzzle.types import OutOfTimeError, Site
 
-__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of"]
+__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of", "relative_gap"]
 
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
 LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
@@ -51,7 +51,12 @@ class Choice:
     @property
     def gap(self) -> float:
         """How far the total may be from the best there is, relative to itself."""
-        return 0.0 if self.proven or not self.total else max(0.0, 1 - self.bound / float(self.total))
+        return 0.0 if self.proven else relative_gap(float(self.total), self.bound)
+
+
+def relative_gap(total: float, bound: float) -> float:
+    """How far ``total`` may be from the best there is, relative to itself; sums of CE differences may be negative."""
+    return max(0.0, total - bound) / abs(total) if total else 0.0
 
 
 def minimise(
@@ -88,7 +93,7 @@ def minimise(
         if found is None:
             return None
         if not margins:
-            bound = max(found.bound, _least(problem, objective))
+            bound = found.bound if math.isfinite(found.bound) else _least(problem, objective)
         if found.columns is None:
             raise OutOfTimeError(
                 f"no architecture was found within {effort.seconds:.3g} s (none can be better than {bound:.6g}); "

@@ -16,7 +16,7 @@ from fractions import Fraction
 from time import monotonic
 
 from puzzle.search.infeasible import explain
-from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
+from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise, relative_gap
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import InfeasibleError, OutOfTimeError, Solution
 
@@ -129,13 +129,9 @@ def _solution(problem: Problem, choice: Choice, bound: Fraction, inputs: Mapping
         objective_name=problem.objective_name,
         minimised=None if cost is None else cost.name,
         cost_bound=None if cost is None else abs(float(reached)),  # rates rank by their negative; no cost is below 0
-        gap=0.0 if choice.proven else _gap(float(problem.rank(choice.total)), float(reached)),
+        gap=0.0 if choice.proven else relative_gap(float(problem.rank(choice.total)), float(reached)),
         timed_out=choice.timed_out,
     )
-
-
-def _gap(found: float, bound: float) -> float:
-    return (found - bound) / abs(found) if found else 0.0
 
 
 def _difference_cut(problem: Problem, choice: Choice, min_difference: float) -> Cut:

@@ -20,7 +20,7 @@ from puzzle.scoring.design import Single, singles
 from puzzle.scoring.interactions import Evaluation, InteractionModel, cross_validated
 from puzzle.search.moves import Moves
 from puzzle.search.problem import Chosen, Measure, Problem
-from puzzle.types import ConfigError
+from puzzle.types import ConfigError, mean_and_error
 from puzzle.variants import is_teacher
 
 __all__ = ["Refined", "Settings", "Trial", "refine"]
@@ -126,10 +126,9 @@ def _proposals(
 def _model(problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], seed: int) -> InteractionModel | None:
     known = []
     for trial in trials:
-        changed, error = _changes(problem, trial.items), 0.0
-        if len(trial.values) > 1:
-            error = statistics.stdev(trial.values) / math.sqrt(len(trial.values))
+        changed = _changes(problem, trial.items)
         if len(changed) > 1 and 0 < trial.true < math.inf:
+            error = mean_and_error(trial.values)[1] if len(trial.values) > 1 else 0.0
             known.append(Evaluation(changed, trial.true, error))
     if len(known) < LEAST_FIT:
         return None

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from puzzle import pipeline, search
-from puzzle.config import OBJECTIVES
+from puzzle.config import score_of
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks
@@ -25,7 +24,7 @@ from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.search.refine import Refined, Settings, Trial, refine
 from puzzle.search.study import study
 from puzzle.stages.truth import Truths, jobs
-from puzzle.types import ConfigError, Solution
+from puzzle.types import ConfigError, Solution, mean_and_error
 
 
 def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -39,7 +38,7 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
             return
         searched = run.unrefined.solutions()[0]
         problem = _problem(run, searched)
-        metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+        metric = score_of(problem.objective_name)
         progress.total(settings.evaluations, 0)
         answers = _answers(problem, settings.first, run.constraint_file.solutions.min_difference)
         select = truths.of("select", metric)
@@ -107,18 +106,19 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None
     """None for what is not finite, and for the error of a single sequence."""
     if not values:
         return None, None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+    mean, error = mean_and_error(values)
+    return mean, error if math.isfinite(error) else None
 
 
 def _solution(run: Run, searched: Solution, problem: Problem, best: Trial, inputs: Mapping[str, str]) -> Solution:
     """What the search's own was, but for what is chosen: no sum of scores is below its bound."""
-    metric = OBJECTIVES.get(problem.objective_name, problem.objective_name)
+    metric = score_of(problem.objective_name)
     return replace(
         searched,
         items=best.items,
         objective_nats=float(problem.objective_of(best.items)),
         status="optimal" if best.items == searched.items else "feasible",
+        gap=searched.gap if best.items == searched.items else None,  # it is of sums of scores
         totals=problem.totals(best.items),
         inputs=dict(inputs),
         objective_se=run.read_scores().standard_error(best.items, metric),

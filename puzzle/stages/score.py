@@ -93,10 +93,8 @@ class ScoreJob:
     def __init__(self, run: Run, split: str = "score") -> None:
         self._run, self._split, settings, compute = run, split, run.config.score, compute_of(run)
         most = first = run.num_sequences(split)
-        if first > (there := tokens_of(run).num_sequences(split)):
-            raise ConfigError(f"evaluate.sequences is {first}, but split {split!r} holds {there}; ask for fewer")
         if settings.until_se is not None and split == "score":
-            most = there
+            most = tokens_of(run).num_sequences(split)
         self._rounds = list(rounds(first, most))
         self._machine = machine_of(run)
         counts = [num_batches(len(sequences)) for sequences in self._rounds]

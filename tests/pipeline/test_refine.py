@@ -10,6 +10,7 @@ import pytest
 from puzzle import plans
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
+from puzzle.cli_search import _comparison
 from puzzle.run import Run
 from puzzle.scoring.exact import Scorer
 from puzzle.tables import read_truth
@@ -36,6 +37,11 @@ def test_the_winner_on_select_is_reported_on_report_and_gone_on_with(
     (solution,) = run.solutions()
     assert solution.found_by == "refine"
     assert run.unrefined.solution == before.solution != run.solution
+    (searched,) = run.unrefined.solutions()
+    assert (searched.status, searched.gap) == ("optimal", 0.0)
+    assert (solution.status, solution.gap) == (
+        ("optimal", 0.0) if solution.items == searched.items else ("feasible", None)
+    )
     *_, row = read_unit(run.solution).payload["comparison"]
     assert tuple(row["items"]) == solution.items
     figures = {}
@@ -129,3 +135,12 @@ def test_an_objective_that_is_no_kl_is_studied_and_goes_on_where_it_was(copy: Pr
     assert main(["--debug", *command, "--redo"]) == 0
     assert truths(copy) == whole
     assert (run.solution / "unit.json").read_bytes() == first
+
+
+def test_what_is_not_finite_is_said_in_the_table() -> None:
+    row = {"name": "search", "sum": 0.1, "predicted": 0.1, "select": [0.2, 0.01], "report": [None, None]}
+    rows = [{**row, "excess": [None, None]}, {**row, "report": [0.3, None], "excess": [-0.1, 0.02]}]
+    text = _comparison({"comparison": rows, "stands": False, "num_trials": 2}, "kl_nats")
+    _, head, first, second = text.splitlines()
+    assert first.count("not finite") == 2 and "0.2000 ± 0.0100" in first
+    assert "0.3000" in second and "-0.1000 ± 0.0200" in second and "true on report" in head

@@ -102,10 +102,27 @@ def test_a_time_limit_ends_with_the_best_found_and_a_bound(monkeypatch: pytest.M
 
 def test_no_answer_in_time_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = large(3, rows=("max",))
-    nothing = programme.Answer(None, float("inf"), 9.25, closed=False)
+    nothing = programme.Answer(None, float("inf"), 0.25, closed=False)
     monkeypatch.setattr(linear, "solve", lambda *_: nothing)
-    with pytest.raises(PuzzleError, match=r"within 2 s \(none can be better than 9.25\); allow more time"):
+    with pytest.raises(PuzzleError, match=r"within 2 s \(none can be better than 0.25\); allow more time"):
         minimise(problem, problem.objective, problem.rows, effort=Effort(seconds=2))
+
+
+def test_a_solver_without_a_bound_leaves_one_that_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = large(3, rows=("max",))
+    best = minimise(problem, problem.objective, ())
+    assert best is not None
+    nothing = programme.Answer(None, float("inf"), -float("inf"), closed=False)
+    monkeypatch.setattr(linear, "solve", lambda *_: nothing)
+    with pytest.raises(OutOfTimeError) as caught:
+        minimise(problem, problem.objective, problem.rows, effort=Effort(seconds=2))
+    assert caught.value.bound == pytest.approx(float(best.total))  # without rows each site has its least
+
+
+def test_gaps_of_negative_sums_are_gaps_too() -> None:
+    assert linear.Choice(("a",), Fraction(-4), -5.0, proven=False).gap == 0.25
+    assert linear.Choice(("a",), Fraction(4), 3.0, proven=False).gap == 0.25
+    assert linear.Choice(("a",), Fraction(-4), -5.0, proven=True).gap == 0.0
 
 
 @pytest.mark.parametrize(("late_bound", "gap"), [(0.5, 0.5), (2.0, 0.0)])
