@@ -104,7 +104,7 @@ class Shards:
             raise CorruptFileError(f"{folder}: no tensor is called model.layers.…; not a checkpoint of this family")
 
     def read(self, prefix: str, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Those whose names begin with ``prefix``, on the device in ``dtype`` (None: as stored), by their full names."""
+        """Those whose names begin with ``prefix``, by their full names, in ``dtype`` (None: as they are)."""
         names = [name for name in self._files if name.startswith(prefix)]
         state: dict[str, Tensor] = {}
         for file in sorted({self._files[name] for name in names}):

@@ -26,7 +26,7 @@ MLX_NAMES = {"self_attn.linear_attn.weight": "self_attn.linear.weight", "mlp.lin
 def export_nemotron_nas(source: Source, tokenizer_dir: Path, out_dir: Path) -> None:
     """Writes ``source`` into ``out_dir``, new or empty; weights keep their dtype.
 
-    ConfigError, naming layer and variant, for what the format has no word for; also as :func:`puzzle.export.hf.export_hf`.
+    ConfigError, naming layer and variant, for what the format has no word for; else as ``hf.export_hf``.
     """
     _export(source, tokenizer_dir, out_dir, {})
 
@@ -40,13 +40,17 @@ def export_mlx(source: Source, tokenizer_dir: Path, out_dir: Path) -> None:
             f"{shape.head_dim} channels; export it as hf"
         )
     if all(attention.kind == "skip" for attention, _ in source.layers):
-        raise ConfigError("mlx-lm cannot load a model without any attention; search with layers_with_attention: {min: 1}")
+        raise ConfigError(
+            "mlx-lm cannot load a model without any attention; search with layers_with_attention: {min: 1}"
+        )
     _export(source, tokenizer_dir, out_dir, MLX_NAMES)
 
 
 def _export(source: Source, tokenizer_dir: Path, out_dir: Path, names: Mapping[str, str]) -> None:
     family = source.config.family_config().to_dict()
-    config = nemotron_nas_config(family, source.shape, source.layers, source.dtype)  # refuses before anything is written
+    config = nemotron_nas_config(
+        family, source.shape, source.layers, source.dtype
+    )  # refuses before anything is written
     begin(out_dir, tokenizer_dir)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(Path(__file__).with_name(f"{CONFIG_CODE}.py"), out_dir / f"{CONFIG_CODE}.py")

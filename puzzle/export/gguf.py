@@ -1,8 +1,8 @@
 """Writes a student as a GGUF file of arch ``deci``, which llama.cpp and what is built on it load.
 
-Reads a :class:`~puzzle.export.source.Source`; writes ``model.gguf`` with the tokenizer in it, tensor by tensor, through the
-package ``gguf`` (``pip install 'puzzle-nas[gguf]'``). What llama.cpp would misread is lowered (lowering.py). Its rows of
-q and k are permuted, since it rotates channels (2i, 2i + 1) where Llama's modules rotate (i, i + D / 2); scaled RoPE
+Reads a :class:`~puzzle.export.source.Source`; writes ``model.gguf`` with the tokenizer in it, tensor by tensor, through
+the package ``gguf`` (``pip install 'puzzle-nas[gguf]'``). What llama.cpp would misread is lowered (lowering.py). Rows
+of q and k are permuted, since it rotates channels (2i, 2i + 1) where Llama's modules rotate (i, i + D / 2); scaled RoPE
 becomes a tensor of factors that its frequencies are divided by.
 """
 
@@ -31,7 +31,11 @@ FILE = "model.gguf"
 STORED_AS: Mapping[str, GgufType] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LARGEST_F16 = 65504.0
 _ROPE = ("default", "llama3", "linear")  # those whose frequencies do not depend on the sequence
-_OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+_OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 _NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
@@ -56,8 +60,8 @@ def is_exact(source: Source, stored_as: GgufType | None) -> bool:
 def export_gguf(source: Source, tokenizer_dir: Path, out_dir: Path, stored_as: GgufType | None = None) -> None:
     """Writes ``source`` into ``out_dir``, new or empty, its matrices ``stored_as`` (None: as they are).
 
-    Norms are F32; a matrix whose rows Q8_0 does not divide into blocks of 32 is F16. ConfigError for what the format has
-    no word for, naming layer and variant, for a tokenizer that llama.cpp does not know, or where ``gguf`` is missing.
+    Norms are F32; a matrix whose rows Q8_0 does not divide into blocks of 32 is F16. ConfigError for what the format
+    has no word for, naming layer and variant, for a tokenizer that llama.cpp does not know, or without ``gguf``.
     """
     gguf = _package()
     check_model(source.config.family_config().to_dict(), source.shape)
@@ -127,7 +131,8 @@ def _permuted(name: str, tensor: Tensor, head_dim: int) -> Tensor:
     """Rows of q and k: within each head, (half, i) → (i, half)."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
-    return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    rows: Tensor = tensor.unflatten(0, (-1, 2, head_dim // 2))  # type: ignore[no-untyped-call]
+    return rows.transpose(1, 2).flatten(0, 2)
 
 
 def _rope_factors(source: Source) -> Tensor | None:
@@ -137,10 +142,11 @@ def _rope_factors(source: Source) -> Tensor | None:
         raise ConfigError(f"RoPE of type {kind!r} cannot be written as GGUF; those that can: {', '.join(_ROPE)}")
     if kind == "default":
         return None
-    rotary = family_of(source.config).rotary(config=source.config.family_config())
+    rotary: Any = family_of(source.config).rotary(config=source.config.family_config())
     size, theta = source.shape.head_dim, float(source.config.rope_parameters["rope_theta"])
     plain = theta ** -(torch.arange(0, size, 2).double() / size)
-    return (plain / rotary.inv_freq.double()).float()
+    factors: Tensor = (plain / rotary.inv_freq.double()).float()
+    return factors
 
 
 def _type_of(name: str, tensor: Tensor, kind: GgufType) -> GgufType:

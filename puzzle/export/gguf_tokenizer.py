@@ -26,14 +26,18 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ConfigError(f"{folder}: no tokenizer.json, which GGUF is written from; load the tokenizer and save it again")
+        raise ConfigError(
+            f"{folder}: no tokenizer.json, which GGUF is written from; load the tokenizer and save it again"
+        )
     data = read_json(path)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre(data, path))
     tokens, types = _vocabulary(data, vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=bool(data["model"].get("merges")), n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    gguf.SpecialVocab(folder, load_merges=bool(data["model"].get("merges")), n_vocab=vocab_size).add_to_gguf(
+        writer, quiet=True
+    )
 
 
 def _vocabulary(data: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

@@ -1,10 +1,10 @@
 """Writes a student as a Hugging Face folder that a stranger can load.
 
-Reads a :class:`~puzzle.export.source.Source` and the teacher's tokenizer folder. Writes safetensors, ``config.json``, the
-tokenizer's files and ``generation_config.json``. A student that its family's own config can describe becomes a plain
-checkpoint of the family, with the family's names on disk, which everything loads; any other carries the files of
-modelling code, and its ``config.json`` points to them (``auto_map``), because a stock model of the family would misread it
-without a word.
+Reads a :class:`~puzzle.export.source.Source` and the teacher's tokenizer folder. Writes safetensors, ``config.json``,
+the tokenizer's files and ``generation_config.json``. A student that its family's own config can describe becomes a
+plain checkpoint of the family, with the family's names on disk, which everything loads; any other carries the files of
+modelling code, and its ``config.json`` points to them (``auto_map``), because a stock model of the family would misread
+it without a word.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _layer(config: PuzzleConfig, layer: int) -> tuple[Any, ...]:
 def export_hf(source: Source, tokenizer_dir: Path, out_dir: Path) -> None:
     """Writes ``source`` into ``out_dir``, new or empty; its weights keep the dtype that they are stored in.
 
-    Publishing the folder as a whole is the caller's part (``puzzle.artifacts``). Raises ConfigError where ``out_dir`` is
-    in use or ``tokenizer_dir`` holds no tokenizer.
+    Publishing the folder as a whole is the caller's part (``puzzle.artifacts``). Raises ConfigError where ``out_dir``
+    is in use or ``tokenizer_dir`` holds no tokenizer.
     """
     begin(out_dir, tokenizer_dir)
     plain = plain_config(source.config)

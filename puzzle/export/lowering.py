@@ -42,7 +42,9 @@ def _wider(name: str, tensor: Tensor, more: int) -> Tensor:
     return tensor
 
 
-def for_llama_cpp(layers: Sequence[tuple[Piece, Piece]], hidden_size: int, dtype: torch.dtype) -> list[tuple[Piece, Piece]]:
+def for_llama_cpp(
+    layers: Sequence[tuple[Piece, Piece]], hidden_size: int, dtype: torch.dtype
+) -> list[tuple[Piece, Piece]]:
     """Layers that llama.cpp's ``deci`` computes as they are meant. It would drop the attention of a layer without FFN,
     abort at a last layer of nothing, fail to load a first one without attention, and knows no linear FFN.
     """
@@ -65,12 +67,19 @@ def for_llama_cpp(layers: Sequence[tuple[Piece, Piece]], hidden_size: int, dtype
 
 def _ffn_as_attention(ffn: Piece) -> Piece:
     """A linear FFN as the linear attention of a layer of its own: the same norm, the same matrix."""
-    names = {"post_attention_layernorm.weight": "input_layernorm.weight", "mlp.linear_mlp.weight": "self_attn.linear_attn.weight"}
+    names = {
+        "post_attention_layernorm.weight": "input_layernorm.weight",
+        "mlp.linear_mlp.weight": "self_attn.linear_attn.weight",
+    }
     return Piece(LINEAR, lambda: {names[name]: tensor for name, tensor in ffn.tensors().items()})
 
 
 def _zero_ffn(hidden_size: int, dtype: torch.dtype) -> Piece:
-    shapes = {"gate_proj": (ZERO_WIDTH, hidden_size), "up_proj": (ZERO_WIDTH, hidden_size), "down_proj": (hidden_size, ZERO_WIDTH)}
+    shapes = {
+        "gate_proj": (ZERO_WIDTH, hidden_size),
+        "up_proj": (ZERO_WIDTH, hidden_size),
+        "down_proj": (hidden_size, ZERO_WIDTH),
+    }
 
     def tensors() -> Mapping[str, Tensor]:
         norm = {"post_attention_layernorm.weight": torch.ones(hidden_size, dtype=dtype)}

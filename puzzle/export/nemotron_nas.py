@@ -97,7 +97,9 @@ def check_family(shape: ModelShape) -> None:
             f"families that can: {', '.join(FAMILIES)}"
         )
     if shape.qkv_bias or shape.output_bias or shape.mlp_bias:
-        raise ConfigError("a model with biases cannot be written as nemotron-nas, where no reader of it was seen to have them")
+        raise ConfigError(
+            "a model with biases cannot be written as nemotron-nas, where no reader of it was seen to have them"
+        )
     if any(window is not None for window in shape.windows):
         raise ConfigError(f"a {shape.family} model with sliding windows cannot be written as nemotron-nas: it has none")
 
@@ -184,7 +186,7 @@ def _rope(teacher: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------- reading it back
+# ------------------------------------------------------------------------------------------------------ reading it back
 
 _KEEP = {"attention": {"kind": "keep"}, "ffn": {"kind": "keep"}}
 # What else a block may say, and no reader does: windows, sinks, sparsity. Null or false means that it does not.
@@ -242,7 +244,8 @@ def _read_block(block: Mapping[str, Any], heads: int, hidden_size: int) -> tuple
         asked = [name for name, value in entry.items() if value and name not in _KNOWN]
         if asked and not (entry.get("no_op") or entry.get("replace_with_linear")):
             raise ConfigError(f"block_configs: {part}: {asked[0]} = {entry[asked[0]]!r} is not supported")
-    count, width = _replaced(attention), _replaced(ffn)
+    count: int | str | None = _replaced(attention)
+    width: int | str | None = _replaced(ffn)
     if count is None:
         count = int(attention.get("num_key_value_heads") or heads // attention["n_heads_in_group"])
     if width is None:

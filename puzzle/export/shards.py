@@ -38,7 +38,10 @@ def write_sharded(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
     flush()
 
     count = len(written)
-    files = [f"model-{index + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for index in range(count)]
+    files = [
+        f"model-{index + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        for index in range(count)
+    ]
     for index, file in enumerate(files):
         (folder / f"part-{index}").rename(folder / file)
     if count > 1:

@@ -62,7 +62,9 @@ class Source:
     def block(self, layer: int, part: Part) -> dict[str, Tensor]:
         """The tensors of one block with its norm, by their names within the layer."""
         prefix = f"model.layers.{layer}."
-        found = {name: tensor for own in part_prefixes(self.config, part) for name, tensor in self.read(prefix + own).items()}
+        found = {
+            name: tensor for own in part_prefixes(self.config, part) for name, tensor in self.read(prefix + own).items()
+        }
         return {name.removeprefix(prefix): tensor for name, tensor in found.items() if "rotary_emb" not in name}
 
 

@@ -1,9 +1,9 @@
 """Checks an exported folder the way a stranger would use it: in a new process that cannot import ``puzzle``.
 
 Reads the export and a reference (safetensors: ``input_ids``, ``logits`` of the model it was made from, fp32); computes,
-in a child process and in the runtime that is asked about, how far what it makes of the export is from the reference, and
-from itself under a cache and under padding. The reference travels with the export, so that it can be checked again on
-any machine: ``puzzle verify EXPORT``.
+in a child process and in the runtime that is asked about, how far the logits that it makes of the export are from the
+reference, and from themselves under a cache and under padding. The reference travels with the export, so that it can be
+checked again on any machine: ``puzzle verify EXPORT``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from puzzle.data.batches import Batch
 from puzzle.teacher import Teacher, run_layer
 from puzzle.types import ConfigError, CorruptFileError, Strict
 
-REFERENCE = Path("verification") / "reference.safetensors"  # not among the weights, where readers would take it for some
+REFERENCE = (
+    Path("verification") / "reference.safetensors"
+)  # not among the weights, where readers would take it for some
 NOT_INSTALLED = 3  # the children's exit code
 EXACT = "exact"  # metadata of a reference: whether the export holds the very numbers
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """``child`` checks the export in it; ``allowed`` is the largest difference of logits, ``checks`` what it reports."""
+    """``child`` checks the export in it; ``allowed``: the largest difference of logits; ``checks``: what it reports."""
 
     child: str
     allowed: float
@@ -50,7 +52,9 @@ RUNTIMES: Mapping[str, Runtime] = {
     ),
     "torch": Runtime("verify_torch.py", 1e-4, needs="pip install 'puzzle-nas[gguf]' for a GGUF file"),
     "llama.cpp": Runtime("verify_llama_cpp.py", 1e-4, needs="pip install llama-cpp-python"),
-    "mlx-lm": Runtime("verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"),
+    "mlx-lm": Runtime(
+        "verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"
+    ),
 }
 _WORDS = {
     "max_logit_difference": "its logits differ from those of the model it was made from",
@@ -149,7 +153,9 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
         try:
             run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         except OSError as error:
-            raise ConfigError(f"{python}: cannot be run ({error.strerror}); give the python of {runtime}'s environment") from None
+            raise ConfigError(
+                f"{python}: cannot be run ({error.strerror}); give the python of {runtime}'s environment"
+            ) from None
         if run.returncode == NOT_INSTALLED:
             needs = RUNTIMES[runtime].needs
             return Verdict(runtime, reason="not installed here" + (f": {needs}" if needs else ""))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.modules["puzzle"] = None  # type: ignore[assignment]
 NOT_INSTALLED = 3
 
 try:
@@ -148,7 +147,9 @@ def read_gguf(path: Path) -> Model:
         sys.exit(NOT_INSTALLED)
     reader = GGUFReader(path)
     state = {
-        one.name: torch.from_numpy(dequantize(one.data, one.tensor_type).reshape(tuple(map(int, one.shape))[::-1]).copy())
+        one.name: torch.from_numpy(
+            dequantize(one.data, one.tensor_type).reshape(tuple(map(int, one.shape))[::-1]).copy()
+        )
         for one in reader.tensors
     }
 
@@ -162,10 +163,13 @@ def read_gguf(path: Path) -> Model:
     layers = []
     for index in range(count):
         heads, kv_heads, width = (
-            value(f"deci.{key}")[index] for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+            value(f"deci.{key}")[index]
+            for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
         )
         prefix = f"blk.{index}."
-        own = {key: state.pop(f"{prefix}{name}.weight") for key, name in GGUF.items() if f"{prefix}{name}.weight" in state}
+        own = {
+            key: state.pop(f"{prefix}{name}.weight") for key, name in GGUF.items() if f"{prefix}{name}.weight" in state
+        }
         if set(own) != _expected(heads, kv_heads, width):
             raise ValueError(f"layer {index} has {sorted(own)}, and the metadata says {heads}, {kv_heads}, {width}")
         layers.append(Layer(heads or None, kv_heads or None, width or None, own))
@@ -246,4 +250,5 @@ def main(export_dir: str, reference_file: str, result_file: str, num_threads: st
 
 
 if __name__ == "__main__":
+    sys.modules["puzzle"] = None  # type: ignore[assignment]
     main(*sys.argv[1:])
