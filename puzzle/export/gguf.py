@@ -20,8 +20,8 @@ from torch import Tensor
 from puzzle.export.folder import begin
 from puzzle.export.gguf_tokenizer import add_tokenizer
 from puzzle.export.lowering import for_llama_cpp
-from puzzle.export.nemotron_nas import block_configs, check_model
-from puzzle.export.source import Piece, Source, pieces
+from puzzle.export.nemotron_nas import check_model
+from puzzle.export.source import Piece, Source, check_runtime, pieces
 from puzzle.modeling import family_of
 from puzzle.types import ConfigError, FfnSpec
 from puzzle.variants import num_kv_heads
@@ -65,7 +65,7 @@ def export_gguf(source: Source, tokenizer_dir: Path, out_dir: Path, stored_as: G
     """
     gguf = _package()
     check_model(source.config.family_config().to_dict(), source.shape)
-    block_configs(source.shape, source.layers)  # refuses what has no word here either
+    check_runtime(source, "llama.cpp")
     begin(out_dir, tokenizer_dir)
     layers = for_llama_cpp(pieces(source), source.shape.hidden_size, getattr(torch, source.dtype))
     kind: GgufType = stored_as or STORED_AS[source.dtype]
