@@ -123,7 +123,7 @@ def _permuted(name: str, tensor: Tensor, head_dim: int) -> Tensor:
     """Rows of q and k: within each head, (half, i) → (i, half)."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
-    rows: Tensor = tensor.unflatten(0, (-1, 2, head_dim // 2))  # type: ignore[no-untyped-call]
+    rows: Tensor = tensor.unflatten(0, (-1, 2, head_dim // 2))
     return rows.transpose(1, 2).flatten(0, 2)
 
 

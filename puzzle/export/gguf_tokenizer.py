@@ -60,12 +60,14 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 def _vocabulary(data: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     """By id; those that the embedding has beyond the tokenizer's are named and marked unused."""
     tokens, types = [f"[UNUSED{index}]" for index in range(vocab_size)], [UNUSED] * vocab_size
-    for token, index in data["model"]["vocab"].items():
-        if index < vocab_size:
-            tokens[index], types[index] = token, NORMAL
-    for added in data.get("added_tokens") or []:
-        if added["id"] < vocab_size:
-            tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    vocabulary, more = data["model"]["vocab"], data.get("added_tokens") or []
+    largest = max([*vocabulary.values(), *(added["id"] for added in more)])
+    if largest >= vocab_size:
+        raise ConfigError(f"the tokenizer has a token {largest}, and the model {vocab_size} only; give the model's own")
+    for token, index in vocabulary.items():
+        tokens[index], types[index] = token, NORMAL
+    for added in more:
+        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     return tokens, types
 
 
