@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint verify-mlx verify-gguf clean
 
 demo: $(VENV)/.run
 	@test -f runs/demo.yaml || $(VENV)/bin/puzzle new runs/demo.yaml
@@ -18,6 +18,15 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Exports in the runtimes that they are for, each in an environment of its own (llama.cpp is compiled: 5 to 10 minutes).
+verify-mlx: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)-mlx && $(VENV)-mlx/bin/pip install --quiet mlx-lm 'mlx[cpu]'
+	$(VENV)/bin/python benchmarks/verify_runtimes.py mlx-lm --python $(VENV)-mlx/bin/python
+
+verify-gguf: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)-llama && $(VENV)-llama/bin/pip install --quiet llama-cpp-python safetensors
+	$(VENV)/bin/python benchmarks/verify_runtimes.py llama.cpp --python $(VENV)-llama/bin/python
+
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
@@ -28,4 +37,4 @@ $(VENV)/.dev: $(VENV)/.run
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-mlx $(VENV)-llama
