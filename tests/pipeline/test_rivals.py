@@ -26,7 +26,7 @@ def rows_of(out: str) -> dict[str, list[str]]:
 
 def test_rivals_stand_beside_the_search(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     (copy.folder / "limit.yaml").write_text("constraints: {params: 80%, layers_with_ffn: {min: 0}}\n")
-    asked = ["compare", str(copy.config), "--importance", "--evolution", "12", "--quantised"]
+    asked = ["compare", "--importance", str(copy.config), "--evolution", "12", "--quantised"]
     assert main(["--debug", *asked]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert len(rows) == 6
