@@ -51,7 +51,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("search", ("score", "profile", "rescore"), plans.plan_search, "find the best architecture that fits"),
     Stage("refine", ("search", "distill"), plans.plan_refine, "evaluate contenders truly, learn, search again", True),
     Stage("build", ("search", "refine", "distill"), plans.plan_build, "put the student together"),
-    Stage("kd", ("build",), plans.plan_kd, "distil the student globally"),
+    Stage("kd", ("build",), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
     Stage("report", ("export",), plans.plan_report, "draw the result"),

@@ -188,7 +188,10 @@ def plan_build(run: Run) -> list[Planned]:
 
 
 def plan_kd(run: Run) -> list[Planned]:
-    settings = run.config.kd.model_dump(exclude={"checkpoint_steps"})
+    # how a step is cut up, how often it is saved and who is told changes nothing
+    settings = run.config.kd.model_dump(
+        exclude={"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs"}
+    )
     inputs = {
         **_teacher_and_data(run),
         "initial": artifacts.content_of(run.student / "initial"),

@@ -18,6 +18,7 @@ from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.tables import ScoreTable
+from puzzle.training_log import check_trackers
 from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
 
@@ -111,6 +112,7 @@ CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
     (False, lambda run: check_sources(run.config.data.all_sources)),
     (False, lambda run: run.constraint_file),
     (False, _check_device),
+    (False, lambda run: check_trackers(run.config.kd.report_to or ())),
     (True, lambda run: checkpoint.weight_files(run.teacher)),
     (True, lambda run: checkpoint.tokenizer_fingerprint(run.teacher)),
     (True, _check_sequences),
