@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.speed import Subject, measured_speed
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
+from puzzle.stages.tournament import newest_checkpoint, winners_checkpoint
 from puzzle.teacher import Compute, load_model
 from puzzle.types import PuzzleError, to_json
 
@@ -36,7 +37,8 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     student = load_model(run.student / "initial", compute)
     job = kd.Distillation(student, teacher_of(run), settings, compute)
     checkpoints = run.student / "kd"
-    if newest := _newest_checkpoint(checkpoints, unit.inputs):
+    # the winner of a tournament is on its way already
+    if newest := newest_checkpoint(checkpoints, unit.inputs) or winners_checkpoint(run, unit.inputs):
         job.load(newest.path, newest.payload)
     steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
@@ -52,15 +54,6 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
     artifacts.publish_folder(unit.path, unit.inputs, write)
     progress.done(unit.path.name)
-
-
-def _newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Unit | None:
-    """The latest checkpoint made from the same inputs; others are of no use and are swept away."""
-    units = [artifacts.read_unit(path) for path in sorted(folder.glob("step-*"))]
-    for stale in [unit for unit in units if unit.inputs != dict(inputs)]:
-        artifacts.remove(stale.path)
-    current = [unit for unit in units if unit.inputs == dict(inputs)]
-    return current[-1] if current else None
 
 
 def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
