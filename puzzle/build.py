@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from puzzle.blocks.layer import block_of, part_state
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.sharding import whole
 from puzzle.teacher import freeze, layers_of, load_state
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
 
@@ -56,13 +57,17 @@ def build_student(
     return freeze(nn.Module.to(student, teacher.device))
 
 
-def write_model(model: PuzzleForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the model, rounded to ``dtype``, for :func:`puzzle.teacher.load_model`; a tied head is stored once."""
+def write_model(model: PuzzleForCausalLM, folder: Path | None, dtype: torch.dtype) -> None:
+    """Writes the model, rounded to ``dtype``, for :func:`puzzle.teacher.load_model`; a tied head is stored once.
+
+    Of a sharded model every rank calls this, all but one with None for a folder: they write nothing.
+    """
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
-    save_file(state, folder / "model.safetensors")
-    model.config.save_pretrained(folder)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor.detach()) if name not in tied else None
+        if full is not None and folder is not None:
+            state[name] = full.to("cpu", dtype).contiguous()
+    if folder is not None:
+        save_file(state, folder / "model.safetensors")
+        model.config.save_pretrained(folder)

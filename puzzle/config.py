@@ -48,6 +48,9 @@ def _printable(text: str) -> str:
 Name = Annotated[str, AfterValidator(_printable)]
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
 def _one_or_more(item: dict[str, Any]) -> tuple[BeforeValidator, WithJsonSchema]:
     """What takes one item, or a list of them; ``item`` is its schema."""
     schema = {"anyOf": [item, {"type": "array", "items": item}]}
@@ -303,13 +306,20 @@ class ProfileConfig(_Model):
 
 
 class KdConfig(_Model):
-    """GKD. Loss: ``kl_weight * KL(logits) + cosine_weight * sum over layers of (1 - cos) + lm_weight * CE``.
+    """GKD. Loss: ``kl_weight * KL(logits) + lm_weight * CE + balance * (cosine_weight * sum over layers of (1 - cos) +
+    mse_weight * sum over layers of the squared error relative to the teacher's square)``.
 
     ``divergence``: forward is KL(teacher || student), reverse the other way round, jsd their symmetric mean.
     """
 
     tokens: Natural = Field(10_000_000, description="0 leaves the student as it was built")
-    batch_size: Positive = Field(8, description="sequences in a step")
+    max_epochs: PositiveFloat | None = Field(
+        None, description="how often train may be gone through; tokens that take more are refused (default: any)"
+    )
+    batch_size: Positive = Field(8, description="sequences in a step, over all ranks together")
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences that a device takes at a time, summing gradients (default: its whole share)"
+    )
     learning_rate: PositiveFloat = Field(5e-4, description="at its highest")
     min_learning_rate: NonNegative = Field(5e-5, description="at the end")
     warmup_steps: Natural = Field(40, description="until the rate is at its highest")
@@ -318,13 +328,39 @@ class KdConfig(_Model):
     divergence: Literal["forward", "reverse", "jsd"] = Field("forward", description="KL(teacher || student) or other")
     temperature: PositiveFloat = Field(1.0, description="that both models' logits are divided by, in the divergence")
     cosine_weight: NonNegative = Field(1.0, description="of 1 - cos, summed over the layers")
+    mse_weight: NonNegative = Field(
+        0.0, description="of the squared error relative to the teacher's square, summed over the layers"
+    )
+    match_embedding: bool = Field(False, description="the embedding's output is compared as a layer's is")
     lm_weight: NonNegative = Field(0.0, description="of the language model's cross-entropy")
+    balance: Literal["fixed", "dynamic"] = Field(
+        "fixed",
+        description="dynamic: the layers' part is scaled to be as large as that of the predictions (as measured at the "
+        "step before)",
+    )
+    checkpoint_activations: bool = Field(False, description="compute layers again going backward: slower, less memory")
     checkpoint_steps: Positive = Field(100, description="how often it can be continued from")
+    report_to: Annotated[tuple[Tracker, ...], *_one_or_more({"enum": [*get_args(Tracker)]})] | None = Field(
+        None, description="where losses are shown beside kd_log.jsonl (default: tensorboard if it is installed)"
+    )
+
+    @property
+    def compares_layers(self) -> bool:
+        return bool(self.cosine_weight or self.mse_weight)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Not where the language model's loss is alone."""
+        return bool(self.kl_weight) or self.compares_layers
 
     @model_validator(mode="after")
     def _some_loss(self) -> KdConfig:
-        if not self.kl_weight + self.cosine_weight + self.lm_weight:
-            raise ValueError("all weights are 0; give at least one of kl_weight, cosine_weight, lm_weight")
+        if not self.needs_teacher and not self.lm_weight:
+            raise ValueError("all weights are 0; give at least one of kl_weight, cosine_weight, mse_weight, lm_weight")
+        if self.match_embedding and not self.compares_layers:
+            raise ValueError("match_embedding needs a cosine_weight or an mse_weight above 0")
+        if self.balance == "dynamic" and not (self.compares_layers and (self.kl_weight or self.lm_weight)):
+            raise ValueError("balance: dynamic needs a loss of the predictions (kl_weight) and one of the layers")
         return self
 
 

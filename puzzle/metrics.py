@@ -92,6 +92,29 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def divergence_sum(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    heads: tuple[nn.Module, nn.Module],
+    weights: Tensor,
+    kind: str = "forward",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Divergence summed over positions by ``weights`` (B, T), with gradients to the student; nats.
+
+    Both models' logits are divided by the temperature, and the loss is multiplied by its square, so that gradients keep
+    their size (Hinton et al., 1503.02531). Logits are recomputed going backward.
+    """
+
+    def chunk_sum(student_part: Tensor, teacher_part: Tensor, weight: Tensor) -> Tensor:
+        log_q = F.log_softmax(heads[0](student_part).float() / temperature, -1)
+        with torch.no_grad():
+            log_p = F.log_softmax(heads[1](teacher_part).float() / temperature, -1)
+        return (DIVERGENCES[kind](log_p, log_q) * weight).sum() * temperature**2
+
+    return _sum_of_chunks(chunk_sum, student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1), weights.flatten())
+
+
 def divergence_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -100,22 +123,23 @@ def divergence_loss(
     kind: str = "forward",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Mean divergence over positions by ``weights`` (B, T), with gradients to the student; nats.
+    """The mean of :func:`divergence_sum` over what ``weights`` count."""
+    total = divergence_sum(student_hidden, teacher_hidden, heads, weights, kind, temperature)
+    return total / weights.sum().clamp_min(1)
 
-    Both models' logits are divided by the temperature, and the loss is multiplied by its square, so that gradients keep
-    their size (Hinton et al., 1503.02531). Logits are recomputed going backward.
-    """
-    student, teacher = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)  # (N, D)
-    each_weight = weights.flatten()
 
-    def chunk_sum(student_part: Tensor, teacher_part: Tensor, weight: Tensor) -> Tensor:
-        log_q = F.log_softmax(heads[0](student_part).float() / temperature, -1)
-        with torch.no_grad():
-            log_p = F.log_softmax(heads[1](teacher_part).float() / temperature, -1)
-        return (DIVERGENCES[kind](log_p, log_q) * weight).sum() * temperature**2
+def cross_entropy_sum(hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of ``labels`` (B, T), summed by ``weights`` (B, T), with gradients; nats. In the same chunks."""
 
-    total = student.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(student), LOGIT_TOKENS):
-        part = slice(start, start + LOGIT_TOKENS)
-        total = total + checkpoint(chunk_sum, student[part], teacher[part], each_weight[part], use_reentrant=False)
-    return total / each_weight.sum().clamp_min(1)
+    def chunk_sum(part: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        return (F.cross_entropy(head(part).float(), label, reduction="none") * weight).sum()
+
+    return _sum_of_chunks(chunk_sum, hidden.flatten(0, 1), labels.flatten(), weights.flatten())
+
+
+def _sum_of_chunks(chunk_sum: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Of ``chunk_sum`` over chunks of tokens, each recomputed going backward; ``rows`` have one row a token."""
+    total = torch.zeros((), device=rows[0].device)
+    for parts in zip(*(of.split(LOGIT_TOKENS) for of in rows), strict=True):
+        total = total + checkpoint(chunk_sum, *parts, use_reentrant=False)
+    return total

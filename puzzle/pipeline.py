@@ -54,7 +54,7 @@ STAGES: tuple[Stage, ...] = (
         "tournament", ("search", "refine", "distill"), plans.plan_tournament, "distil the best a little, keep one", True
     ),
     Stage("build", ("search", "refine", "tournament", "distill"), plans.plan_build, "put the student together"),
-    Stage("kd", ("build",), plans.plan_kd, "distil the student globally"),
+    Stage("kd", ("build",), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
     Stage("report", ("export",), plans.plan_report, "draw the result"),

@@ -242,7 +242,9 @@ def kd_inputs(run: Run, initial: Path) -> dict[str, str]:
 
 
 def _kd_settings(run: Run) -> list[Any]:
-    return [run.config.kd.model_dump(exclude={"checkpoint_steps"}), run.config.dtype]
+    # how a step is cut up, how often it is saved and who is told changes nothing
+    nothing = {"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs"}
+    return [run.config.kd.model_dump(exclude=nothing), run.config.dtype]
 
 
 def plan_evaluate(run: Run) -> list[Planned]:

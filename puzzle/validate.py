@@ -19,6 +19,7 @@ from puzzle.search.constraints import OBJECTIVES
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.search.halving import HALVING, num_distilled, num_rungs
 from puzzle.tables import ScoreTable
+from puzzle.training_log import check_trackers
 from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
 
@@ -131,6 +132,7 @@ CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
     (False, lambda run: run.constraint_file),
     (False, _check_tournament),
     (False, _check_device),
+    (False, lambda run: check_trackers(run.config.kd.report_to or ())),
     (True, lambda run: checkpoint.weight_files(run.teacher)),
     (True, lambda run: checkpoint.tokenizer_fingerprint(run.teacher)),
     (True, _check_sequences),

@@ -15,13 +15,14 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stages.distill import make_distill
 from puzzle.stages.generate import make_generate
+from puzzle.stages.kd import make_kd
 from puzzle.stages.profile import make_fit_costs, make_profile
 from puzzle.stages.refine import make_refine
 from puzzle.stages.rescore import make_rescore
 from puzzle.stages.rivals import make_importance
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
-from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
+from puzzle.stages.student import make_build, make_evaluate, make_export
 from puzzle.stages.tournament import make_tournament
 from puzzle.stages.truth import make_truth
 

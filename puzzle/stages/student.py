@@ -1,4 +1,4 @@
-"""The stages that make the student: put together, distil, evaluate, export."""
+"""The stages about the student but for its distillation: put together, evaluate, export."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 
-from puzzle import artifacts, build, kd
+from puzzle import artifacts, build
 from puzzle.evaluate import evaluate
 from puzzle.export.card import model_card
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.schedule import num_steps
 from puzzle.speed import Subject, measured_speed
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
-from puzzle.stages.tournament import newest_checkpoint, winners_checkpoint
 from puzzle.teacher import Compute, load_model
 from puzzle.types import PuzzleError, to_json
 
@@ -27,31 +25,6 @@ def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     (unit,) = missing
     student = build.build_student(teacher_of(run), run.chosen_items(), functools.partial(item_weights, run))
     write = functools.partial(build.write_model, student, dtype=stored_dtype(run))
-    artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.done(unit.path.name)
-
-
-def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    (unit,) = missing
-    settings, tokens, compute = run.config.kd, tokens_of(run), compute_of(run)
-    student = load_model(run.student / "initial", compute)
-    job = kd.Distillation(student, teacher_of(run), settings, compute)
-    checkpoints = run.student / "kd"
-    # the winner of a tournament is on its way already
-    if newest := newest_checkpoint(checkpoints, unit.inputs) or winners_checkpoint(run, unit.inputs):
-        job.load(newest.path, newest.payload)
-    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
-    batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
-    progress.total(steps, job.step)
-    while job.step < steps:
-        until = min(steps, job.step + settings.checkpoint_steps)
-        job.run(batches, until, steps, lambda loss: progress.fraction(1, f"loss {loss:.4f}"))
-        if job.step < steps:
-            older = sorted(checkpoints.glob("step-*"))
-            artifacts.publish_folder(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save)
-            for path in older:
-                artifacts.remove(path)
-    write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
     artifacts.publish_folder(unit.path, unit.inputs, write)
     progress.done(unit.path.name)
 

@@ -10,11 +10,11 @@ comparison that it came to, each a unit; a start after a stop repeats none of th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from puzzle import artifacts, build, kd, pipeline, plans
+from puzzle import artifacts, build, kd, pipeline, plans, training_log
 from puzzle.data.batches import Batch
 from puzzle.evaluate import compared
 from puzzle.plans import Planned
@@ -24,6 +24,7 @@ from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.search.halving import Rung, halving, num_distilled
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
+from puzzle.stages.kd import newest
 from puzzle.teacher import load_model
 from puzzle.types import Item, mean_and_error
 
@@ -44,6 +45,9 @@ def make_tournament(run: Run, missing: Sequence[Planned], progress: Progress) ->
             "sums": [one.objective_nats for one in candidates],
             "rungs": [field.told(rung) for rung in rungs],
         }
+        if rungs:  # what follows goes on from there, and so does its log
+            said = (field.folder(winner) / training_log.NAME).read_text(encoding="utf-8")
+            artifacts.write_text(run.student / training_log.NAME, said)
         chosen = replace(candidates[winner], inputs=dict(unit.inputs))
         pipeline.publish_solutions(run, unit, [chosen], tournament=found)
         progress.done(unit.path.name)
@@ -51,6 +55,12 @@ def make_tournament(run: Run, missing: Sequence[Planned], progress: Progress) ->
 
 def _steps(run: Run, tokens: int) -> int:
     return num_steps(tokens, run.config.kd.batch_size, run.config.data.sequence_tokens)
+
+
+def _tell(job: kd.Distillation, log: training_log.Log, progress: Progress, name: str, loss: float) -> None:
+    progress.fraction(1, f"{name}, loss {loss:.4f}")
+    assert job.last is not None
+    log(job.last.step, job.last.figures())
 
 
 @dataclass(frozen=True)
@@ -103,16 +113,17 @@ class _Field:
         job = kd.Distillation(
             load_model(folder / "initial", compute_of(run)), teacher_of(run), run.config.kd, compute_of(run)
         )
-        if newest := newest_checkpoint(folder / "kd", inputs):
-            job.load(newest.path, newest.payload)
+        if (last := newest(folder / "kd")) is not None:
+            job.load(last.path, last.payload)
         if job.step < steps:
             batches = functools.partial(tokens_of(run).batch, run.config.seed, batch_size=run.config.kd.batch_size)
             name = f"candidate {candidate + 1}"
             whole = _steps(run, run.config.kd.tokens)
-            job.run(batches, steps, whole, lambda loss: progress.fraction(1, f"{name}, loss {loss:.4f}"))
+            with training_log.opened(folder, job.step, ()) as log:
+                job.run(batches, steps, whole, functools.partial(_tell, job, log, progress, name))
             artifacts.publish_folder(folder / "kd" / f"step-{steps:08d}", inputs, job.save)
-        if newest is not None and newest.payload["step"] < steps:
-            artifacts.remove(newest.path)
+        if last is not None and last.payload["step"] < steps:
+            artifacts.remove(last.path)
         kl = compared(job.finish(), teacher_of(run), self.select).kl_nats.tolist()
         artifacts.publish_json(self._figure(candidate, steps), inputs, {"kl_nats": kl})
 
@@ -124,20 +135,3 @@ class _Field:
         student = build.build_student(teacher_of(run), items, functools.partial(item_weights, run))
         write = functools.partial(build.write_model, student, dtype=stored_dtype(run))
         artifacts.publish_folder(path, plans.student_inputs(run, items), write)
-
-
-def winners_checkpoint(run: Run, inputs: Mapping[str, str]) -> artifacts.Unit | None:
-    """Where the winner of the run's tournament stood at its end, if there was one and it is there still."""
-    found = artifacts.read_unit(run.solution).payload.get("tournament")
-    return (
-        None if found is None else newest_checkpoint(run.student / "tournament" / str(found["winner"]) / "kd", inputs)
-    )
-
-
-def newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Unit | None:
-    """The latest checkpoint made from the same inputs; others are of no use and are swept away."""
-    units = [artifacts.read_unit(path) for path in sorted(folder.glob("step-*"))]
-    for stale in [unit for unit in units if unit.inputs != dict(inputs)]:
-        artifacts.remove(stale.path)
-    current = [unit for unit in units if unit.inputs == dict(inputs)]
-    return current[-1] if current else None

@@ -1,0 +1,129 @@
+"""The stage that distils the student: on this process, or on all ranks together, from the last checkpoint on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from puzzle import artifacts, build, training_log
+from puzzle.data.batches import TokenData
+from puzzle.kd import Distillation, DivergedError
+from puzzle.kd.losses import check_comparable
+from puzzle.plans import Planned
+from puzzle.progress import Progress
+from puzzle.ranks import Ranks
+from puzzle.run import Run
+from puzzle.schedule import num_steps
+from puzzle.sharding import load_sharded, mesh_of
+from puzzle.stages.common import compute_of, forget_teacher, stored_dtype, teacher_of, tokens_of
+from puzzle.teacher import load_model
+from puzzle.types import ConfigError
+
+
+def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    (unit,) = missing
+    settings, tokens, ranks = run.config.kd, tokens_of(run), Ranks.current()
+    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
+    _check(run, tokens, ranks)
+    job = _job(run, ranks)
+    checkpoints = run.student / "kd"
+    if ranks.first:
+        _sweep(checkpoints, unit.inputs)
+    ranks.wait(run.folder, "kd")
+    good = newest(checkpoints) or _winners(run, unit.inputs)
+    if good is not None:
+        job.load(good.path, good.payload)
+    batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
+    progress.total(steps, job.step)
+    with training_log.opened(run.student, job.step, settings.report_to if ranks.first else ()) as log:
+        while job.step < steps:
+            until = min(steps, job.step + settings.checkpoint_steps)
+            try:
+                job.run(batches, until, steps, _teller(job, log if ranks.first else None, progress))
+            except DivergedError as error:
+                where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
+                raise ConfigError(f"{error}; {where}") from None
+            if job.step < steps:
+                older = sorted(checkpoints.glob("step-*"))
+                good = _published(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save, ranks)
+                for path in older if ranks.first else ():
+                    artifacts.remove(path)
+    write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
+    _published(unit.path, unit.inputs, write, ranks)
+    if ranks.first:
+        progress.done(unit.path.name)
+
+
+def _check(run: Run, tokens: TokenData, ranks: Ranks) -> None:
+    """ConfigError before any weights are loaded."""
+    settings, sequence_tokens = run.config.kd, run.config.data.sequence_tokens
+    check_comparable(run.student / "initial", run.teacher)
+    if settings.batch_size % ranks.count:
+        raise ConfigError(
+            f"kd.batch_size is {settings.batch_size}, which {ranks.count} ranks cannot share equally; "
+            "make it a multiple of their number"
+        )
+    available = tokens.num_sequences("train") * sequence_tokens
+    if settings.max_epochs is not None and settings.tokens > settings.max_epochs * available:
+        raise ConfigError(
+            f"kd.tokens is {settings.tokens:,}, but train holds {available:,} tokens and kd.max_epochs is "
+            f"{settings.max_epochs:g}; give more text, ask for fewer tokens, or allow more epochs"
+        )
+
+
+def _job(run: Run, ranks: Ranks) -> Distillation:
+    settings, compute = run.config.kd, compute_of(run)
+    initial = run.student / "initial"
+    if (mesh := mesh_of(compute.device, ranks.count)) is None:
+        teacher = teacher_of(run) if settings.needs_teacher else None
+        return Distillation(load_model(initial, compute), teacher, settings, compute)
+    forget_teacher()
+    # what trains is in fp32; a frozen weight that is stored in bf16 and multiplied in bf16 loses nothing by staying so
+    frozen = min(compute.dtype, stored_dtype(run), key=lambda dtype: dtype.itemsize)
+    teacher = load_sharded(run.teacher, mesh, frozen, trained=False) if settings.needs_teacher else None
+    student = load_sharded(initial, mesh, torch.float32, trained=True)
+    return Distillation(student, teacher, settings, compute, ranks)
+
+
+def _teller(job: Distillation, log: training_log.Log | None, progress: Progress) -> Callable[[float], None]:
+    """What is called after each step."""
+
+    def tell(loss: float) -> None:
+        progress.fraction(1, f"loss {loss:.4f}")
+        if log is not None and job.last is not None:
+            log(job.last.step, job.last.figures())
+
+    return tell
+
+
+def _published(
+    path: Path, inputs: Mapping[str, str], write: Callable[[Path | None], Mapping[str, object] | None], ranks: Ranks
+) -> artifacts.Unit | None:
+    """Rank 0 publishes; the others do their part in putting tensors together."""
+    if ranks.first:
+        return artifacts.publish_folder(path, inputs, write)
+    write(None)
+    return None
+
+
+def _sweep(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Removes checkpoints that were made from other inputs: they are of no use."""
+    for path in sorted(folder.glob("step-*")):
+        if artifacts.changed_inputs(path, inputs):
+            artifacts.remove(path)
+
+
+def newest(folder: Path) -> artifacts.Unit | None:
+    """The latest checkpoint in the folder."""
+    found = sorted(folder.glob("step-*"))
+    return artifacts.read_unit(found[-1]) if found else None
+
+
+def _winners(run: Run, inputs: Mapping[str, str]) -> artifacts.Unit | None:
+    """Where the winner of the run's tournament stood at its end, if there was one and it is there still."""
+    found = artifacts.read_unit(run.solution).payload.get("tournament")
+    checkpoint = None if found is None else newest(run.student / "tournament" / str(found["winner"]) / "kd")
+    return checkpoint if checkpoint is not None and checkpoint.inputs == dict(inputs) else None
