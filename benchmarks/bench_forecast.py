@@ -31,7 +31,7 @@ from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
 from puzzle.variants import site_item
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, BATCH_SIZE = 400, 2
+STEPS, BATCH_SIZE, SEQUENCE_TOKENS = 300, 2, 128
 CONFIG = "run: {folder}\nconstraints: half-memory\n"
 KINDS: dict[str, Callable[[Site, int], Spec]] = {  # the spec at a site, given the FFN's width
     "half of the FFN": lambda site, width: (
@@ -84,7 +84,13 @@ def curves(options: argparse.Namespace, results: Results) -> None:
         config = options.work / "forecast.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(CONFIG.format(folder=options.work / "forecast"))
-        asked = ["kd.cosine_weight=0", f"kd.batch_size={BATCH_SIZE}", "kd.warmup_steps=10", f"seed={seed}"]
+        asked = [
+            "kd.cosine_weight=0",
+            f"kd.batch_size={BATCH_SIZE}",
+            f"data.sequence_tokens={SEQUENCE_TOKENS}",
+            "kd.warmup_steps=8",
+            f"seed={seed}",
+        ]
         run = Run.open(config, asked)
         pipeline.run_stage(run, "data")
         for kind in KINDS:
@@ -103,7 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "forecast.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(options.output, {"steps": STEPS, "batch_size": BATCH_SIZE})
+    results = Results(options.output, {"steps": STEPS, "batch_size": BATCH_SIZE, "sequence_tokens": SEQUENCE_TOKENS})
     curves(options, results)
 
 
