@@ -219,10 +219,30 @@ def _stage(options: argparse.Namespace) -> None:
         from puzzle.report import profile
 
         print(profile.fits_text(run.cost_source.fits))
+    elif options.stage == "generate-data":
+        _print_generated(run)
+    elif options.stage == "tournament":
+        from puzzle.report.tournament import standings
+
+        print(standings(run) or "no tournament: set tournament: {candidates: 4} in the config")
     elif options.stage == "additivity":
         from puzzle.report import additivity
 
         print(additivity.report(run))
+
+
+def _print_generated(run: Run) -> None:
+    from puzzle import artifacts, plans
+
+    shards = [artifacts.read_unit(unit.path).payload for unit in plans.plan_generate(run)]
+    counts = {name: sum(shard[name] for shard in shards) for name in ("documents", "new_tokens", "ended", "too_long")}
+    source = run.config.generate.prompts
+    messages = ", messages: messages" if source is not None and source.messages is not None else ""
+    print(
+        f"{counts['documents']:,} documents, {counts['new_tokens']:,} new tokens; {counts['ended']:,} came to an end; "
+        f"{counts['too_long']:,} prompts were too long\n"
+        f"to distil on it: data: {{sources: [{{path: {run.generated}{messages}, weight: 0.5}}, …]}}"
+    )
 
 
 def _print_profile(run: Run) -> None:

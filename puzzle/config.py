@@ -238,6 +238,25 @@ class RefineConfig(_Model):
     seed: Natural = Field(0, description="of what is random in it")
 
 
+class TournamentConfig(_Model):
+    """The best answers of the search distilled for a short while each: the order that scores predict moves early on.
+
+    Half of them are left out each time, and those that go on are distilled twice as far, until one is left.
+    """
+
+    candidates: Natural = Field(
+        0, description="how many of the best answers compete (constraint file: solutions: {count: …}); 0: no tournament"
+    )
+    tokens: Positive = Field(500_000, description="of GKD until the first comparison; twice as many until each later")
+
+    @field_validator("candidates")
+    @classmethod
+    def _none_or_several(cls, candidates: int) -> int:
+        if candidates == 1:
+            raise ValueError("one candidate alone cannot compete; give at least 2, or 0")
+        return candidates
+
+
 class VllmConfig(_Model):
     """vLLM's own environment, and how it is started."""
 
@@ -355,6 +374,27 @@ class KdConfig(_Model):
         return self
 
 
+class GenerateConfig(_Model):
+    """`puzzle generate-data`: text of the teacher's own, to distil on."""
+
+    documents: Positive = Field(1024, description="how many the teacher writes")
+    prompts: SourceConfig | None = Field(
+        None, description="texts or conversations that it goes on from; null: it begins with its first token"
+    )
+    prompt_tokens: Positive = Field(32, description="of each text, from its beginning, that are given")
+    max_new_tokens: Positive = Field(512, description="that it writes, unless it ends before")
+    temperature: NonNegative = Field(1.0, description="that its logits are divided by; 0: always the likeliest token")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of the probability that may be drawn")
+    batch_size: Positive = Field(32, description="documents written at a time")
+
+    @field_validator("prompts")
+    @classmethod
+    def _unweighted(cls, prompts: SourceConfig | None) -> SourceConfig | None:
+        if prompts is not None and prompts.weight is not None:
+            raise ValueError("prompts are a single source; leave out its weight")
+        return prompts
+
+
 class EvaluateConfig(_Model):
     """At least two sequences: one has no standard error."""
 
@@ -383,8 +423,12 @@ class RunConfig(_Model):
     additivity: AdditivityConfig = Field(AdditivityConfig(), description="puzzle additivity")
     profile: ProfileConfig = Field(ProfileConfig(), description="where times come from")
     refine: RefineConfig = Field(RefineConfig(), description="the search past sums of scores")
+    tournament: TournamentConfig = Field(
+        TournamentConfig(), description="the best answers compete in a short distillation"
+    )
     kd: KdConfig = Field(KdConfig(), description="global distillation of the student")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the final comparison")
+    generate: GenerateConfig = Field(GenerateConfig(), description="puzzle generate-data")
 
 
 class LayerSpaceFile(_Model):

@@ -50,7 +50,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("rescore", ("score", "profile"), plans.plan_rescore, "measure exactly what decides the search", True),
     Stage("search", ("score", "profile", "rescore"), plans.plan_search, "find the best architecture that fits"),
     Stage("refine", ("search", "distill"), plans.plan_refine, "evaluate contenders truly, learn, search again", True),
-    Stage("build", ("search", "refine", "distill"), plans.plan_build, "put the student together"),
+    Stage(
+        "tournament", ("search", "refine", "distill"), plans.plan_tournament, "distil the best a little, keep one", True
+    ),
+    Stage("build", ("search", "refine", "tournament", "distill"), plans.plan_build, "put the student together"),
     Stage("kd", ("build",), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
@@ -59,6 +62,7 @@ STAGES: tuple[Stage, ...] = (
 ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
     Stage("importance", ("data",), plans.plan_importance, "measure how much each layer changes the residual stream"),
+    Stage("generate-data", (), plans.plan_generate, "let the teacher write text to distil on", True),
     Stage("fit-costs", ("profile",), plans.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
 TRUTH = Stage("truth", ("distill",), lambda _: [], "evaluate whole architectures", True)
@@ -143,12 +147,13 @@ def _name_the_dead(run: Run) -> None:
 
 
 def _tidy(run: Run) -> None:
-    """Removes what crashes left half-written, and checkpoints of students that are finished."""
+    """Removes what crashes left half-written, and checkpoints of students that are finished, and of rivals."""
     artifacts.sweep(run.folder)
     if run.data.exists():
         artifacts.remove(run.folder / "shards")
     for final in run.folder.glob("students/*/final"):
         artifacts.remove(final.parent / "kd")
+        artifacts.remove(final.parent / "tournament")
 
 
 def _prepare(run: Run) -> None:

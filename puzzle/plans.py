@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, checkpoint
-from puzzle.data.inputs import data_inputs
+from puzzle.data.inputs import data_inputs, source_fingerprint
 from puzzle.data.packing import num_windows
 from puzzle.scoring.sampling import undecided
 from puzzle.types import ConfigError, Item
@@ -20,6 +20,8 @@ from puzzle.variants import has_weights, is_teacher, made_of, shape_id, variant_
 
 if TYPE_CHECKING:
     from puzzle.run import Run
+
+SHARD_DOCUMENTS = 64  # of generated text, published together
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,29 @@ def plan_additivity(run: Run) -> list[Planned]:
     return [truth_of(run, one.items, "score") for one in run.draws.values()]
 
 
+def plan_generate(run: Run) -> list[Planned]:
+    settings, seed = run.config.generate, run.config.seed
+    recipe = [settings.model_dump(exclude={"documents", "batch_size", "prompts"}), seed, run.config.dtype]
+    inputs = {
+        "teacher": run.teacher_fingerprint,
+        "tokenizer": checkpoint.tokenizer_fingerprint(run.teacher),
+        "generate": artifacts.fingerprint(recipe),
+    }
+    if settings.prompts is not None:
+        inputs["prompts"] = source_fingerprint(settings.prompts, run.folder)
+    shards = range(0, settings.documents, SHARD_DOCUMENTS)
+    stops = [min(first + SHARD_DOCUMENTS, settings.documents) for first in shards]
+    return [
+        Planned(run.generated / f"{first:08d}-{stop:08d}", inputs) for first, stop in zip(shards, stops, strict=True)
+    ]
+
+
+def rows_of_shard(path: Path) -> range:
+    """The numbers of the documents that a shard of generated text holds."""
+    first, stop = map(int, path.name.split("-"))
+    return range(first, stop)
+
+
 def plan_rescore(run: Run) -> list[Planned]:
     return [Planned(run.rescored, tables(run))] if run.estimated else []
 
@@ -169,7 +194,7 @@ def plan_search(run: Run) -> list[Planned]:
 
 
 def plan_refine(run: Run) -> list[Planned]:
-    return [Planned(run.solution, refine_inputs(run))] if run.config.refine.evaluations else []
+    return [Planned(run.uncontested.solution, refine_inputs(run))] if run.config.refine.evaluations else []
 
 
 def refine_inputs(run: Run) -> dict[str, str]:
@@ -177,27 +202,49 @@ def refine_inputs(run: Run) -> dict[str, str]:
     return {**search_inputs(run), **_teacher_and_data(run), "refine": _slice(run, settings)}
 
 
+def plan_tournament(run: Run) -> list[Planned]:
+    return [Planned(run.solution, tournament_inputs(run))] if run.config.tournament.candidates else []
+
+
+def tournament_inputs(run: Run) -> dict[str, str]:
+    settings = [run.config.tournament.model_dump(), _kd_settings(run), run.num_sequences("select")]
+    found = [artifacts.content_of(one.solution) for one in (run.uncontested, run.unrefined)]
+    return {
+        **(refine_inputs(run) if run.config.refine.evaluations else search_inputs(run)),
+        **_teacher_and_data(run),
+        "candidates": artifacts.fingerprint(found),
+        "tournament": _slice(run, settings),
+    }
+
+
 def plan_build(run: Run) -> list[Planned]:
     chosen = run.chosen_items() if run.solution.exists() else ()
-    inputs = {
-        "teacher": run.teacher_fingerprint,
-        "solution": artifacts.content_of(run.solution),
-        "library": _library_content(run, chosen),
-    }
+    inputs = {**student_inputs(run, chosen), "solution": artifacts.content_of(run.solution)}
     return [Planned(run.student / "initial", inputs)]
 
 
+def student_inputs(run: Run, items: Sequence[Item]) -> dict[str, str]:
+    """What the student of these items is put together from."""
+    return {"teacher": run.teacher_fingerprint, "library": _library_content(run, items)}
+
+
 def plan_kd(run: Run) -> list[Planned]:
-    # how a step is cut up, how often it is saved and who is told changes nothing
-    settings = run.config.kd.model_dump(
-        exclude={"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs"}
-    )
-    inputs = {
+    return [Planned(run.student / "final", kd_inputs(run, run.student / "initial"))]
+
+
+def kd_inputs(run: Run, initial: Path) -> dict[str, str]:
+    """What the distillation of the student in ``initial`` rests on."""
+    return {
         **_teacher_and_data(run),
-        "initial": artifacts.content_of(run.student / "initial"),
-        "kd": _slice(run, [settings, run.config.dtype]),
+        "initial": artifacts.content_of(initial),
+        "kd": _slice(run, _kd_settings(run)),
     }
-    return [Planned(run.student / "final", inputs)]
+
+
+def _kd_settings(run: Run) -> list[Any]:
+    # how a step is cut up, how often it is saved and who is told changes nothing
+    nothing = {"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs"}
+    return [run.config.kd.model_dump(exclude=nothing), run.config.dtype]
 
 
 def plan_evaluate(run: Run) -> list[Planned]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from puzzle import artifacts, checkpoint, plans, yamlfiles
 from puzzle.capabilities import served_as
-from puzzle.config import ConstraintFile, GridFile, RefineConfig, RunConfig, SpaceFile
+from puzzle.config import ConstraintFile, GridFile, RefineConfig, RunConfig, SpaceFile, TournamentConfig
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.source import CostSource
@@ -289,7 +289,7 @@ class Run:
             ("score.sequences", "score", self.config.score.sequences),
             ("evaluate.sequences", "report", self.config.evaluate.sequences),
         ]
-        if self.config.refine.evaluations:
+        if self.config.refine.evaluations or self.config.tournament.candidates:
             asked.append(("evaluate.sequences", "select", self.config.evaluate.sequences))
         for key, split, wanted in asked:
             if wanted > (there := num_windows(counts, split, tokens)):
@@ -324,16 +324,27 @@ class Run:
     @property
     def solution_id(self) -> str:
         """Named by what it rests on, so a changed constraint file or table gives a new solution beside the old one."""
-        refined = bool(self.config.refine.evaluations)
-        inputs = plans.refine_inputs(self) if refined else plans.search_inputs(self)
-        return f"{self.constraints.stem}{'-refined' * refined}-{artifacts.fingerprint(inputs)[:8]}"
+        if self.config.tournament.candidates:
+            kind, inputs = "-tournament", plans.tournament_inputs(self)
+        elif self.config.refine.evaluations:
+            kind, inputs = "-refined", plans.refine_inputs(self)
+        else:
+            kind, inputs = "", plans.search_inputs(self)
+        return f"{self.constraints.stem}{kind}-{artifacts.fingerprint(inputs)[:8]}"
+
+    @cached_property
+    def uncontested(self) -> Run:
+        """This run, whose solution is what refine or the search found, before any tournament."""
+        if not self.config.tournament.candidates:
+            return self
+        return replace(self, config=self.config.model_copy(update={"tournament": TournamentConfig()}))
 
     @cached_property
     def unrefined(self) -> Run:
         """This run, whose solution is the search's."""
         if not self.config.refine.evaluations:
-            return self
-        return replace(self, config=self.config.model_copy(update={"refine": RefineConfig()}))
+            return self.uncontested
+        return replace(self, config=self.uncontested.config.model_copy(update={"refine": RefineConfig()}))
 
     @property
     def solution(self) -> Path:
@@ -353,10 +364,18 @@ class Run:
         source = f"{self.solution / artifacts.MARKER}"
         return tuple(from_json(Solution, entry, source) for entry in payload["solutions"])
 
+    def items_of(self, solution: Solution) -> tuple[Item, ...]:
+        by_id = {item.id: item for item in self.items}
+        return tuple(by_id[item_id] for item_id in solution.items)
+
     def chosen_items(self) -> tuple[Item, ...]:
         """The items of the best solution."""
-        by_id = {item.id: item for item in self.items}
-        return tuple(by_id[item_id] for item_id in self.solutions()[0].items)
+        return self.items_of(self.solutions()[0])
+
+    def candidates(self) -> tuple[Solution, ...]:
+        """What competes: the refined solution, if there is one, then the search's own, best first."""
+        found = {one.items: one for run in (self.uncontested, self.unrefined) for one in run.solutions()}
+        return tuple(found.values())[: self.config.tournament.candidates]
 
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
@@ -374,6 +393,11 @@ class Run:
         means = table.means(self.items, "kl")
         first = {key[0]: score.per_sequence[:count] for key, score in table.scores.items() if key[1] == "kl"}
         return means | {item_id: sum(values) / len(values) for item_id, values in first.items() if item_id in means}
+
+    @property
+    def generated(self) -> Path:
+        """The teacher's own text."""
+        return self.folder / "generated"
 
     @property
     def importance(self) -> Path:

@@ -17,6 +17,7 @@ from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES
 from puzzle.search.goal import goal_of, is_quality
+from puzzle.search.halving import HALVING, num_distilled, num_rungs
 from puzzle.tables import ScoreTable
 from puzzle.training_log import check_trackers
 from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
@@ -55,6 +56,24 @@ def _check_sequences(run: Run) -> None:
     asked, most = run.config.data.sequence_tokens, run.shape.max_position_embeddings
     if asked > most:
         raise ConfigError(f"data.sequence_tokens is {asked}, but the teacher takes at most {most} tokens; lower it")
+
+
+def _check_tournament(run: Run) -> None:
+    settings, kd = run.config.tournament, run.config.kd
+    if not settings.candidates:
+        return
+    there = run.constraint_file.solutions.count + bool(run.config.refine.evaluations)
+    if there < settings.candidates:
+        raise ConfigError(
+            f"tournament.candidates is {settings.candidates}, but {run.constraints} asks for {there}; "
+            f"say there solutions: {{count: {settings.candidates}}}"
+        )
+    last = settings.tokens * HALVING ** (num_rungs(settings.candidates) - 1)
+    if last >= kd.tokens:
+        raise ConfigError(
+            f"the tournament's last comparison is after {last:,} tokens, but kd.tokens is {kd.tokens:,}; lower "
+            "tournament.tokens or tournament.candidates, or raise kd.tokens"
+        )
 
 
 def _check_device(run: Run) -> None:
@@ -111,6 +130,7 @@ def _profiled_device(run: Run) -> tuple[str, str]:
 CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
     (False, lambda run: check_sources(run.config.data.all_sources)),
     (False, lambda run: run.constraint_file),
+    (False, _check_tournament),
     (False, _check_device),
     (False, lambda run: check_trackers(run.config.kd.report_to or ())),
     (True, lambda run: checkpoint.weight_files(run.teacher)),
@@ -161,13 +181,15 @@ def _stage_flops(run: Run, stage: str) -> float:
         "init": 2 * forward + variant,
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
         "score": one_pass + (forward / 2 + head) * exact,
-        "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
+        "tournament": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
+        "kd": (1 + TRAIN_FORWARDS) * forward,
         "evaluate": 6 * forward,
     }
     count = {
         "init": run.config.init.sequences * tokens,
         "distill": run.config.distill.tokens,
         "score": run.config.score.sequences * tokens,
+        "tournament": run.config.tournament.tokens * num_distilled(run.config.tournament.candidates),
         "kd": run.config.kd.tokens,
         "evaluate": run.config.evaluate.sequences * tokens,
     }

@@ -17,15 +17,17 @@ HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
     types formats config yamlfiles artifacts variants capabilities space memory_plan checkpoint data data.streamed
-    data.source data.inputs data.encode data.packing schedule ranks training_log
+    data.source data.inputs data.encode data.packing schedule forecast ranks training_log
     tables scoring.draws scoring.sampling profiling
     profiling.memory profiling.table profiling.grid profiling.hardware profiling.kernels profiling.roofline
     profiling.imported profiling.correction profiling.regression export.nemotron_nas profiling.vllm
     profiling.vllm_costs profiling.source search.problem search.metrics search.goal search.fan_out schema
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
-    search.compare search scoring.design scoring.interactions search.moves search.refine search.study plans run
-    report.summary report.figures report.library report.profile report.additivity report export.card progress
+    search.compare search scoring.design scoring.interactions search.moves search.refine search.study
+    search.halving search.uniform plans run
+    report.tournament report.summary report.figures report.library report.profile report.additivity report
+    export.card progress
     data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli
 """.split()  # noqa: SIM905
 TORCH = """
@@ -34,10 +36,10 @@ TORCH = """
     metrics blocks blocks.layer blocks.nested blocks.fusion
     blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates blocks.starts
     blocks.stream blocks.distill scoring scoring.context scoring.exact scoring.one_pass build
-    kd.losses kd.stored kd.loop kd evaluate export
+    kd.losses kd.stored kd.loop kd evaluate generate export
     export.hf export.verify profiling.stack profiling.probes profiling.measure speed stages.common stages.starts
     stages.distill stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.student
-    stages.kd
+    stages.kd stages.tournament stages.generate
     stages
 """.split()  # noqa: SIM905
 ALONE = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from puzzle import artifacts, search
+from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
 from puzzle.search import pareto
 from puzzle.types import GIB, Solution, Spec
@@ -48,6 +49,7 @@ class Summary:
     architecture: tuple[tuple[str, str], ...]  # attention and FFN variant of each layer
     widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
     front: Front
+    standings: str  # of the tournament; empty where there was none
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -73,6 +75,7 @@ class Summary:
             architecture=tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in layers),
             widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
             front=pareto.front(problem, cost),
+            standings=standings(run),
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -101,7 +104,7 @@ class Summary:
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        lines += ["", NOTES, ""]
+        lines += ["", NOTES, "", *([self.standings, ""] if self.standings else [])]
         lines += ["| layer | attention | FFN |", "|---|---|---|"]
         lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
         return "\n".join(lines) + "\n"
