@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puzzle.blocks.layer import block_of, part_state
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.teacher import freeze, layers_of, load_state
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
 
@@ -58,11 +58,12 @@ def build_student(
 
 def write_model(model: PuzzleForCausalLM, folder: Path, dtype: torch.dtype) -> None:
     """Writes the model, rounded to ``dtype``, for :func:`puzzle.teacher.load_model`; a tied head is stored once."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
-    save_file(state, folder / "model.safetensors")
-    model.config.save_pretrained(folder)
+    write_state(model.state_dict(), model.config, folder, dtype)
+
+
+def write_state(state: Mapping[str, Tensor], config: PuzzleConfig, folder: Path, dtype: torch.dtype) -> None:
+    """:func:`write_model` of a model of ``config`` by its tensors alone."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items() if name not in tied}
+    save_file(stored, folder / "model.safetensors")
+    config.save_pretrained(folder)

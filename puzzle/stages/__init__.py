@@ -15,9 +15,9 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stages.distill import make_distill
 from puzzle.stages.profile import make_fit_costs, make_profile
+from puzzle.stages.prune import make_importance, make_prune
 from puzzle.stages.refine import make_refine
 from puzzle.stages.rescore import make_rescore
-from puzzle.stages.rivals import make_importance
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
 from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
@@ -39,6 +39,7 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "profile": make_profile,
     "fit-costs": make_fit_costs,
     "build": make_build,
+    "prune": make_prune,
     "kd": make_kd,
     "evaluate": make_evaluate,
     "export": make_export,
