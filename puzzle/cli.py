@@ -173,11 +173,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> None:
+    from puzzle.pruning import change, pruned_shape
     from puzzle.validate import validate
 
     run = open_run(options)
     for one in run.each_pick():
         validate(one)
+    if run.config.prune is not None:
+        print(f"{options.run}: valid ({change(run.shape, pruned_shape(run.pruning, run.shape))})")
+        return
     print(
         f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, "
         f"{len(run.grid_points)} points of the grid)"

@@ -225,6 +225,9 @@ def plan_evaluate(run: Run) -> list[Planned]:
         "final": artifacts.content_of(run.student / "final"),
         "evaluate": _slice(run, run.config.evaluate.model_dump()),
     }
+    if run.config.prune is not None:  # a search's student is one for its constraint file
+        served = {name: workload.model_dump() for name, workload in run.constraint_file.workloads.items()}
+        inputs["workloads"] = artifacts.fingerprint(served)
     return [Planned(run.student / "evaluation.json", inputs)]
 
 

@@ -67,8 +67,8 @@ class Run:
         context_file: Path | None = None,
         pick: int | None = None,
     ) -> Run:
-        """From a config file, or from the folder of an existing run; ``overrides`` are ``a.b=value``."""
-        path = where / "config.yaml" if where.is_dir() else where
+        """From a config file, a recipe by its name, or the folder of a run; ``overrides`` are ``a.b=value``."""
+        path = yamlfiles.locate_config(where)
         if where.is_dir() and not path.is_file():
             raise ConfigError(f"{where}: no run folder (it has no config.yaml); `puzzle run CONFIG` makes one")
         settings = yamlfiles.load(RunConfig, path, overrides)

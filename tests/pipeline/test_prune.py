@@ -10,9 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle import artifacts
+from puzzle.blocks.moments import token_weights
 from puzzle.cli import main
 from puzzle.pipeline import stages_of
 from puzzle.run import Run
+from puzzle.stages.common import sequences_of
+from puzzle.teacher import read_tensors
 from puzzle.variants import model_params
 from tests.pipeline.conftest import Project
 
@@ -34,6 +37,7 @@ def test_a_pruning_ends_with_a_plain_checkpoint_and_a_report(
 ) -> None:
     as_pruning(project)
     assert main(["--debug", "validate", str(project.config)]) == 0
+    assert "layers 2 → 1, hidden size 32 → 24" in capsys.readouterr().out
     assert main(["--debug", "run", str(project.config)]) == 0
     run = Run.open(project.config)
     shape = run.student_shape
@@ -91,18 +95,12 @@ def test_layers_go_as_asked_and_nothing_else_changes(project: Project, by: str, 
         payload = artifacts.read_unit(run.drops).payload["scores"]["kl"]
         assert payload[str(kept)] == max(payload.values())
     teacher = LlamaForCausalLM.from_pretrained(project.folder / "teacher").state_dict()
-    from puzzle.teacher import read_tensors
-
     for name, tensor in read_tensors(run.student / "initial" / "model.safetensors").items():
         same = torch.equal(tensor, teacher[name.replace("layers.0.", f"layers.{kept}.")])
         assert same or start == "best"
 
 
 def test_importance_is_that_of_plain_torch(project: Project) -> None:
-    from puzzle.blocks.moments import token_weights
-    from puzzle.stages.common import sequences_of
-    from puzzle.teacher import read_tensors
-
     as_pruning(project, "prune: {importance: {sequence: l2, batch: mean}}", limits=False)
     assert main(["--debug", "data", str(project.config)]) == 0
     assert main(["--debug", "importance", str(project.config)]) == 0
