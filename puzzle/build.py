@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puzzle.blocks.layer import block_of, part_state
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.sharding import whole
 from puzzle.teacher import freeze, layers_of, load_state
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
@@ -62,12 +62,18 @@ def write_model(model: PuzzleForCausalLM, folder: Path | None, dtype: torch.dtyp
 
     Of a sharded model every rank calls this, all but one with None for a folder: they write nothing.
     """
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        full = whole(tensor.detach()) if name not in tied else None
-        if full is not None and folder is not None:
-            state[name] = full.to("cpu", dtype).contiguous()
+        full = whole(tensor.detach())
+        if folder is not None:
+            state[name] = full.to("cpu", dtype)
     if folder is not None:
-        save_file(state, folder / "model.safetensors")
-        model.config.save_pretrained(folder)
+        write_state(state, model.config, folder, dtype)
+
+
+def write_state(state: Mapping[str, Tensor], config: PuzzleConfig, folder: Path, dtype: torch.dtype) -> None:
+    """:func:`write_model` of a model of ``config`` by its tensors alone."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items() if name not in tied}
+    save_file(stored, folder / "model.safetensors")
+    config.save_pretrained(folder)

@@ -87,7 +87,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from puzzle.pipeline import ON_REQUEST, STAGES
+    from puzzle.pipeline import BY_NAME
 
     parser = argparse.ArgumentParser(prog="puzzle", description="The most accurate model that fits your limits.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew"
     )
 
-    for stage in (*STAGES, *ON_REQUEST):
+    for stage in BY_NAME.values():
         staged = with_run(commands.add_parser(stage.name, help=stage.summary))
         staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
         staged.set_defaults(command=_stage, stage=stage.name)
@@ -173,11 +173,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> None:
+    from puzzle.pruning import change, pruned_shape
     from puzzle.validate import validate
 
     run = open_run(options)
     for one in run.each_pick():
         validate(one)
+    if run.config.prune is not None:
+        print(f"{options.run}: valid ({change(run.shape, pruned_shape(run.pruning, run.shape))})")
+        return
     print(
         f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, "
         f"{len(run.grid_points)} points of the grid)"
@@ -190,7 +194,7 @@ def _status(options: argparse.Namespace) -> None:
     run = open_run(options)
     finished = [event for event in artifacts.read_events(run.events) if event["event"] == "finished"]
     seconds = {event["stage"]: event["seconds"] for event in finished}
-    for stage in pipeline.STAGES:
+    for stage in pipeline.stages_of(run):
         states = pipeline.unit_states(run, stage)
         counts = {state: states.count(state) for state in ("done", "stale", "missing")}
         took = f"  (last time {seconds[stage.name]:.1f} s)" if stage.name in seconds else ""
@@ -268,6 +272,7 @@ def _show(options: argparse.Namespace) -> None:
     from puzzle.profiling.imported import write_table
 
     run = open_run(options)
+    run.check_searches()
     if options.what == "scores":
         frame = tables.scores_frame(run.read_scores())
     elif options.what == "costs":

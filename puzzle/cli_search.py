@@ -275,6 +275,8 @@ def _explain(options: argparse.Namespace) -> None:
     from puzzle.types import Costs, MissingMeasurementError
 
     run = open_run(options)
+    run.check_searches()
+    assert run.constraints is not None  # a search has limits
     try:
         costs = run.read_costs()
     except MissingMeasurementError:  # said again for each bound that needs one

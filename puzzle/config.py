@@ -19,10 +19,12 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from puzzle.formats import FORMATS
 from puzzle.types import Target
@@ -395,6 +397,80 @@ class GenerateConfig(_Model):
         return prompts
 
 
+Aggregation = Literal["mean", "l2", "max", "var"]
+LayersBy = Literal["block-importance", "loss", "contiguous"]
+
+
+class ImportanceConfig(_Model):
+    """How what is seen of single tokens becomes one number: first over a sequence's tokens, then over sequences."""
+
+    sequence: Aggregation = Field("mean", description="over the tokens of a sequence")
+    batch: Aggregation = Field("l2", description="over the sequences")
+
+
+def _width(given: Any) -> Any:
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return given
+    if isinstance(given, str) and _PERCENTAGE.fullmatch(given) and 0 < float(given.rstrip("% ")) <= 100:
+        return given
+    raise ValueError('give a whole number, or a percentage of the teacher\'s: "75%"')
+
+
+Width = Annotated[
+    int | str,
+    BeforeValidator(_width),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{_PERCENTAGE.pattern}$"}]}
+    ),
+]
+
+
+def _layers_by(given: Any) -> Any:
+    if given in get_args(LayersBy):
+        return given
+    numbers = isinstance(given, list | tuple) and [isinstance(one, int) and one >= 0 for one in given]
+    if numbers and all(numbers) and len(set(given)) == len(given):
+        return tuple(given)
+    raise ValueError(f"give one of {', '.join(get_args(LayersBy))}, or a list of the layers to drop, numbered from 0")
+
+
+class PruneConfig(_Model):
+    """The same sizes in every layer (Minitron, 2407.14679); what is not named stays as the teacher has it.
+
+    ``init.start`` says what becomes of the weights that stay: refitted, or the paper's; ``init.sequences`` on how much.
+    """
+
+    hidden_size: Width | None = Field(None, description="channels of the residual stream: a number, or 75%")
+    intermediate_size: Width | None = Field(None, description="channels of every FFN")
+    num_attention_heads: Width | None = Field(None, description="query heads of every attention")
+    num_key_value_heads: Width | None = Field(None, description="KV heads; they go together with their query heads")
+    num_layers: Width | None = Field(None, description="how many layers stay")
+    layers_by: Annotated[
+        str | tuple[int, ...],
+        BeforeValidator(_layers_by),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"enum": [*get_args(LayersBy)]},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            }
+        ),
+    ] = Field(
+        "block-importance",
+        description="which layers go: those that change the stream least, those whose loss alone is least, the "
+        "contiguous run whose loss is least, or a list of their numbers from 0",
+    )
+    layers_metric: str = Field("kl", description="what loss is: kl, ce_delta, or one of score.tasks, on split score")
+    importance: ImportanceConfig = Field(ImportanceConfig(), description="how channels and heads are ranked")
+
+    @model_validator(mode="after")
+    def _some_layers(self) -> PruneConfig:
+        if self.layers_by in ("loss", "contiguous") and self.num_layers is None:
+            raise ValueError(f"layers_by: {self.layers_by} needs num_layers: how many stay")
+        return self
+
+
 class EvaluateConfig(_Model):
     """At least two sequences: one has no standard error."""
 
@@ -402,12 +478,18 @@ class EvaluateConfig(_Model):
 
 
 class RunConfig(_Model):
-    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage."""
+    """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage.
+
+    With ``prune`` it is a pruning in the place of a search; a constraint file is then asked for its workloads only.
+    """
 
     run: str = Field(description="the folder that everything is written to")
     teacher: str = Field("demo", description="a Hugging Face folder, a hub id, org/name@revision, or demo")
-    constraints: str = Field(description="what the student must fit: a file, or the name of a shipped one")
-    space: str = Field("demo", description="the variants on offer: a file, or the name of a shipped one")
+    prune: PruneConfig | None = Field(None, description="uniform width and depth pruning, in the place of a search")
+    constraints: str | None = Field(
+        None, validate_default=True, description="what the student must fit: a file, or the name of a shipped one"
+    )
+    space: str | None = Field(None, description="the variants on offer: a file, or a shipped one (default demo)")
     seed: Natural = Field(0, description="of all that is random")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="what computes")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
@@ -429,6 +511,20 @@ class RunConfig(_Model):
     kd: KdConfig = Field(KdConfig(), description="global distillation of the student")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the final comparison")
     generate: GenerateConfig = Field(GenerateConfig(), description="puzzle generate-data")
+
+    @field_validator("constraints")
+    @classmethod
+    def _limited(cls, constraints: str | None, info: ValidationInfo) -> str | None:
+        if constraints is None and "prune" in info.data and info.data["prune"] is None:  # not there: a mistake in it
+            raise PydanticCustomError("missing", "a search needs limits")
+        return constraints
+
+    @field_validator("space")
+    @classmethod
+    def _one_way(cls, space: str | None, info: ValidationInfo) -> str | None:
+        if space is not None and info.data.get("prune") is not None:
+            raise ValueError("a run is a search (space) or a pruning (prune), not both; leave one out")
+        return space
 
 
 class LayerSpaceFile(_Model):

@@ -22,7 +22,7 @@ from puzzle.memory_plan import LOGIT_TOKENS
 @dataclass(frozen=True)
 class TokenMetrics:
     """Per predicted token: KL(teacher ‖ student), cross-entropy of both, whether the top-1 agree, and the distance
-    1 - cos of the final hidden states (0 to 2). All (B, T-1) fp32.
+    1 - cos of the final hidden states (0 to 2), NaN where their sizes differ. All (B, T-1) fp32.
     """
 
     kl_nats: Tensor
@@ -55,11 +55,17 @@ def token_metrics(
                     -log_q.gather(1, labels[part]).squeeze(1),
                     teacher_ce,
                     (log_q.argmax(-1) == top).float(),
-                    1 - F.cosine_similarity(own[part].float(), hidden[0][part].float(), dim=-1),
+                    _distance(own[part], hidden[0][part]),
                 )
             )
     shape = (batch.ids.shape[0], batch.ids.shape[1] - 1)
     return [TokenMetrics(*(torch.cat(one).view(shape) for one in zip(*found, strict=True))) for found in columns]
+
+
+def _distance(own: Tensor, other: Tensor) -> Tensor:
+    if own.shape != other.shape:
+        return torch.full_like(own[:, 0], torch.nan, dtype=torch.float32)
+    return 1 - F.cosine_similarity(own.float(), other.float(), dim=-1)
 
 
 def sequence_means(values: Tensor, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, checkpoint
+from puzzle.config import ImportanceConfig
 from puzzle.data.inputs import data_inputs, source_fingerprint
 from puzzle.data.packing import num_windows
 from puzzle.scoring.sampling import undecided
@@ -116,7 +117,27 @@ def scored_from(run: Run, items: Sequence[Item], estimated: bool, split: str = "
 
 
 def plan_importance(run: Run) -> list[Planned]:
-    return [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, run.config.init.sequences)})]
+    """And, where a pruning asks for it, what leaving layers out costs."""
+    how = run.config.prune.importance if run.config.prune else ImportanceConfig()
+    settings = [run.config.init.sequences, how.model_dump()]
+    units = [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, settings)})]
+    if run.config.prune is not None and run.config.prune.layers_by in ("loss", "contiguous"):
+        units.append(Planned(run.drops, scored_from(run, [], estimated=False)))
+    return units
+
+
+def pruning_fingerprint(run: Run) -> str:
+    return _slice(run, [run.pruning.model_dump(), run.config.init.model_dump()])
+
+
+def plan_prune(run: Run) -> list[Planned]:
+    scored = [artifacts.content_of(unit.path) for unit in plan_importance(run)]
+    inputs = {
+        **_teacher_and_data(run),
+        "importance": artifacts.fingerprint(scored),
+        "prune": pruning_fingerprint(run),
+    }
+    return [Planned(run.student / "initial", inputs)]
 
 
 def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
@@ -254,6 +275,9 @@ def plan_evaluate(run: Run) -> list[Planned]:
         "final": artifacts.content_of(run.student / "final"),
         "evaluate": _slice(run, run.config.evaluate.model_dump()),
     }
+    if run.config.prune is not None:  # a search's student is one for its constraint file
+        served = {name: workload.model_dump() for name, workload in run.constraint_file.workloads.items()}
+        inputs["workloads"] = artifacts.fingerprint(served)
     return [Planned(run.student / "evaluation.json", inputs)]
 
 
@@ -269,7 +293,7 @@ def plan_export(run: Run) -> list[Planned]:
 
 def plan_report(run: Run) -> list[Planned]:
     inputs = {
-        "solution": artifacts.content_of(run.solution),
+        "solution": artifacts.content_of(run.student / "initial" if run.config.prune else run.solution),
         "evaluation": artifacts.content_of(run.student / "evaluation.json"),
         "export": artifacts.content_of(run.student / "export"),
     }

@@ -28,6 +28,7 @@ DEEPEST, MOST_NODES, MOST_CHARACTERS = 30, 100_000, 1_000_000  # of any file
 MOST_MISTAKES, LONGEST_LINE = 50, 500  # of what is told of them
 TOO_LARGE = "nested too deeply, or too large, for a file of this kind"
 File = TypeVar("File", bound=BaseModel)
+RECIPES = "blocks/recipes"
 SHIPPED = {"space": "blocks", "constraints": "search", "grid": "profiling", "table": "profiling/tables"}
 
 
@@ -46,6 +47,14 @@ def locate(kind: Literal["space", "constraints", "grid", "table"], name: str) ->
         return shipped
     known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob(f"*{suffix}"))
     raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name{_nearest(name, known)}")
+
+
+def locate_config(where: Path) -> Path:
+    """The run configuration that is meant: the file, or that of a run's folder, or a shipped recipe by its name."""
+    if where.is_dir():
+        return where / "config.yaml"
+    recipe = shipped_inputs() / RECIPES / f"{where}.yaml"
+    return recipe if recipe.is_file() and not where.exists() else where
 
 
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:

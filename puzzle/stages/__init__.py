@@ -17,9 +17,9 @@ from puzzle.stages.distill import make_distill
 from puzzle.stages.generate import make_generate
 from puzzle.stages.kd import make_kd
 from puzzle.stages.profile import make_fit_costs, make_profile
+from puzzle.stages.prune import make_importance, make_prune
 from puzzle.stages.refine import make_refine
 from puzzle.stages.rescore import make_rescore
-from puzzle.stages.rivals import make_importance
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
 from puzzle.stages.student import make_build, make_evaluate, make_export
@@ -44,6 +44,7 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "fit-costs": make_fit_costs,
     "tournament": make_tournament,
     "build": make_build,
+    "prune": make_prune,
     "kd": make_kd,
     "evaluate": make_evaluate,
     "export": make_export,

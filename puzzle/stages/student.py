@@ -40,13 +40,11 @@ def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> N
     }
     bytes_per_token = tokens.bytes_per_token["report"]
     quality = {name: to_json(evaluate(model, teacher, batches, bytes_per_token)) for name, model in models.items()}
-    totals = run.solutions()[0].totals
-    batch_sizes = {name: round(totals[f"{name}.batch_size"]) for name in run.constraint_file.workloads}
     subjects = {
         "teacher": Subject(teacher, run.keep_specs),
         "student": Subject(models["student"], tuple(spec for item in run.chosen_items() for spec in item.specs)),
     }
-    speeds = measured_speed(run, subjects, batch_sizes)
+    speeds = measured_speed(run, subjects, run.batch_sizes)
     speed = {workload: {name: to_json(one) for name, one in of.items()} for workload, of in speeds.items()}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     artifacts.publish_json(unit.path, unit.inputs, {"quality": quality, "params": params, "speed": speed})
