@@ -9,6 +9,8 @@ import pytest
 from puzzle import kd
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
+from puzzle.report.summary import Summary
+from puzzle.report.tournament import standings
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
 
@@ -56,6 +58,8 @@ def test_the_best_on_select_wins_and_goes_on_from_where_it_is(
         patched.setattr(kd.Distillation, "run", counted)
         up_to(contested, "build", "kd")
     assert steps[0] == 2
+    assert main(["--debug", "evaluate", str(contested.config), *SET]) == 0
+    assert standings(run) in Summary.of(run).markdown()
     went_on = (run.student / "final" / "model.safetensors").read_bytes()
     assert not (run.student / "tournament").exists()
     # as if there had been no tournament
@@ -93,4 +97,6 @@ def test_what_cannot_be_is_said_before_anything_runs(contested: Project, capsys:
 
     assert "asks for 4; say there solutions: {count: 5}" in said("tournament.candidates=5", "tournament.tokens=32")
     assert "after 1,000,000 tokens, but kd.tokens is 192" in said("tournament.candidates=4")
+    hidden = ["kd.signal=hidden", "kd.cosine_weight=0"]
+    assert "set kd.signal: online" in said("tournament.candidates=4", "tournament.tokens=32", *hidden)
     assert "one candidate alone" in said("tournament.candidates=1")
