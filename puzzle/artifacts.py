@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,16 @@ def publish_json(path: Path, inputs: Mapping[str, str], payload: Mapping[str, An
     return read_unit(path)
 
 
-def publish_folder(folder: Path, inputs: Mapping[str, str], write: Callable[[Path], Mapping[str, Any] | None]) -> Unit:
-    """Publishes a folder: ``write(aside)`` fills it and returns the marker's payload."""
+def publish_folder(
+    folder: Path,
+    inputs: Mapping[str, str],
+    write: Callable[[Path], Mapping[str, Any] | None],
+    loose: Collection[str] = (),
+) -> Unit:
+    """Publishes a folder: ``write(aside)`` fills it and returns the marker's payload.
+
+    ``loose``: files, by their names within it, that may change later and are no part of its content.
+    """
     with _aside(folder) as aside:
         _before("mkdir", aside)
         aside.mkdir()
@@ -95,7 +103,9 @@ def publish_folder(folder: Path, inputs: Mapping[str, str], write: Callable[[Pat
         files = {}
         for file in sorted(path for path in aside.rglob("*") if path.is_file()):
             _flush(file)
-            files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_fingerprint(file)}
+            name = file.relative_to(aside).as_posix()
+            if name not in loose:
+                files[name] = {"bytes": file.stat().st_size, "sha256": file_fingerprint(file)}
         for inner in (path for path in aside.rglob("*") if path.is_dir()):
             _flush_folder(inner)
         content = fingerprint({"files": files, "payload": payload})
@@ -105,6 +115,16 @@ def publish_folder(folder: Path, inputs: Mapping[str, str], write: Callable[[Pat
 
 def _marker(inputs: Mapping[str, str], content: str, payload: Mapping[str, Any]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "inputs": dict(inputs), "content": content, "payload": dict(payload)}
+
+
+def check_contents(folder: Path) -> None:
+    """Reads every file of a published folder; CorruptFileError where one holds something else than was written."""
+    read_unit(folder)
+    for name, entry in read_json(folder / MARKER).get("files", {}).items():
+        if file_fingerprint(folder / name) != entry["sha256"]:
+            raise CorruptFileError(
+                f"{folder / name}: not what was written (its checksum differs); make or fetch it again"
+            )
 
 
 def read_unit(path: Path) -> Unit:

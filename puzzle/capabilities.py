@@ -14,12 +14,45 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from puzzle.types import AttentionSpec, Capability, ConfigError, Conflict, FfnSpec, Item, ModelShape, Site, Spec, Target
-from puzzle.variants import variant_name
+from puzzle.types import (
+    Architecture,
+    AttentionSpec,
+    Capability,
+    ConfigError,
+    Conflict,
+    FfnSpec,
+    Format,
+    Item,
+    ModelShape,
+    Site,
+    Spec,
+    Target,
+)
+from puzzle.variants import layer_item, variant_name
 
-__all__ = ["MATRIX", "TARGETS", "Finding", "Offer", "capability", "offer", "served_as", "together", "told"]
+__all__ = [
+    "FORMAT_OF",
+    "MATRIX",
+    "TARGETS",
+    "Finding",
+    "Offer",
+    "capability",
+    "findings",
+    "offer",
+    "served_as",
+    "together",
+    "told",
+]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
+FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
+    "transformers": "hf",
+    "vllm": "nemotron-nas",
+    "sglang": "nemotron-nas",
+    "tensorrt-llm": "nemotron-nas",
+    "llama.cpp": "gguf",
+    "mlx-lm": "mlx",
+}
 LLAMA_SHAPED = ("llama", "mistral")
 WIDTH_MULTIPLE = 256  # every reader of nemotron-nas rounds FFN widths up to it
 ZERO_WIDTH = 32  # of an FFN of zeros, where a reader insists on one
@@ -181,6 +214,13 @@ def offer(items: Sequence[Item], targets: Sequence[Target], shape: ModelShape) -
             )
     lowered = tuple(one for one in found if one.item.id not in gone)
     return Offer(kept, tuple(_conflicts(kept, targets, shape)), tuple(refused), lowered)
+
+
+def findings(target: Target, layers: Architecture, shape: ModelShape) -> tuple[Finding, ...]:
+    """What ``target`` does not simply load of a whole model."""
+    sizes = frozenset(attention.window_tokens for attention, _ in layers if attention.window_tokens is not None)
+    items = [layer_item(layer, *specs) for layer, specs in enumerate(layers)]
+    return tuple(one for item in items for one in _findings(item, target, shape, sizes))
 
 
 def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.artifacts import file_fingerprint, fingerprint, known_fingerprint, read_json, remembered
+from puzzle.export.nemotron_nas import MODEL_TYPE, llama_fields
 from puzzle.types import ConfigError, CorruptFileError, ModelShape
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"
@@ -115,7 +116,14 @@ def read_shape(folder: Path) -> ModelShape:
     """The sizes in ``config.json``; ConfigError for a model that is not supported, CorruptFileError for a bad field."""
     path = folder / "config.json"
     config = read_json(path)
-    _check_supported(folder, config)
+    if config.get("model_type") == MODEL_TYPE:
+        config = llama_fields(config, path)
+    return shape_of(config, path)
+
+
+def shape_of(config: Mapping[str, Any], path: Path) -> ModelShape:
+    """:func:`read_shape` of what a ``config.json`` at ``path`` holds."""
+    _check_supported(path.parent, config)
     family = FAMILIES[str(config["model_type"])]
     try:
         heads, num_layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puzzle import cli_explain, cli_search
+from puzzle import cli_explain, cli_export, cli_search
 from puzzle.cli_options import open_run, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli_search.add_commands(commands)
     cli_explain.add_commands(commands)
+    cli_export.add_commands(commands)
 
     show = commands.add_parser("show", help="print a table of the run")
     show.add_argument("what", choices=["library", "scores", "costs"])
@@ -169,7 +170,7 @@ def _run(options: argparse.Namespace) -> None:
     validate(run)
     pipeline.run_all(run, options.redo)
     print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
-    print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoint  {run.student / 'export' / 'hf'}")
+    print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -217,6 +218,8 @@ def _stage(options: argparse.Namespace) -> None:
         return
     if options.stage == "profile":
         _print_profile(run)
+    elif options.stage == "export":
+        cli_export.print_exports(run)
     elif options.stage == "report":
         print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
     elif options.stage == "fit-costs":

@@ -37,6 +37,8 @@ def open_run(options: argparse.Namespace) -> Run:
         "score.until_se": vars(options).get("until_se"),
         "refine.evaluations": vars(options).get("evaluations"),
         "refine.seed": vars(options).get("refine_seed"),
+        "export.targets": vars(options).get("target"),
+        "export.gguf_type": vars(options).get("gguf_type"),
         "additivity.architectures": vars(options).get("architectures"),
     }
     overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]

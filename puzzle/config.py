@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from puzzle.formats import FORMATS
-from puzzle.types import Target
+from puzzle.types import Format, Target
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Size = Annotated[int, Field(gt=0, le=10**9, strict=True)]  # of a workload
@@ -477,6 +477,17 @@ class EvaluateConfig(_Model):
     sequences: Annotated[int, Field(ge=2)] = Field(64, description="how many of report")
 
 
+class ExportConfig(_Model):
+    """The formats that the student is written in."""
+
+    targets: Annotated[tuple[Format, ...] | None, *_one_or_more({"enum": [*get_args(Format)]})] = Field(
+        None, description="which (default: hf, and those that the runtimes in serve_on read)"
+    )
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"] | None = Field(
+        None, description="of matrices in a GGUF file (default: as the teacher's are stored)"
+    )
+
+
 class RunConfig(_Model):
     """One run: a teacher, its text, a search space, a constraint file, and how much to spend on each stage.
 
@@ -510,6 +521,7 @@ class RunConfig(_Model):
     )
     kd: KdConfig = Field(KdConfig(), description="global distillation of the student")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the final comparison")
+    export: ExportConfig = Field(ExportConfig(), description="the formats that the student is written in")
     generate: GenerateConfig = Field(GenerateConfig(), description="puzzle generate-data")
 
     @field_validator("constraints")

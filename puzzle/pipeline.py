@@ -56,7 +56,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("build", ("search", "refine", "tournament", "distill"), plans.plan_build, "put the student together"),
     Stage("kd", ("build", "prune"), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
-    Stage("export", ("evaluate",), plans.plan_export, "write and verify a Hugging Face checkpoint"),
+    Stage("export", ("evaluate",), plans.plan_export, "write and verify checkpoints that others load"),
     Stage("report", ("export",), plans.plan_report, "draw the result"),
 )
 IMPORTANCE = Stage(

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, checkpoint
+from puzzle.capabilities import FORMAT_OF
 from puzzle.config import ImportanceConfig
 from puzzle.data.inputs import data_inputs, source_fingerprint
 from puzzle.data.packing import num_windows
 from puzzle.scoring.sampling import undecided
-from puzzle.types import ConfigError, Item
+from puzzle.types import ConfigError, Format, Item
 from puzzle.variants import has_weights, is_teacher, made_of, shape_id, variant_name
 
 if TYPE_CHECKING:
@@ -288,14 +289,20 @@ def plan_export(run: Run) -> list[Planned]:
         "tokenizer": checkpoint.tokenizer_fingerprint(run.teacher),
         "recipe": artifacts.fingerprint(run.recipe),
     }
-    return [Planned(run.student / "export", inputs)]
+    kinds = {"gguf": {"gguf_type": str(run.config.export.gguf_type)}}
+    return [Planned(run.student / "export" / target, {**inputs, **kinds.get(target, {})}) for target in _formats(run)]
+
+
+def _formats(run: Run) -> Sequence[Format]:
+    """What is exported: as the config says, else what the runtimes that the student is to be served on read, and hf."""
+    served = [FORMAT_OF[runtime] for runtime in run.constraint_file.serve_on]
+    return run.config.export.targets or tuple(dict.fromkeys(["hf", *served]))
 
 
 def plan_report(run: Run) -> list[Planned]:
     inputs = {
         "solution": artifacts.content_of(run.student / "initial" if run.config.prune else run.solution),
         "evaluation": artifacts.content_of(run.student / "evaluation.json"),
-        "export": artifacts.content_of(run.student / "export"),
     }
     return [Planned(run.student / "report", inputs)]
 

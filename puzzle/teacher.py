@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from puzzle.artifacts import read_json
 from puzzle.checkpoint import tensor_files
 from puzzle.data.batches import Batch
+from puzzle.export.nemotron_nas import MODEL_TYPE, puzzle_fields
 from puzzle.modeling import (
     PuzzleConfig,
     PuzzleDecoderLayer,
@@ -79,12 +81,13 @@ def load_config(folder: Path) -> PuzzleConfig:
     """The configuration in ``folder``, a family's as one that keeps every block."""
     from transformers import AutoConfig
 
+    path = folder / "config.json"
+    settings = read_json(path)
+    foreign = puzzle_fields(settings, path) if settings.get("model_type") == MODEL_TYPE else None
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder) if foreign is None else PuzzleConfig(**foreign)
     except Exception as error:  # every family's configuration class refuses in its own way
-        raise ConfigError(
-            f"{folder / 'config.json'}: refused by transformers ({' '.join(str(error).split())})"
-        ) from None
+        raise ConfigError(f"{path}: refused by transformers ({' '.join(str(error).split())})") from None
     config = config if isinstance(config, PuzzleConfig) else PuzzleConfig.from_family(config)
     config._attn_implementation = "sdpa"  # standalone layers need a causal kernel
     config._experts_implementation = "eager"  # the only one that autocast reaches
@@ -100,8 +103,8 @@ class Shards:
         if not any(name.startswith("model.layers.") for name in self._files):
             raise CorruptFileError(f"{folder}: no tensor is called model.layers.…; not a checkpoint of this family")
 
-    def read(self, prefix: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Those whose names begin with ``prefix``, on the device in ``dtype``, by their full names."""
+    def read(self, prefix: str, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Those whose names begin with ``prefix``, by their full names, in ``dtype`` (None: as they are)."""
         names = [name for name in self._files if name.startswith(prefix)]
         state: dict[str, Tensor] = {}
         for file in sorted({self._files[name] for name in names}):
@@ -109,7 +112,8 @@ class Shards:
             try:
                 with safe_open(file, framework="pt") as tensors:
                     # copied: what is mapped would count as memory for as long as it is held
-                    state.update({name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in wanted})
+                    found = {name: tensors.get_tensor(name) for name in wanted}
+                    state.update({name: one.to(device, dtype or one.dtype, copy=True) for name, one in found.items()})
             except (SafetensorError, OSError) as error:
                 raise CorruptFileError(f"{file}: unreadable ({error}); make or fetch it again") from None
         return stock_state(self._config, state)

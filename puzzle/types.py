@@ -20,6 +20,7 @@ Phase = Literal["prefill", "decode"]
 Target = Literal[
     "transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
 ]  # what a student is written for
+Format = Literal["hf", "nemotron-nas", "gguf", "mlx"]  # of an export
 TEACHER_CONTEXT = "teacher"
 GIB = 2**30
 

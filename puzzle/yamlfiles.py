@@ -64,7 +64,7 @@ def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
 
 def parse(kind: type[File], text: str, name: Path) -> File:
     """:func:`load` of a text that is, or is to be, the file ``name``."""
-    return _validated(kind, name, _document(text, name))
+    return _validated(kind, name, parse_mapping(text, name))
 
 
 def _validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
@@ -88,10 +88,11 @@ def read_yaml(path: Path) -> CommentedMap:
         raise ConfigError(f"{path}: no such file; `puzzle new` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: unreadable ({error})") from None
-    return _document(text, path)
+    return parse_mapping(text, path)
 
 
-def _document(text: str, path: Path) -> CommentedMap:
+def parse_mapping(text: str, path: Path) -> CommentedMap:
+    """The mapping in a text that ``path`` holds; ConfigError where it is none."""
     if len(text) > MOST_CHARACTERS or _open_brackets(text) > DEEPEST:  # ruamel.yaml would take minutes
         raise ConfigError(f"{path}:1: {TOO_LARGE}")
     try:

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from puzzle import variants
-from puzzle.export.hf import export_hf
 from puzzle.modeling import FAMILIES, PuzzleForCausalLM, part_prefixes, stock_state
 from puzzle.types import AttentionSpec, ModelShape, Part, Site, Spec
 from tests import tiny_families
+from tests.exporting import export_hf
 from tests.tiny_families import OWN, make_kept, make_stock, make_student, make_tokens, reference_logits
 
 ATTENTION = ("keep", "gqa-1", "window-3", "window-1", "window-3-sinks-2", "linear", "skip")
@@ -306,7 +306,7 @@ def test_exported_and_loaded_is_the_same_model(
     family: str, layers: tuple[str, ...], tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     model, tokens = student(family, layers), make_tokens(2, 19)
-    export_hf(model, tiny_tokenizer_dir, tmp_path / "out", "card")
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     config = json.loads((tmp_path / "out" / "config.json").read_text())

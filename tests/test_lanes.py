@@ -16,11 +16,11 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types formats config yamlfiles artifacts variants capabilities space memory_plan checkpoint data data.streamed
-    data.source data.inputs data.encode data.packing schedule forecast ranks training_log
+    types formats config yamlfiles artifacts variants capabilities space memory_plan export.nemotron_nas checkpoint data
+    data.streamed data.source data.inputs data.encode data.packing schedule forecast ranks training_log
     tables scoring.draws scoring.sampling profiling
     profiling.memory profiling.table profiling.grid profiling.hardware profiling.kernels profiling.roofline
-    profiling.imported profiling.correction profiling.regression export.nemotron_nas profiling.vllm
+    profiling.imported profiling.correction profiling.regression profiling.vllm
     profiling.vllm_costs profiling.source search.problem search.metrics search.goal search.fan_out schema
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
@@ -28,20 +28,24 @@ PURE = """
     search.halving search.uniform plans run
     report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
     report export.card progress
-    data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli
+    data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
     modeling.modeling_puzzle modeling data.batches teacher sharding metrics blocks blocks.layer blocks.nested
     blocks.fusion blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates
     blocks.starts blocks.stream blocks.distill blocks.importance blocks.prune blocks.refit scoring scoring.context
-    scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate generate export export.hf export.verify
-    profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill stages.score
-    stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student stages.kd
-    stages.tournament stages.generate stages
+    scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate generate export export.folder
+    export.shards export.source export.lowering export.hf export.decilm export.gguf_tokenizer export.gguf export.verify
+    export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill
+    stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student
+    stages.kd stages.tournament stages.generate stages
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",
+    "export.verify_torch",
+    "export.verify_llama_cpp",
+    "export.verify_mlx",
     "export.configuration_decilm",
     "profiling.vllm_child",
     "__main__",

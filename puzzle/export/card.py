@@ -1,27 +1,42 @@
-"""The model card of a student: what it is, what was changed layer by layer, what it is worth, how to load it.
+"""The model card: what a model is, under which licence, what was changed layer by layer, what it is worth.
 
-Reads the run's evaluation and solution; computes text. Pure.
+Reads the run's evaluation and solution, or of a converted model its architecture only; computes text. Pure. All that
+comes from elsewhere (names, licences, configs) is escaped or fenced, so that it cannot become part of the card's own
+words.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puzzle import yamlfiles
+from puzzle.capabilities import FORMAT_OF, findings, told
 from puzzle.pruning import change
-from puzzle.report.summary import Summary
-from puzzle.run import Run
+from puzzle.types import Architecture, Format, ModelShape, PuzzleError, Site, Spec, part_of
+from puzzle.variants import keep_spec, params, variant_name
 
-_TEXT = """---
-base_model: {teacher}
-base_model_relation: finetune
-library_name: transformers
-pipeline_tag: text-generation
-tags: [puzzle, pruning, distillation]
----
+if TYPE_CHECKING:
+    from puzzle.run import Run
 
-{table}
-## Loading
-
-{loading}:
-
+BEGIN, END = "<!-- verification: written by `puzzle verify` -->", "<!-- end of verification -->"
+BAR = 10  # characters of a full one
+LIBRARY: Mapping[Format, str] = {"hf": "transformers", "nemotron-nas": "vllm", "gguf": "gguf", "mlx": "mlx"}
+SEARCHED = """\
+Puzzle's way (arXiv 2411.19146): variants of every block trained alone, each scored in the base model, the best
+combination within the limits found exactly, then distilled as a whole."""
+PRUNED = """\
+Minitron's way (arXiv 2407.14679, 2408.11796): what does least goes, alike in all layers, and the rest is distilled as a
+whole."""
+_LIMITS = "with this constraint file:"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+_PURPOSE = {"gguf": "llama.cpp", "mlx": "mlx-lm", "nemotron-nas": "vLLM and other readers of nemotron-nas"}
+_LOADING: Mapping[Format, str] = {
+    "hf": """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,28 +44,168 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
-## How it was made
-
-{how}; seed {seed}. The licence of the teacher applies to this model.
-"""
-_SEARCHED = """\
-`puzzle run` (block-wise distillation, exact replace-one scores, MIP, global distillation; arXiv 2411.19146) on the
-teacher `{teacher}`, text `{text}`, constraint file `{constraints}`; BLD {bld_tokens:,} tokens per variant, GKD
-{kd_tokens:,} tokens"""
-_PRUNED = """\
-`puzzle run` (uniform pruning, global distillation; arXiv 2407.14679, 2408.11796) of the teacher `{teacher}`: {change}.
-Text `{text}`; GKD {kd_tokens:,} tokens"""
-_UNLIKE = """\
-Layers differ from one another, so the checkpoint carries its own modelling code (plain family checkpoints, where all
-layers came out alike, do not need `trust_remote_code`; with `puzzle-nas` installed, `import puzzle.modeling` makes it
-unnecessary, too)"""
-_ALIKE = "A plain checkpoint of the teacher's family, which needs no code of its own"
+Where layers differ from one another, the checkpoint carries its own modelling code; with `puzzle-nas` installed,
+`import puzzle.modeling` makes that flag unnecessary. Where all layers came out alike, it is a plain checkpoint of its
+family and does not need it.""",
+    "nemotron-nas": "```sh\nvllm serve THIS_FOLDER --trust-remote-code      # the code is a config class\n```",
+    "gguf": "```sh\nllama-server -m model.gguf\n```",
+    "mlx": "```sh\nmlx_lm.generate --model THIS_FOLDER --prompt …\n```",
+}
 
 
-def model_card(run: Run) -> str:
-    """The text of README.md."""
-    if run.config.prune is None:
-        loading, trust, how = _UNLIKE, ", trust_remote_code=True", _SEARCHED.format(**run.recipe)
-    else:
-        loading, trust, how = _ALIKE, "", _PRUNED.format(change=change(run.shape, run.student_shape), **run.recipe)
-    return _TEXT.format(table=Summary.of(run).markdown(), loading=loading, trust=trust, how=how, **run.recipe)
+@dataclass(frozen=True)
+class Licence:
+    """``fields``: of the base model's card. A Llama licence wants its name in the model's, and a notice."""
+
+    fields: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Licence:
+        """Of the model in ``folder``; nothing where its card does not say, or cannot be read."""
+        readme = folder / "README.md"
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        match = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+        try:
+            header = yamlfiles.plain(yamlfiles.parse_mapping(match[1], readme)) if match else {}
+        except PuzzleError:
+            header = {}
+        return cls({name: header[name] for name in LICENCE_KEYS if isinstance(header.get(name), str)})
+
+    @property
+    def llama(self) -> str | None:
+        """``Llama 3.1`` where the licence is that; None where it is another."""
+        said = " ".join(self.fields.values()).lower()
+        match = re.search(r"llama[-_ ]?(\d(?:\.\d)?)", said)
+        return f"Llama {match[1]}" if match else None
+
+    def words(self) -> str:
+        if not self.fields:
+            return "The licence of the base model, which its card here does not name, applies to this model."
+        named = ", ".join(_text(value) for value in self.fields.values())
+        text = f"The licence of the base model applies to this model: {named}."
+        if self.llama:
+            text += (
+                f" Built with Llama. {self.llama} is licensed under the {self.llama} Community License, Copyright © "
+                "Meta Platforms, Inc. All Rights Reserved."
+            )
+        return text
+
+
+def run_card(run: Run, target: Format) -> str:
+    """The card of a run's student."""
+    from puzzle.report.summary import Summary
+
+    summary, recipe = Summary.of(run), run.recipe
+    rows = {
+        "base model": _text(recipe["teacher"]),
+        **_changed(run),
+        "text": f"{_text(recipe['text'])}, in four disjoint sets: to train on, to score on, to choose by, to report on",
+        "global distillation": f"{recipe['kd_tokens']:,} tokens",
+        "evaluation": f"{run.config.evaluate.sequences} sequences on which nothing was chosen",
+        "seed": recipe["seed"],
+    }
+    limits = _fenced(run.constraints.read_text(encoding="utf-8"), "yaml") if run.constraints else ""
+    made = "\n".join(
+        [
+            "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), "",
+            f"{PRUNED if run.config.prune else SEARCHED} `puzzle run config.yaml` does all of it:", "",
+            _fenced(yamlfiles.dump(run.config), "yaml"),
+            *(["", _LIMITS, "", limits] if limits else []),
+        ]
+    )  # fmt: skip
+    figures = summary.table() + "\n\nA 95 % interval is ± 1.96 standard errors.\n"
+    drawn = _drawing(summary.architecture, summary.widths)
+    return _card(run.teacher_name, Licence.of(run.teacher), target, figures, drawn, made)
+
+
+def _changed(run: Run) -> dict[str, str]:
+    """Rows of the card."""
+    if run.config.prune is not None:
+        return {"pruned": change(run.shape, run.student_shape)}
+    return {
+        "limits": _text(run.recipe["constraints"]),
+        "block-wise distillation": f"{run.recipe['bld_tokens']:,} tokens for each of the variants on offer",
+    }
+
+
+def converted_card(name: str, licence: Licence, target: Format, shape: ModelShape, layers: Architecture) -> str:
+    """The card of a model that was read in one format and written in another."""
+    names = [(variant_name(attention), variant_name(ffn)) for attention, ffn in layers]
+    shares = [[_share(spec, shape, layer) for spec in specs] for layer, specs in enumerate(layers)]
+    made = f"`puzzle convert` wrote this model in another format; its weights are those of {_text(name)}.\n"
+    return _card(name, licence, target, "", _drawing(names, shares), made)
+
+
+def _share(spec: Spec, shape: ModelShape, layer: int) -> float:
+    return params(spec, shape) / params(keep_spec(shape, Site(layer, part_of(spec))), shape)
+
+
+def _card(base: str, licence: Licence, target: Format, figures: str, drawn: str, made: str) -> str:
+    prefix = "Llama-" if licence.llama and not base.lower().startswith("llama") else ""
+    header = {
+        "base_model": base,
+        "base_model_relation": "quantized" if target == "gguf" else "finetune",
+        **licence.fields,
+        "library_name": LIBRARY[target],
+        "pipeline_tag": "text-generation",
+        "tags": ["puzzle", "pruning", "distillation"],
+    }
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items()]
+    purpose = f", for {_PURPOSE[target]}" if target in _PURPOSE else ""
+    return "\n".join(
+        [
+            "---", *lines, "---", "",
+            f"# {prefix}{_text(base.rpartition('/')[2])}-puzzle{purpose}", "",
+            licence.words(), "",
+            *([figures] if figures else []),
+            "## Layers", "", drawn, "",
+            "## Runtimes", "", BEGIN, END, "",
+            "## Loading", "", _LOADING[target], "",
+            "## How it was made", "", made,
+        ]
+    )  # fmt: skip
+
+
+def with_verdicts(card: str, verdicts: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The card with what runtimes made of the model in the place where that stands; at its end if there is none."""
+    lines = [f"- {_text(line)}" for line in (*verdicts, *others)]
+    section = "\n".join([BEGIN, *lines, END])
+    if BEGIN not in card or END not in card:
+        return f"{card}\n## Runtimes\n\n{section}\n"
+    before, _, rest = card.partition(BEGIN)
+    return before + section + rest.partition(END)[2]
+
+
+def unverified(target: Format, shape: ModelShape, layers: Architecture, tried: Sequence[str]) -> tuple[str, ...]:
+    """What is known of the other runtimes that read the format: nothing was run, and what they are known to refuse."""
+    lines = []
+    for runtime, read in FORMAT_OF.items():
+        if read != target:
+            continue
+        refused = told(one for one in findings(runtime, layers, shape) if one.capability.status == "refused")
+        if refused:
+            lines.append(f"{runtime}: cannot load it: {'; '.join(refused)}")
+        elif runtime not in tried:
+            lines.append(f"{runtime}: not verified (loads every block of it, by what is known)")
+    return tuple(lines)
+
+
+def _drawing(names: Sequence[tuple[str, str]], shares: Sequence[Sequence[float]]) -> str:
+    """A table of the layers; bars are parameters as a share of the base model's block."""
+    rows = ["| layer | attention | | FFN | |", "|---|---|---|---|---|"]
+    for index, (variants, widths) in enumerate(zip(names, shares, strict=True)):
+        bars = [f"`{'█' * (filled := min(BAR, round(BAR * share)))}{'·' * (BAR - filled)}`" for share in widths]
+        rows.append(f"| {index} | {variants[0]} | {bars[0]} | {variants[1]} | {bars[1]} |")
+    return "\n".join(rows)
+
+
+def _text(value: object) -> str:
+    """One line in which nothing is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(value).split()))
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block with a fence that does not occur in it."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

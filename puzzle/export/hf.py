@@ -1,10 +1,10 @@
 """Writes a student as a Hugging Face folder that a stranger can load.
 
-Reads a :class:`PuzzleForCausalLM` and the teacher's tokenizer folder. Writes safetensors, ``config.json``, the
-tokenizer's files, ``generation_config.json`` and the model card. A student that its family's own config can describe
-becomes a plain checkpoint of the family, with the family's names on disk, which everything loads; any other carries
-the files of modelling code, and its ``config.json`` points to them (``auto_map``), because a stock model of the family
-would misread it without a word.
+Reads a :class:`~puzzle.export.source.Source` and the teacher's tokenizer folder. Writes safetensors, ``config.json``,
+the tokenizer's files and ``generation_config.json``. A student that its family's own config can describe becomes a
+plain checkpoint of the family, with the family's names on disk, which everything loads; any other carries the files of
+modelling code, and its ``config.json`` points to them (``auto_map``), because a stock model of the family would misread
+it without a word.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from puzzle.checkpoint import TOKENIZER_FILES, VOCABULARY_FILES
+from puzzle.export.folder import begin, copy_tokenizer
+from puzzle.export.shards import write_sharded
+from puzzle.export.source import Source, pieces
 from puzzle.modeling import (
     PuzzleConfig,
     PuzzleForCausalLM,
@@ -31,9 +35,6 @@ from puzzle.modeling import (
     spans_puzzle,
 )
 from puzzle.modeling.configuration_puzzle import FULL, SLIDING, legacy_rope_fields
-from puzzle.types import ConfigError
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def plain_config(config: PuzzleConfig) -> PreTrainedConfig | None:
@@ -69,30 +70,50 @@ def _layer(config: PuzzleConfig, layer: int) -> tuple[Any, ...]:
     return (*sizes, config.span(layer), rope)
 
 
-def export_hf(model: PuzzleForCausalLM, tokenizer_dir: Path, out_dir: Path, card: str) -> None:
-    """Writes ``model`` into ``out_dir``, new or empty; ``card`` is the text of the model card (README.md).
+def export_hf(source: Source, tokenizer_dir: Path, out_dir: Path) -> None:
+    """Writes ``source`` into ``out_dir``, new or empty; its weights keep the dtype that they are stored in.
 
-    Weights keep the dtype they have. Publishing the folder as a whole is the caller's part (``puzzle.artifacts``).
-    Raises ConfigError where ``out_dir`` is in use or ``tokenizer_dir`` holds no tokenizer.
+    Publishing the folder as a whole is the caller's part (``puzzle.artifacts``). Raises ConfigError where ``out_dir``
+    is in use or ``tokenizer_dir`` holds no tokenizer.
     """
-    if not any((tokenizer_dir / name).is_file() for name in VOCABULARY_FILES):
-        raise ConfigError(f"{tokenizer_dir}: no tokenizer here; looked for {', '.join(VOCABULARY_FILES)}")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if any(out_dir.iterdir()):
-        raise ConfigError(f"{out_dir} is not empty; give a new folder")
-    plain = plain_config(model.config)
+    begin(out_dir, tokenizer_dir)
+    plain = plain_config(source.config)
+    (source.config if plain is None else plain).save_pretrained(out_dir)
+    config = json.loads((out_dir / "config.json").read_text())
+    config |= {"dtype": source.dtype, "architectures": [_architecture(plain)]}
     if plain is None:
-        model.save_pretrained(out_dir)
-        config = {**json.loads((out_dir / "config.json").read_text()), "auto_map": _copy_code(out_dir)}
+        config["auto_map"] = _copy_code(out_dir)
     else:
-        _stock_model(model, plain).save_pretrained(out_dir)
-        config = _family_fields(json.loads((out_dir / "config.json").read_text()))
+        config = _family_fields(config)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_sharded(_tensors(source, as_family=plain is not None), out_dir)
+    copy_tokenizer(tokenizer_dir, out_dir)
 
-    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
-        if (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, out_dir / name)
-    (out_dir / "README.md").write_text(card)
+
+def _architecture(plain: PreTrainedConfig | None) -> str:
+    return PuzzleForCausalLM.__name__ if plain is None else str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[plain.model_type])
+
+
+def _tensors(source: Source, as_family: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name on disk, ``as_family`` saves it or as our own modules call it."""
+    yield from source.outer()
+    for layer, blocks in enumerate(pieces(source)):
+        for block in blocks:
+            for name, tensor in block.tensors().items():
+                full = f"model.layers.{layer}.{name}"
+                yield from _single_experts(full, tensor) if as_family else [(full, tensor)]
+
+
+def _single_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Experts one by one, as checkpoints hold them: the inverse of :func:`puzzle.modeling.stock_state`."""
+    prefix, _, matrix = name.rpartition(".experts.")
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(matrix) if prefix else None
+    if names is None:
+        yield name, tensor
+        return
+    for expert, weights in enumerate(tensor):
+        for one, part in zip(names, weights.chunk(len(names)), strict=True):
+            yield f"{prefix}.experts.{expert}.{one}.weight", part
 
 
 def _copy_code(out_dir: Path) -> dict[str, str]:
@@ -102,17 +123,6 @@ def _copy_code(out_dir: Path) -> dict[str, str]:
         shutil.copyfile(source, out_dir / source.name)
     classes = {"AutoConfig": PuzzleConfig, "AutoModel": PuzzleModel, "AutoModelForCausalLM": PuzzleForCausalLM}
     return {auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in classes.items()}
-
-
-def _stock_model(model: PuzzleForCausalLM, plain: PreTrainedConfig) -> PreTrainedModel:
-    """Transformers' own model with the weights of ``model``, which are not copied."""
-    plain.dtype = model.dtype
-    with torch.device("meta"):
-        stock: Any = AutoModelForCausalLM.from_config(plain, dtype=model.dtype)
-    stock.load_state_dict(model.state_dict(), strict=True, assign=True)
-    stock.tie_weights()
-    found: PreTrainedModel = stock
-    return found
 
 
 def _family_fields(written: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The ``config.json`` of a nemotron-nas (DeciLM) checkpoint: what vLLM, TensorRT-LLM, llama.cpp and mlx-lm read of
 models whose layers differ.
 
-Reads the teacher's ``config.json`` and one attention and one FFN spec per layer; computes ``block_configs``; writes
-nothing. Pure. The format is Llama's with, per layer,
+Both ways: from the teacher's ``config.json`` and one attention and one FFN spec per layer, and back, to the fields of a
+PuzzleConfig (:func:`puzzle_fields`). Writes nothing. Pure. The format is Llama's with, per layer,
 
     KV heads  = num_attention_heads / n_heads_in_group
     FFN width = int(2 * ffn_mult * hidden_size / 3), rounded up to a multiple of 256
@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle.types import Architecture, AttentionSpec, ConfigError, FfnSpec, ModelShape, Spec
+from puzzle.types import Architecture, AttentionSpec, ConfigError, CorruptFileError, FfnSpec, ModelShape, Spec
 from puzzle.variants import num_kv_heads, variant_name
 
+MODEL_TYPE = "nemotron-nas"
 CONFIG_CODE = "configuration_decilm"  # the file beside this one that goes into every folder
 FAMILIES = ("llama", "mistral")  # the same tensors under the same names; Mistral without its windows
 WIDTH_MULTIPLE = 256
@@ -95,8 +96,19 @@ def check_family(shape: ModelShape) -> None:
             f"a {shape.family} model cannot be written as nemotron-nas, which has Llama's layers only; "
             f"families that can: {', '.join(FAMILIES)}"
         )
+    if shape.qkv_bias or shape.output_bias or shape.mlp_bias:
+        raise ConfigError(
+            "a model with biases cannot be written as nemotron-nas, where no reader of it was seen to have them"
+        )
     if any(window is not None for window in shape.windows):
         raise ConfigError(f"a {shape.family} model with sliding windows cannot be written as nemotron-nas: it has none")
+
+
+def check_model(teacher: Mapping[str, Any], shape: ModelShape) -> None:
+    """Raises ConfigError for a teacher, by its ``config.json``, that the format could not say."""
+    check_family(shape)
+    if teacher.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"nemotron-nas readers know silu only, and the teacher has {teacher['hidden_act']!r}")
 
 
 def block_configs(shape: ModelShape, layers: Architecture) -> list[dict[str, Any]]:
@@ -138,12 +150,10 @@ def nemotron_nas_config(
     ``teacher`` is its ``config.json``, ``dtype`` as transformers writes it (bfloat16). Raises ConfigError for a teacher
     or a layer that the format cannot hold.
     """
-    check_family(shape)
-    if teacher.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"nemotron-nas readers know silu only, and the teacher has {teacher['hidden_act']!r}")
+    check_model(teacher, shape)
     return {
         "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
+        "model_type": MODEL_TYPE,
         "auto_map": {"AutoConfig": f"{CONFIG_CODE}.DeciLMConfig"},
         **{name: teacher[name] for name in _COPIED if name in teacher},
         **_rope(teacher),
@@ -174,3 +184,85 @@ def _rope(teacher: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": given["rope_theta"],
         "rope_scaling": {**scaling, "rope_type": kind} if kind != "default" else None,
     }
+
+
+# ------------------------------------------------------------------------------------------------------ reading it back
+
+_KEEP = {"attention": {"kind": "keep"}, "ffn": {"kind": "keep"}}
+# What else a block may say, and no reader does: windows, sinks, sparsity. Null or false means that it does not.
+_KNOWN = ("n_heads_in_group", "num_key_value_heads", "ffn_mult", "intermediate_size", "no_op", "replace_with_linear")
+
+
+def puzzle_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The fields of a PuzzleConfig of family ``llama`` that is the model which ``config`` describes.
+
+    ``keep`` is the widest that occurs. ConfigError, naming ``source``, for what Llama's layers cannot do;
+    CorruptFileError for a field that is missing or malformed.
+    """
+    try:
+        heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
+        layers = [_read_block(block, heads, hidden_size) for block in config["block_configs"]]
+        kv_heads = max((count for count, _ in layers if isinstance(count, int)), default=heads)
+        width = max((width for _, width in layers if isinstance(width, int)), default=WIDTH_MULTIPLE)
+        return {
+            "family": "llama",
+            **{name: config[name] for name in _COPIED if name in config},
+            **_rope(config),
+            "blocks": [_block(count, own_width, kv_heads, width) for count, own_width in layers],
+            "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+            "head_dim": config.get("head_dim") or hidden_size // heads,
+            "hidden_size": hidden_size,
+            "intermediate_size": width,
+            "num_attention_heads": heads,
+            "num_hidden_layers": len(layers),
+            "num_key_value_heads": kv_heads,
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        }
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CorruptFileError(f"{source}: missing or malformed field ({error})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def llama_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Llama's ``config.json`` of the same model; ConfigError, naming the first one, where its layers differ."""
+    fields = puzzle_fields(config, source)
+    for layer, block in enumerate(fields.pop("blocks")):
+        if block != _KEEP:
+            other = next(f"{part} {one}" for part, one in block.items() if one != _KEEP[part])
+            raise ConfigError(
+                f"{source}: its layers differ (layer {layer}: {other}), and a teacher's must be alike; "
+                "`puzzle convert` writes such a model in other formats"
+            )
+    return {**fields, "model_type": fields.pop("family")}
+
+
+def _read_block(block: Mapping[str, Any], heads: int, hidden_size: int) -> tuple[int | str, int | str]:
+    """KV heads and FFN width of a layer, ``linear`` or ``skip`` in their place."""
+    attention, ffn = block["attention"], block["ffn"]
+    for part, entry in (("attention", attention), ("ffn", ffn)):
+        asked = [name for name, value in entry.items() if value and name not in _KNOWN]
+        if asked and not (entry.get("no_op") or entry.get("replace_with_linear")):
+            raise ConfigError(f"block_configs: {part}: {asked[0]} = {entry[asked[0]]!r} is not supported")
+    count: int | str | None = _replaced(attention)
+    width: int | str | None = _replaced(ffn)
+    if count is None:
+        count = int(attention.get("num_key_value_heads") or heads // attention["n_heads_in_group"])
+    if width is None:
+        width = int(ffn.get("intermediate_size") or read_width(ffn["ffn_mult"], hidden_size))
+    return count, width
+
+
+def _replaced(entry: Mapping[str, Any]) -> str | None:
+    return "skip" if entry.get("no_op") else "linear" if entry.get("replace_with_linear") else None
+
+
+def _block(count: int | str, width: int | str, kv_heads: int, widest: int) -> dict[str, dict[str, Any]]:
+    """An entry of ``PuzzleConfig.blocks``."""
+    attention: dict[str, Any] = {"kind": count} if isinstance(count, str) else {"kind": "keep"}
+    ffn: dict[str, Any] = {"kind": width} if isinstance(width, str) else {"kind": "keep"}
+    if isinstance(count, int) and count != kv_heads:
+        attention = {"kind": "gqa", "num_kv_heads": count}
+    if isinstance(width, int) and width != widest:
+        ffn = {"kind": "narrow", "intermediate_size": width}
+    return {"attention": attention, "ffn": ffn}

@@ -1,119 +1,166 @@
 """Checks an exported folder the way a stranger would use it: in a new process that cannot import ``puzzle``.
 
-Reads the export and a reference (safetensors: ``input_ids``, ``logits`` of the model in memory, fp32); computes, in
-fp32 on the CPU, how far the reloaded model is from the reference and from itself under a cache and under padding;
-writes nothing that stays.
-
-    python -m puzzle.export.verify EXPORT REFERENCE.safetensors
+Reads the export and a reference (safetensors: ``input_ids``, ``logits`` of the model it was made from, fp32); computes,
+in a child process and in the runtime that is asked about, how far the logits that it makes of the export are from the
+reference, and from themselves under a cache and under padding. The reference travels with the export, so that it can be
+checked again on any machine: ``puzzle verify EXPORT``.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
-from puzzle.types import ConfigError, CorruptFileError
+from puzzle.data.batches import Batch
+from puzzle.teacher import Teacher, run_layer
+from puzzle.types import ConfigError, CorruptFileError, Strict
 
-LOGIT_TOLERANCE = 1e-5
-CHUNKED_TOLERANCE = 1e-4
-LEFT_PADDING_TOLERANCE = 1e-4
-_CHILD = Path(__file__).with_name("verify_child.py")
+REFERENCE = (
+    Path("verification") / "reference.safetensors"
+)  # not among the weights, where readers would take it for some
+NOT_INSTALLED = 3  # the children's exit code
+EXACT = "exact"  # metadata of a reference: whether the export holds the very numbers
 
 
 @dataclass(frozen=True)
-class Verification:
-    """Largest absolute differences between logits; ``passed`` follows from the other fields."""
+class Runtime:
+    """``child`` checks the export in it; ``allowed``: the largest difference of logits; ``checks``: what it reports."""
 
-    max_logit_difference: float
-    cache_matches: bool
-    chunked_difference: float
-    left_padding_difference: float
-    passed: bool = field(init=False)
+    child: str
+    allowed: float
+    checks: tuple[str, ...] = ("max_logit_difference",)
+    needs: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "passed", not self.failures)
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "transformers": Runtime(
+        "verify_child.py",
+        1e-5,
+        ("max_logit_difference", "chunked_difference", "left_padding_difference", "tokens_unlike_without_cache"),
+    ),
+    "torch": Runtime("verify_torch.py", 1e-4, needs="pip install 'puzzle-nas[gguf]' for a GGUF file"),
+    "llama.cpp": Runtime("verify_llama_cpp.py", 1e-4, needs="pip install llama-cpp-python"),
+    "mlx-lm": Runtime(
+        "verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"
+    ),
+}
+_WORDS = {
+    "max_logit_difference": "its logits differ from those of the model it was made from",
+    "chunked_difference": "continuing a cache in chunks differs from one shot",
+    "left_padding_difference": "left padding changes the logits",
+    "tokens_unlike_without_cache": "tokens of greedy generation with the cache differ from those without it",
+}
+_ALLOWED = {"chunked_difference": 1e-4, "left_padding_difference": 1e-4, "tokens_unlike_without_cache": 0.0}
+
+
+@dataclass(frozen=True)
+class Verdict(Strict):
+    """What came of one runtime. ``differences``: largest absolute ones between logits, and tokens that differ.
+
+    ``reason``: why it was not tried. ``exact`` False: the export holds rounded weights, so that its logits are told and
+    not judged.
+    """
+
+    runtime: str
+    version: str = ""
+    differences: Mapping[str, float] = field(default_factory=dict)
+    exact: bool = True
+    reason: str = ""
+
+    @property
+    def status(self) -> Literal["passed", "failed", "unverified"]:
+        if self.reason:
+            return "unverified"
+        return "failed" if self.failures else "passed"
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is wrong, in words; empty when the export passed."""
-        numbers = (
-            ("the reloaded logits differ from the model in memory", self.max_logit_difference, LOGIT_TOLERANCE),
-            ("continuing a cache in chunks differs from one shot", self.chunked_difference, CHUNKED_TOLERANCE),
-            ("left padding changes the logits", self.left_padding_difference, LEFT_PADDING_TOLERANCE),
-        )
-        # Not "difference > tolerance": a NaN must fail.
-        words = [f"{what}: by {found:.2e}, allowed {most:.0e}" for what, found, most in numbers if not found <= most]
-        if not self.cache_matches:
-            words.append("greedy generation with the cache differs from generation without it")
+        """What is wrong, in words."""
+        runtime = RUNTIMES[self.runtime]
+        words = []
+        for name in runtime.checks:
+            most = _ALLOWED.get(name, runtime.allowed if self.exact else math.inf)
+            found = self.differences[name]
+            if not (found <= most and math.isfinite(found)):  # a NaN must fail
+                words.append(f"{_WORDS[name]}: by {found:.2e}, allowed {most:.0e}")
         return tuple(words)
+
+    def line(self) -> str:
+        """For people."""
+        name = f"{self.runtime} {self.version}".strip()
+        if self.status == "unverified":
+            return f"{name}: not verified ({self.reason})"
+        if self.status == "failed":
+            return f"{name}: FAILED: {'; '.join(self.failures)}"
+        rounded = "" if self.exact else " (its weights are rounded)"
+        return f"{name}: passed, logits within {self.differences['max_logit_difference']:.1e} of the original{rounded}"
 
 
 @torch.no_grad()
-def write_reference(model: PreTrainedModel, path: Path, batch_size: int = 2, num_tokens: int = 24) -> None:
-    """Writes the logits of ``model`` on random tokens to ``path``, computed in fp32 on a CPU copy of it."""
+def write_reference(folder: Path, path: Path, exact: bool = True, batch_size: int = 2, num_tokens: int = 24) -> None:
+    """Writes the logits on random tokens of the model in ``folder``, one layer in memory at a time, fp32 on the CPU."""
+    model = Teacher(folder, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch_size, num_tokens), generator=generator)
-    twin: Any = copy.deepcopy(model)
-    twin = twin.to(device="cpu", dtype=torch.float32).eval()
-    logits = twin(input_ids=tokens, use_cache=False).logits
-    save_file({"input_ids": tokens, "logits": logits.contiguous()}, path)
+    batch = Batch(tokens)
+    hidden, context = model.embed(batch), model.context(batch)
+    for layer in range(model.num_layers):
+        hidden = run_layer(model.layer(layer), hidden, context).after
+    logits = model.top.lm_head(model.top.model.norm(hidden))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"input_ids": tokens, "logits": logits.contiguous()}, path, metadata={EXACT: str(exact)})
 
 
-def verify_hf(export_dir: Path, reference_file: Path) -> Verification:
-    """Reloads ``export_dir`` in a clean process and compares it with ``reference_file`` and with itself.
+def verify(export_dir: Path, runtime: str, python: Path | None = None, reference: Path | None = None) -> Verdict:
+    """What ``runtime`` makes of the export in a clean process of ``python`` (default: this one).
 
-    Runs the code in the export, if it has any. Raises ConfigError where a path is missing, CorruptFileError where the
-    export cannot be loaded, or not by the code it carries.
+    Runs the code in the export, if it has any. ``reference``: another one than the export's own. Raises ConfigError
+    where a path is missing, CorruptFileError where the export cannot be loaded, or not by the code it carries.
     """
-    for path in (export_dir / "config.json", reference_file):
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file")
+    reference = reference or export_dir / REFERENCE
+    for path in (export_dir, reference):
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; give the folder that `puzzle export` or `puzzle convert` wrote")
+    with safe_open(reference, framework="pt") as tensors:
+        exact = (tensors.metadata() or {}).get(EXACT) != "False"
     with tempfile.TemporaryDirectory(prefix="puzzle-verify-") as folder:
         result_file = Path(folder) / "result.json"
-        paths = (export_dir, reference_file, result_file)
+        paths = (export_dir, reference, result_file)
         # -I: neither PYTHONPATH, nor the working folder, nor the script's own folder is on the path.
-        command = [sys.executable, "-I", str(_CHILD), *(str(path.resolve()) for path in paths)]
+        child = Path(__file__).with_name(RUNTIMES[runtime].child)
+        command = [str(python or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
         # As many threads as here, so that sums are taken in the same order; a private cache for the copied code.
         command.append(str(torch.get_num_threads()))
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         for name in ("HF_MODULES_CACHE", "HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
             environment.pop(name, None)  # would take precedence over HF_HOME
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        try:
+            run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{python}: cannot be run ({error.strerror}); give the python of {runtime}'s environment"
+            ) from None
+        if run.returncode == NOT_INSTALLED:
+            needs = RUNTIMES[runtime].needs
+            return Verdict(runtime, reason="not installed here" + (f": {needs}" if needs else ""))
         if run.returncode != 0:
             lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-            raise CorruptFileError(f"{export_dir}: could not be checked in a clean process: {lines[-1]}")
-        return Verification(**json.loads(result_file.read_text()))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the verdict; 0 if the export passed, 1 if not, otherwise the error's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m puzzle.export.verify", description=__doc__.splitlines()[0])
-    parser.add_argument("export", type=Path, help="the exported folder")
-    parser.add_argument("reference", type=Path, help="safetensors file with input_ids and logits")
-    options = parser.parse_args(arguments)
-    try:
-        verification = verify_hf(options.export, options.reference)
-    except (ConfigError, CorruptFileError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    for failure in verification.failures:
-        print(f"FAILED: {failure}")
-    if verification.passed:
-        print(f"passed: logits within {verification.max_logit_difference:.1e} of the model in memory")
-    return 0 if verification.passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            raise CorruptFileError(f"{export_dir}: could not be checked in {runtime}, in a clean process: {lines[-1]}")
+        found = json.loads(result_file.read_text())
+        return Verdict(runtime, found["version"], found["differences"], exact)

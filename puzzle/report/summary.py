@@ -137,10 +137,15 @@ class Summary:
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
         return rows
 
-    def markdown(self) -> str:
-        lines = [f"# {self.title}", "", f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
+    def table(self) -> str:
+        """The figures, and what they mean."""
+        lines = [f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        lines += ["", NOTES, "", *([self.standings, ""] if self.standings else [])]
+        return "\n".join([*lines, "", NOTES])
+
+    def markdown(self) -> str:
+        lines = [f"# {self.title}", "", self.table(), ""]
+        lines += [self.standings, ""] if self.standings else []
         lines += ["| layer | attention | FFN |", "|---|---|---|"]
         lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
         return "\n".join(lines) + "\n"

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import cast
 
 from puzzle import artifacts, build
 from puzzle.evaluate import evaluate
-from puzzle.export.card import model_card
+from puzzle.export import card as model_card
+from puzzle.export import publish
+from puzzle.export.source import Source
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.speed import Subject, measured_speed
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
-from puzzle.teacher import Compute, load_model
-from puzzle.types import PuzzleError, to_json
+from puzzle.teacher import load_model
+from puzzle.types import Format, to_json
 
 
 def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -52,25 +51,17 @@ def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> N
 
 
 def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    from puzzle.export.hf import export_hf
-    from puzzle.export.verify import verify_hf, write_reference
-
-    (unit,) = missing
-    on_cpu = Compute(torch.device("cpu"), bf16=False)
-    model = torch.nn.Module.to(load_model(run.student / "final", on_cpu), stored_dtype(run))
-
-    def write(aside: Path) -> dict[str, Any]:
-        folder = aside / "hf"
-        export_hf(model, run.teacher, folder, model_card(run))
-        reference = aside / "reference.safetensors"
-        write_reference(model, reference)
-        verification = verify_hf(folder, reference)
-        reference.unlink()
-        if not verification.passed:
-            raise PuzzleError(
-                f"the exported checkpoint does not reload as it should: {'; '.join(verification.failures)}"
-            )
-        return {"verification": to_json(verification)}
-
-    artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.done(str(unit.path))
+    source = Source.open(run.student / "final")
+    for unit in missing:
+        target = cast(Format, unit.path.name)
+        card = model_card.run_card(run, target)
+        write = functools.partial(
+            publish.fill,
+            source=source,
+            target=target,
+            tokenizer_dir=run.teacher,
+            card=card,
+            gguf_type=run.config.export.gguf_type,
+        )
+        artifacts.publish_folder(unit.path, unit.inputs, write, loose=publish.LOOSE)
+        progress.done(str(unit.path))

@@ -14,11 +14,11 @@ from puzzle import variants
 from puzzle.blocks.fusion import fuse
 from puzzle.blocks.layer import block_of, config_with, part_state
 from puzzle.build import build_student
-from puzzle.export.hf import export_hf
 from puzzle.modeling import FAMILIES, PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.types import AttentionSpec, FfnSpec, Item, ModelShape, Site
 from puzzle.variants import fused_item, made_of, site_item
 from tests import tiny_families
+from tests.exporting import export_hf
 from tests.tiny_families import make_kept, make_stock, make_tokens
 
 DENSE = [family for family in FAMILIES if family not in ("gemma3_text", "qwen3_moe")]
@@ -131,7 +131,7 @@ def test_a_student_with_a_fused_run_computes_the_sum(family: str, ffn: FfnSpec) 
 @torch.no_grad()
 def test_it_is_exported_and_loaded(family: str, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     model, _ = student(family, NARROW)
-    export_hf(model, tiny_tokenizer_dir, tmp_path / "out", "card")
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     torch.testing.assert_close(loaded(make_tokens(2, 9)).logits, model(make_tokens(2, 9)).logits, rtol=0, atol=1e-5)

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import puzzle.modeling
-from puzzle.export.hf import export_hf
-from puzzle.export.verify import Verification, main, verify_hf, write_reference
+from puzzle.export.verify import Verdict, verify, write_reference
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.teacher import Compute, load_model
 from puzzle.types import ConfigError, CorruptFileError
+from tests.exporting import export_hf, saved
 from tests.tiny_families import make_stock
 from tests.tiny_families import make_student as make_family_student
 
@@ -36,6 +38,10 @@ MIXED = [
 def make_student(teacher: LlamaForCausalLM, blocks: list[dict[str, Any]]) -> PuzzleForCausalLM:
     torch.manual_seed(11)
     return PuzzleForCausalLM(PuzzleConfig.from_family(teacher.config, blocks)).eval()
+
+
+def verified(export: Path, reference: Path) -> Verdict:
+    return verify(export, "transformers", reference=reference)
 
 
 def files(folder: Path) -> set[str]:
@@ -65,15 +71,14 @@ def teacher_dir(
 def mixed_export(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("exports") / "mixed"
     out_dir.mkdir()
-    export_hf(student, teacher_dir, out_dir, "# A student\n")
+    export_hf(student, teacher_dir, out_dir)
     return out_dir
 
 
 def test_mixed_export_is_complete(mixed_export: Path, teacher_dir: Path) -> None:
     code = {f"{name}_puzzle.py" for name in ("configuration", "families", "spans", "layers", "modeling")}
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert files(mixed_export) == {"config.json", "model.safetensors", "README.md", *copied, *code}
-    assert (mixed_export / "README.md").read_text() == "# A student\n"
+    assert files(mixed_export) == {"config.json", "model.safetensors", *copied, *code}
     for name in copied:
         assert (mixed_export / name).read_bytes() == (teacher_dir / name).read_bytes()
     config = json.loads((mixed_export / "config.json").read_text())
@@ -104,12 +109,10 @@ def test_code_files_import_torch_and_transformers_only() -> None:
                 assert relative or (node.module or "").split(".")[0] in allowed
 
 
-def test_mixed_export_passes_in_a_clean_process(
-    student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_reference(student, tmp_path / "reference.safetensors")
-    assert main([str(mixed_export), str(tmp_path / "reference.safetensors")]) == 0
-    assert capsys.readouterr().out.startswith("passed: logits within")
+def test_mixed_export_passes_in_a_clean_process(student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path) -> None:
+    write_reference(saved(student, mixed_export), tmp_path / "reference.safetensors")
+    verdict = verified(mixed_export, tmp_path / "reference.safetensors")
+    assert verdict.line().startswith(f"transformers {transformers.__version__}: passed, logits within")
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
@@ -125,16 +128,16 @@ def test_mixed_exports_of_other_families_pass_in_a_clean_process(
         {"attention": KEEP, "ffn": KEEP},
     ]
     model = make_family_student(make_stock(family), blocks)
-    export_hf(model, tiny_tokenizer_dir, tmp_path / "out", "")
-    write_reference(model, tmp_path / "reference.safetensors")
-    verification = verify_hf(tmp_path / "out", tmp_path / "reference.safetensors")
-    assert verification.passed, verification.failures
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
+    write_reference(saved(model, tmp_path / "out"), tmp_path / "reference.safetensors")
+    verdict = verified(tmp_path / "out", tmp_path / "reference.safetensors")
+    assert verdict.passed, verdict.failures
 
 
 def test_a_plain_export_names_its_experts_as_all_readers_do(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     fewer = {"attention": KEEP, "ffn": {"kind": "experts", "num_experts": 4}}
     model = make_family_student(make_stock("qwen3_moe", mlp_only_layers=[]), [fewer] * 4)
-    export_hf(model, tiny_tokenizer_dir, tmp_path / "out", "")
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["num_experts"], config["num_local_experts"]) == ("qwen3_moe", 4, 4)
     names = {f"model.layers.0.mlp.experts.3.{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
@@ -144,7 +147,7 @@ def test_a_plain_export_names_its_experts_as_all_readers_do(tiny_tokenizer_dir: 
 @torch.no_grad()
 def test_uniform_export_is_a_plain_llama(tiny_llama_tied: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
     model = make_student(tiny_llama_tied, [{"attention": GQA, "ffn": NARROW}] * 4)
-    export_hf(model, teacher_dir, tmp_path / "uniform", "card")
+    export_hf(model, teacher_dir, tmp_path / "uniform")
     assert not any(name.endswith(".py") for name in files(tmp_path / "uniform"))
     config = json.loads((tmp_path / "uniform" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -167,13 +170,13 @@ def test_uniform_means_the_same_sizes(
     last: dict[str, Any], tiny_llama: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path
 ) -> None:
     blocks = [{"attention": {"kind": "gqa", "num_kv_heads": 4}, "ffn": KEEP}] * 3 + [last]
-    export_hf(make_student(tiny_llama, blocks), teacher_dir, tmp_path / "out", "")
+    export_hf(make_student(tiny_llama, blocks), teacher_dir, tmp_path / "out")
     model_type = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert model_type == ("puzzle" if last["ffn"] == SKIP else "llama")
 
 
 def test_all_linear_is_not_uniform(tiny_llama: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
-    export_hf(make_student(tiny_llama, [{"attention": LINEAR, "ffn": LINEAR}] * 4), teacher_dir, tmp_path / "out", "")
+    export_hf(make_student(tiny_llama, [{"attention": LINEAR, "ffn": LINEAR}] * 4), teacher_dir, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "puzzle"
 
 
@@ -184,16 +187,16 @@ def test_what_is_wrong_is_reported_in_words(student: PuzzleForCausalLM, mixed_ex
     code = (export / "layers_puzzle.py").read_text()
     assert "layer_idx = cache_idx" in code
     (export / "layers_puzzle.py").write_text(code.replace("layer_idx = cache_idx", "layer_idx = layer_idx"))
-    write_reference(student, reference)
+    write_reference(saved(student, mixed_export), reference)
     tensors = load_file(reference)
     tensors["logits"][1, 5, 7] += 0.01
     save_file(tensors, reference)
 
-    verification = verify_hf(export, reference)
-    assert not verification.passed
-    assert verification.max_logit_difference == pytest.approx(0.01, rel=0.01)
-    assert [failure.split(":")[0] for failure in verification.failures] == [
-        "the reloaded logits differ from the model in memory",
+    verdict = verified(export, reference)
+    assert verdict.status == "failed" and verdict.line().startswith("transformers")
+    assert verdict.differences["max_logit_difference"] == pytest.approx(0.01, rel=0.01)
+    assert [failure.split(":")[0] for failure in verdict.failures] == [
+        "its logits differ from those of the model it was made from",
         "continuing a cache in chunks differs from one shot",
     ]
 
@@ -203,41 +206,46 @@ def test_export_that_needs_puzzle_is_refused(student: PuzzleForCausalLM, mixed_e
     shutil.copytree(mixed_export, export)
     with (export / "modeling_puzzle.py").open("a") as file:
         file.write("\nimport puzzle.types\n")
-    write_reference(student, reference)
-    with pytest.raises(CorruptFileError, match=r"could not be checked in a clean process: .*puzzle"):
-        verify_hf(export, reference)
+    write_reference(saved(student, mixed_export), reference)
+    with pytest.raises(CorruptFileError, match=r"could not be checked in transformers, in a clean process: .*puzzle"):
+        verified(export, reference)
 
 
 def test_every_field_can_fail() -> None:
     good = {
         "max_logit_difference": 0.0,
-        "cache_matches": True,
+        "tokens_unlike_without_cache": 0.0,
         "chunked_difference": 0.0,
         "left_padding_difference": 0.0,
     }
-    assert Verification(**good).passed
-    bad_numbers = [(name, value) for name in good if name != "cache_matches" for value in (2e-4, float("nan"))]
-    for name, bad in (*bad_numbers, ("cache_matches", False)):
-        verification = Verification(**{**good, name: bad})
-        assert not verification.passed
-        assert len(verification.failures) == 1
+    assert Verdict("transformers", differences=good).passed
+    for name in good:
+        for bad in (2e-4, float("nan"), float("inf")):
+            verdict = Verdict("transformers", differences={**good, name: bad})
+            assert verdict.status == "failed"
+            assert len(verdict.failures) == 1
+    assert Verdict("transformers", differences={**good, "max_logit_difference": 0.1}, exact=False).passed
+    assert Verdict("transformers", reason="not installed").status == "unverified"
 
 
 def test_reference_of_a_bf16_model_is_in_fp32(student: PuzzleForCausalLM, tmp_path: Path) -> None:
     model = copy.deepcopy(student).to(torch.bfloat16)
-    write_reference(model, tmp_path / "reference.safetensors", batch_size=3, num_tokens=5)
+    folder = saved(model, tmp_path / "bf16")
+    write_reference(folder, tmp_path / "reference.safetensors", batch_size=3, num_tokens=5)
     tensors = load_file(tmp_path / "reference.safetensors")
     assert tensors["logits"].dtype == torch.float32
     assert tensors["logits"].shape == (3, 5, 128)
-    assert model.dtype == torch.bfloat16
+    whole = load_model(folder, Compute(torch.device("cpu"), bf16=False))
+    with torch.no_grad():  # one layer at a time, or all of it
+        assert torch.equal(whole(tensors["input_ids"]).logits, tensors["logits"])
 
 
 def test_refusals_say_what_to_do(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer here; looked for tokenizer\.json"):
-        export_hf(student, tmp_path, tmp_path / "out", "")
+        export_hf(student, tmp_path, tmp_path / "out")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     with pytest.raises(ConfigError, match="is not empty"):
-        export_hf(student, teacher_dir, tmp_path / "used", "")
+        export_hf(student, teacher_dir, tmp_path / "used")
     with pytest.raises(ConfigError, match="no such file"):
-        verify_hf(tmp_path / "nowhere", tmp_path / "reference.safetensors")
+        verify(tmp_path / "nowhere", "transformers")

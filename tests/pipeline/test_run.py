@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
+from puzzle.plans import plan_export
 from puzzle.report.library import library_frame
 from puzzle.report.summary import Summary
 from puzzle.run import Run
@@ -27,9 +28,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_ends_with_a_verified_checkpoint_and_a_report(finished: Project) -> None:
     run = Run.open(finished.config)
-    marker = json.loads((run.student / "export" / "unit.json").read_text())
-    assert marker["payload"]["verification"]["passed"] is True
-    assert (run.student / "export" / "hf" / "config.json").is_file()
+    (unit,) = plan_export(run)
+    assert unit.path == run.student / "export" / "hf"
+    (verdict,) = read_unit(unit.path).payload["verification"]
+    assert verdict["status"] == "passed" and verdict["runtime"] == "transformers"
+    card = (unit.path / "README.md").read_text()
+    assert f"- {verdict['line'].replace('_', chr(92) + '_')}" in card and "KL to the teacher" in card
+    assert json.loads((unit.path / "architecture.json").read_text()) == json.loads(
+        (run.solution / "architecture.json").read_text()
+    )
     assert (run.student / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
     report = (run.student / "report" / "report.md").read_text()
     assert "KL to the teacher" in report

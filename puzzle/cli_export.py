@@ -1,0 +1,98 @@
+"""The commands that write models for others and prove that they load: ``export``'s options, ``convert``, ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from puzzle import artifacts
+from puzzle.types import ConfigError, Format, PuzzleError
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0")
+RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the parsers, and options to ``export``, a stage; ``commands`` is what ``add_subparsers`` returned."""
+    export = commands.choices["export"]
+    export.add_argument(
+        "--target", action="append", choices=get_args(Format), help="the format; several (default: the config's)"
+    )
+    export.add_argument("--gguf-type", choices=GGUF_TYPES, help="of matrices in a GGUF file")
+
+    convert = commands.add_parser("convert", help="write a model folder (ours, nemotron-nas) in another format")
+    convert.add_argument("model", type=Path, metavar="FOLDER", help="a Hugging Face folder, or one of nemotron-nas")
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder")
+    convert.add_argument("--target", choices=get_args(Format), required=True, help="the format")
+    convert.add_argument("--gguf-type", choices=GGUF_TYPES, help="of matrices in a GGUF file (default: as they are)")
+    convert.set_defaults(command=_convert)
+
+    verify = commands.add_parser("verify", help="check in a clean process that an export loads as it should")
+    verify.add_argument("export", type=Path, metavar="EXPORT", help="a folder that export or convert wrote")
+    verify.add_argument("--runtime", action="append", choices=RUNTIMES, help="several (default: all that read it)")
+    verify.add_argument("--python", type=Path, help="the interpreter of the environment that the runtime is in")
+    verify.set_defaults(command=_verify)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from puzzle.export import publish
+    from puzzle.export.card import Licence, converted_card
+    from puzzle.export.source import Source
+
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists; choose another name")
+    source = Source.open(options.model)
+    name = options.model.resolve().name
+    card = converted_card(name, Licence.of(options.model), options.target, source.shape, source.layers)
+
+    def write(aside: Path) -> dict[str, Any]:
+        return publish.fill(aside, source, options.target, options.model, card, options.gguf_type)
+
+    unit = artifacts.publish_folder(options.output, {}, write, loose=publish.LOOSE)
+    _print(unit)
+    print(options.output)
+
+
+def print_exports(run: Run) -> None:
+    """What was exported last, and what came of checking it."""
+    from puzzle.plans import plan_export
+
+    for unit in plan_export(run):
+        _print(artifacts.read_unit(unit.path))
+        print(unit.path)
+
+
+def _print(unit: artifacts.Unit) -> None:
+    for verdict in unit.payload["verification"]:
+        print(verdict["line"])
+    print("\n".join(unit.payload["others"]), end="\n" if unit.payload["others"] else "")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from puzzle.export import publish
+    from puzzle.export.verify import verify
+
+    folder = options.export
+    if not (folder / artifacts.MARKER).is_file():
+        raise ConfigError(
+            f"{folder}: no export (it has no {artifacts.MARKER}); give what `puzzle export` or `convert` wrote"
+        )
+    unit = artifacts.read_unit(folder)
+    if "format" not in unit.payload:
+        raise ConfigError(f"{folder}: no export; give what `puzzle export` or `convert` wrote")
+    artifacts.check_contents(folder)
+    readable = publish.CHECKED_IN[unit.payload["format"]]
+    runtimes = options.runtime or readable
+    if foreign := [runtime for runtime in runtimes if runtime not in readable]:
+        raise ConfigError(
+            f"--runtime {foreign[0]}: it does not read {unit.payload['format']}; what does: {', '.join(readable)}"
+        )
+    verdicts = [verify(folder, runtime, options.python) for runtime in runtimes]
+    publish.note_verdicts(folder, verdicts, unit.payload["others"])
+    print("\n".join(verdict.line() for verdict in verdicts))
+    if failed := [verdict.runtime for verdict in verdicts if verdict.status == "failed"]:
+        raise PuzzleError(f"{folder}: does not load as it should in {', '.join(failed)}")
