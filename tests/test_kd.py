@@ -207,6 +207,7 @@ def test_a_dynamic_balance_makes_the_layers_part_as_large_as_the_predictions() -
 
 def test_pieces_and_recomputed_activations_change_nothing() -> None:
     teacher = freeze(small(4, 32))
+
     def batch(step: int) -> Batch:
         random = torch.Generator().manual_seed(step)
         ids = torch.randint(3, 128, (5, 12), generator=random)
