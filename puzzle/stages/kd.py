@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,11 +39,12 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
         job.load(good.path, good.payload)
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     progress.total(steps, job.step)
-    with training_log.opened(run.student, job.step, settings.report_to if ranks.first else ()) as log:
+    with _log(run, job.step, ranks) as log, ranks.naming_the_dead(run.folder, "kd", only_known=True):
+        tell = functools.partial(_tell, job, log, progress)
         while job.step < steps:
             until = min(steps, job.step + settings.checkpoint_steps)
             try:
-                job.run(batches, until, steps, _teller(job, log if ranks.first else None, progress))
+                job.run(batches, until, steps, tell)
             except DivergedError as error:
                 where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
                 raise ConfigError(f"{error}; {where}") from None
@@ -51,10 +53,9 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
                 good = _published(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save, ranks)
                 for path in older if ranks.first else ():
                     artifacts.remove(path)
-    write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
-    _published(unit.path, unit.inputs, write, ranks)
-    if ranks.first:
-        progress.done(unit.path.name)
+        write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
+        _published(unit.path, unit.inputs, write, ranks)
+    progress.done(unit.path.name)
 
 
 def _check(run: Run, tokens: TokenData, ranks: Ranks) -> None:
@@ -88,15 +89,17 @@ def _job(run: Run, ranks: Ranks) -> Distillation:
     return Distillation(student, teacher, settings, compute, ranks)
 
 
-def _teller(job: Distillation, log: training_log.Log | None, progress: Progress) -> Callable[[float], None]:
-    """What is called after each step."""
+def _log(run: Run, step: int, ranks: Ranks) -> contextlib.AbstractContextManager[training_log.Log | None]:
+    """Of rank 0; the others have none."""
+    if not ranks.first:
+        return contextlib.nullcontext()
+    return training_log.opened(run.student, step, run.config.kd.report_to)
 
-    def tell(loss: float) -> None:
-        progress.fraction(1, f"loss {loss:.4f}")
-        if log is not None and job.last is not None:
-            log(job.last.step, job.last.figures())
 
-    return tell
+def _tell(job: Distillation, log: training_log.Log | None, progress: Progress, loss: float) -> None:
+    progress.fraction(1, f"loss {loss:.4f}")
+    if log is not None and job.last is not None:
+        log(job.last.step, job.last.figures())
 
 
 def _published(
