@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
     types formats config yamlfiles artifacts variants capabilities space memory_plan checkpoint data data.streamed
-    data.source data.inputs data.encode data.packing schedule ranks training_log
+    data.source data.inputs data.encode data.packing schedule forecast ranks training_log
     tables scoring.draws scoring.sampling profiling
     profiling.memory profiling.table profiling.grid profiling.hardware profiling.kernels profiling.roofline
     profiling.imported profiling.correction profiling.regression export.nemotron_nas profiling.vllm

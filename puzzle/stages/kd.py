@@ -11,10 +11,11 @@ import torch
 
 from puzzle import artifacts, build, training_log
 from puzzle.data.batches import TokenData
+from puzzle.forecast import Schedule, forecast, forecast_step
 from puzzle.kd import Distillation, DivergedError
 from puzzle.kd.losses import check_comparable
 from puzzle.plans import Planned
-from puzzle.progress import Progress
+from puzzle.progress import Progress, console
 from puzzle.ranks import Ranks
 from puzzle.run import Run
 from puzzle.schedule import num_steps
@@ -40,7 +41,10 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     progress.total(steps, job.step)
     with _log(run, job.step, ranks) as log, ranks.naming_the_dead(run.folder, "kd", only_known=True):
-        tell = functools.partial(_tell, job, log, progress)
+        tell = functools.partial(_tell, run, job, log, progress)
+        schedule = _schedule(run)
+        if log is not None and job.step >= (forecast_step(schedule) or steps):
+            _foretell(run, schedule)
         while job.step < steps:
             until = min(steps, job.step + settings.checkpoint_steps)
             try:
@@ -96,10 +100,30 @@ def _log(run: Run, step: int, ranks: Ranks) -> contextlib.AbstractContextManager
     return training_log.opened(run.student, step, run.config.kd.report_to)
 
 
-def _tell(job: Distillation, log: training_log.Log | None, progress: Progress, loss: float) -> None:
+def _tell(run: Run, job: Distillation, log: training_log.Log | None, progress: Progress, loss: float) -> None:
     progress.fraction(1, f"loss {loss:.4f}")
     if log is not None and job.last is not None:
         log(job.last.step, job.last.figures())
+        if job.last.step == forecast_step(schedule := _schedule(run)):
+            _foretell(run, schedule)
+
+
+def _schedule(run: Run) -> Schedule:
+    settings = run.config.kd
+    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
+    return Schedule(steps, settings.warmup_steps, settings.min_learning_rate / settings.learning_rate)
+
+
+def _foretell(run: Run, schedule: Schedule) -> None:
+    """Says what KL the training will come to, from what the log holds of its beginning."""
+    step = forecast_step(schedule) or 0
+    kl = [line["kl"] for line in training_log.read_log(run.student / training_log.NAME)[:step] if "kl" in line]
+    if step and len(kl) == step and min(kl) > 0:
+        found = forecast(kl, schedule)
+        told = (
+            f"forecast from {step / schedule.steps:.0%} of the tokens: KL {found.mean:.4f} ± {found.standard_error:.4f}"
+        )
+        console.print(f"{'kd':<10} {told} at the end, on what it is trained on", markup=False)
 
 
 def _published(

@@ -1,4 +1,4 @@
-"""The exported student trains on in the ecosystem: LoRA with PEFT, SFT and DPO with TRL, in a process without puzzle."""
+"""The exported student trains on in the ecosystem: LoRA (PEFT), SFT and DPO (TRL), in a process without puzzle."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 LORA = LoraConfig(
     r=4,
     lora_alpha=8,
-    # attention and FFN by their names; a layer that lacks one of them is passed over. linear_attn and linear_mlp are the
-    # single matrices that may stand in their places
+    # attention and FFN by their names, and the single matrices that may stand in their places; a layer that lacks one
+    # of them is passed over
     target_modules=[
         *("q_proj", "k_proj", "v_proj", "o_proj", "linear_attn"),
         *("gate_proj", "up_proj", "down_proj", "linear_mlp"),
