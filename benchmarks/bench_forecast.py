@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
+import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,17 @@ from torch import Tensor
 
 from puzzle import kd, pipeline
 from puzzle.build import build_student
+from puzzle.forecast import Beginning, Prior, Schedule, forecast, forecast_step, num_last
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.run import Run
 from puzzle.stages.common import compute_of, teacher_of, tokens_of
-from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec, mean_and_error
 from puzzle.variants import site_item
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, BATCH_SIZE, SEQUENCE_TOKENS = 300, 2, 128
+STEPS, WARMUP_STEPS, BATCH_SIZE, SEQUENCE_TOKENS = 300, 8, 2, 128
+SETTINGS = {"steps": STEPS, "batch_size": BATCH_SIZE, "sequence_tokens": SEQUENCE_TOKENS}
+LEAST_SD = 0.03  # of an exponent: fewer students than ten cannot vouch for less
 CONFIG = "run: {folder}\nconstraints: half-memory\n"
 KINDS: dict[str, Callable[[Site, int], Spec]] = {  # the spec at a site, given the FFN's width
     "half of the FFN": lambda site, width: (
@@ -75,7 +80,7 @@ def curve(run: Run, kind: str) -> dict[str, Any]:
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     losses: list[float] = []
     job.run(batches, STEPS, STEPS, losses.append)
-    return {"kl": [round(loss, 5) for loss in losses]}
+    return {"kl": " ".join(f"{loss:.5f}" for loss in losses)}
 
 
 def curves(options: argparse.Namespace, results: Results) -> None:
@@ -88,7 +93,7 @@ def curves(options: argparse.Namespace, results: Results) -> None:
             "kd.cosine_weight=0",
             f"kd.batch_size={BATCH_SIZE}",
             f"data.sequence_tokens={SEQUENCE_TOKENS}",
-            "kd.warmup_steps=8",
+            f"kd.warmup_steps={WARMUP_STEPS}",
             f"seed={seed}",
         ]
         run = Run.open(config, asked)
@@ -100,6 +105,57 @@ def curves(options: argparse.Namespace, results: Results) -> None:
                 new += 1
 
 
+def schedule() -> Schedule:
+    return Schedule(STEPS, WARMUP_STEPS, 0.1)
+
+
+def prior_of(curves: Sequence[Sequence[float]]) -> Prior:
+    """What these students teach about others."""
+    exponents, lags, errors = [], [], []
+    for losses in curves:
+        begun = Beginning.of(losses[: forecast_step(schedule())], schedule())
+        exponents.append((begun.mean - math.log(end_of(losses)[0])) / begun.reach)
+        lags.append(exponents[-1] + begun.slope)
+        errors.append(begun.slope_variance)
+    lag_variance = statistics.variance(lags) - statistics.fmean(errors)  # without that of the slopes themselves
+    spreads = max(statistics.stdev(exponents), LEAST_SD), math.sqrt(max(lag_variance, LEAST_SD**2))
+    return Prior(statistics.fmean(exponents), spreads[0], statistics.fmean(lags), spreads[1])
+
+
+def end_of(losses: Sequence[float]) -> tuple[float, float]:
+    """The mean of the last steps, and its standard error."""
+    return mean_and_error(losses[-num_last(schedule()) :])
+
+
+def judge(results: Results) -> None:
+    """Every student by a prior from students of the other kinds."""
+    curves = {name: [float(kl) for kl in found["kl"].split()] for name, found in results.figures.items()}
+    first = forecast_step(schedule())
+    print(f"{'student':<28}{'true':>8}{'forecast':>20}{'last value':>12}{'plain law':>12}{'z':>7}")
+    off: dict[str, list[float]] = {"forecast": [], "last value": [], "plain law": []}
+    scores = []
+    for name, losses in curves.items():
+        others = [own for other, own in curves.items() if other.split("/")[0] != name.split("/")[0]]
+        found, (true, error) = forecast(losses[:first], schedule(), prior_of(others)), end_of(losses)
+        begun = Beginning.of(losses[:first], schedule())
+        guesses = {
+            "forecast": found.mean,
+            "last value": statistics.fmean(losses[first - 10 : first]),
+            "plain law": math.exp(begun.mean + begun.slope * begun.reach),
+        }
+        scores.append((found.mean - true) / math.hypot(found.standard_error, error))
+        for guess, value in guesses.items():
+            off[guess].append(abs(math.log(value / true)))
+        print(
+            f"{name:<28}{true:>8.4f}{f'{found.mean:.4f} ± {found.standard_error:.4f}':>20}"
+            f"{guesses['last value']:>12.4f}{guesses['plain law']:>12.4f}{scores[-1]:>7.2f}"
+        )
+    print({guess: f"{statistics.fmean(values):.1%} off" for guess, values in off.items()})
+    rms = math.sqrt(statistics.fmean(score**2 for score in scores))
+    print(f"errors over what they are said to be: root mean square {rms:.2f}, largest {max(map(abs, scores)):.2f}")
+    print("of all students together:", prior_of(list(curves.values())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["curves", "judge"])
@@ -109,7 +165,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "forecast.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(options.output, {"steps": STEPS, "batch_size": BATCH_SIZE, "sequence_tokens": SEQUENCE_TOKENS})
+    if options.what == "judge":
+        judge(Results(options.output, SETTINGS))
+        return
+    results = Results(options.output, SETTINGS)
     curves(options, results)
 
 

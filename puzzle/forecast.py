@@ -1,14 +1,13 @@
 """What a distillation will come to, told from its first tenth: the loss at the end, and how far off that may be.
 
 Reads the losses of the first steps and the schedule; writes nothing. The model is a power law in what has been learnt
-so far, counted as the sum of the learning rates (as in 2408.11029; of a plain schedule, the steps):
+so far, counted as the sum of the learning rates (as in 2408.11029):
 
     log loss = u - c · log(1 + S) + noise,    S = sum of the shares of the peak rate so far
 
-A tenth of a training says little about c, so it has a prior; and near the end, where the rate falls, the loss lies off
-the law by a factor that the beginning cannot know. Both were measured on the bundled teacher
-(benchmarks/bench_forecast.py), on students that were no part of what judges them. The error holds all three: that of
-the fit, that of c, and that of the factor.
+where c is the exponent that leads from the beginning to the end. The slope of the beginning measures it badly: it is
+noisy, and off by what a power law and a falling rate do not have in common. So c has a prior, and the slope counts
+for as much as it is worth (:class:`Prior`, measured on the bundled teacher by benchmarks/bench_forecast.py).
 """
 
 from __future__ import annotations
@@ -21,13 +20,24 @@ import numpy as np
 
 from puzzle.schedule import warmup_cosine
 
-__all__ = ["LEAST_STEPS", "Forecast", "Schedule", "forecast", "forecast_step"]
+__all__ = ["PRIOR", "Beginning", "Forecast", "Prior", "Schedule", "forecast", "forecast_step", "num_last"]
 
 SHARE = 0.1  # of the steps, that a forecast is made from
 LEAST_STEPS = 20
-EXPONENT, EXPONENT_SD = 0.30, 0.10  # of the law, over students
-END, END_SD = 0.0, 0.10  # log of the loss at the end over the law's, over students
 LAST_SHARE = 0.05  # of the steps, that the loss at the end is a mean of
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Over students: the exponent from the beginning to the end, and what the slope of the beginning lacks to it."""
+
+    exponent: float
+    exponent_sd: float
+    lag: float
+    lag_sd: float
+
+
+PRIOR = Prior(0.40, 0.10, 0.10, 0.10)
 
 
 @dataclass(frozen=True)
@@ -58,23 +68,41 @@ def forecast_step(schedule: Schedule) -> int | None:
     return step if step <= schedule.steps / 2 else None
 
 
-def forecast(losses: Sequence[float], schedule: Schedule) -> Forecast:
-    """From the ``losses`` of the first steps, all of them above 0; those of the warm-up are left out.
+@dataclass(frozen=True)
+class Beginning:
+    """The line through log losses after the warm-up: its height at its centre, its slope, their errors squared.
 
-    Least squares in logarithms with a normal prior on c.
+    ``reach``: from the centre to the end, in log(1 + S).
     """
-    learnt = np.log1p(schedule.learnt())
-    first = min(schedule.warmup_steps, len(losses) - 2)
-    x, y = learnt[first : len(losses)], np.log(np.asarray(losses[first:]))
-    centre, mean = x.mean(), y.mean()
-    spread = float(((x - centre) ** 2).sum())
-    slope = -float(((x - centre) * (y - mean)).sum()) / spread
-    residual = y - mean + slope * (x - centre)
-    noise = float((residual**2).sum()) / max(1, len(y) - 2)
-    weight, known = spread / max(noise, 1e-12), 1 / EXPONENT_SD**2
-    exponent = (weight * slope + known * EXPONENT) / (weight + known)
-    last = learnt[-max(1, round(LAST_SHARE * schedule.steps)) :].mean()
-    log_end = mean - exponent * (last - centre) + END
-    variance = noise / len(y) + (last - centre) ** 2 / (weight + known) + END_SD**2
-    end = math.exp(log_end)
-    return Forecast(end, end * math.sqrt(variance))
+
+    mean: float
+    slope: float
+    mean_variance: float
+    slope_variance: float
+    reach: float
+
+    @classmethod
+    def of(cls, losses: Sequence[float], schedule: Schedule) -> Beginning:
+        learnt = np.log1p(schedule.learnt())
+        first = min(schedule.warmup_steps, len(losses) - 3)
+        x, y = learnt[first : len(losses)], np.log(np.asarray(losses[first:]))
+        centre, mean = x.mean(), y.mean()
+        spread = ((x - centre) ** 2).sum()
+        slope = ((x - centre) * (y - mean)).sum() / spread
+        noise = ((y - mean - slope * (x - centre)) ** 2).sum() / (len(y) - 2)
+        reach = learnt[-num_last(schedule) :].mean() - centre
+        return cls(*map(float, (mean, slope, noise / len(y), noise / spread, reach)))
+
+
+def num_last(schedule: Schedule) -> int:
+    """How many steps the loss at the end is a mean of."""
+    return max(1, round(LAST_SHARE * schedule.steps))
+
+
+def forecast(losses: Sequence[float], schedule: Schedule, prior: Prior = PRIOR) -> Forecast:
+    """From the ``losses`` of the first steps, all of them above 0; those of the warm-up are left out."""
+    begun = Beginning.of(losses, schedule)
+    known, seen = 1 / prior.exponent_sd**2, 1 / (begun.slope_variance + prior.lag_sd**2)
+    exponent = (known * prior.exponent + seen * (prior.lag - begun.slope)) / (known + seen)
+    end = math.exp(begun.mean - exponent * begun.reach)
+    return Forecast(end, end * math.sqrt(begun.mean_variance + begun.reach**2 / (known + seen)))

@@ -7,51 +7,57 @@ import math
 import numpy as np
 import pytest
 
-from puzzle import forecast as module
-from puzzle.forecast import Forecast, Schedule, forecast, forecast_step
+from puzzle.forecast import Forecast, Prior, Schedule, forecast, forecast_step, num_last
 
 SCHEDULE = Schedule(2000, 40, 0.1)
 
 
-def curve(exponent: float, start: float = 2.0, noise: float = 0.0, seed: int = 0, end: float = 0.0) -> np.ndarray:
-    """``end``: logarithm of the factor by which the end lies off the law."""
+def curve(exponent: float, slope: float | None = None, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """A power law whose beginning may have another slope than what leads to the end."""
     learnt = np.log1p(SCHEDULE.learnt())
-    off = end * np.linspace(0, 1, SCHEDULE.steps) ** 4
-    return np.exp(
-        math.log(start) - exponent * learnt + off + noise * np.random.default_rng(seed).normal(size=len(learnt))
-    )
+    first = forecast_step(SCHEDULE) or 0
+    centre = learnt[40:first].mean()
+    law = -exponent * (learnt - centre)
+    law[:first] = -(exponent if slope is None else slope) * (learnt[:first] - centre)
+    return np.exp(law + noise * np.random.default_rng(seed).normal(size=len(learnt)))
 
 
-def told(losses: np.ndarray) -> tuple[Forecast, float]:
+def told(losses: np.ndarray, prior: Prior) -> tuple[Forecast, float]:
     """The forecast from the beginning, and what the last steps came to."""
-    step = forecast_step(SCHEDULE)
-    return forecast(losses[:step].tolist(), SCHEDULE), float(losses[-100:].mean())
+    found = forecast(losses[: forecast_step(SCHEDULE)].tolist(), SCHEDULE, prior)
+    return found, float(losses[-num_last(SCHEDULE) :].mean())
 
 
 @pytest.mark.parametrize("exponent", [0.05, 0.3, 0.7])
-def test_a_power_law_without_noise_is_known_to_its_end(exponent: float) -> None:
-    found, true = told(curve(exponent))
-    assert found.mean == pytest.approx(true * math.exp(module.END), rel=1e-3)
-    assert found.standard_error == pytest.approx(found.mean * module.END_SD, rel=1e-3)
+def test_a_power_law_is_known_to_its_end_where_the_slope_is_believed(exponent: float) -> None:
+    found, true = told(curve(exponent), Prior(0.3, 10.0, 0.0, 1e-3))
+    assert found.mean == pytest.approx(true, rel=1e-3)
+    assert found.standard_error < 0.01 * true
+    assert told(curve(0.3, slope=exponent), Prior(0.3, 1e-3, 0.0, 10.0))[0].mean == pytest.approx(
+        told(curve(0.3), Prior(0.3, 1e-3, 0.0, 10.0))[1], rel=1e-2
+    )
 
 
 def test_the_error_is_what_it_says() -> None:
-    """Over curves drawn as the priors say."""
-    rng = np.random.default_rng(1)
-    off = []
+    """Over curves drawn as the prior says."""
+    rng, prior, off = np.random.default_rng(1), Prior(0.4, 0.08, 0.1, 0.15), []
     for seed in range(300):
-        exponent = rng.normal(module.EXPONENT, module.EXPONENT_SD)
-        end = rng.normal(module.END, module.END_SD)
-        found, true = told(curve(exponent, noise=0.2, seed=seed, end=end))
+        exponent = rng.normal(prior.exponent, prior.exponent_sd)
+        slope = exponent - rng.normal(prior.lag, prior.lag_sd)
+        found, true = told(curve(exponent, slope, noise=0.2, seed=seed), prior)
         off.append((math.log(found.mean) - math.log(true)) / (found.standard_error / found.mean))
     assert np.std(off) == pytest.approx(1, abs=0.15)
     assert abs(np.mean(off)) < 0.35
 
 
+def share(found: Forecast) -> float:
+    return found.standard_error / found.mean
+
+
 def test_more_noise_and_a_shorter_beginning_are_less_sure() -> None:
-    calm, noisy = (forecast(curve(0.3, noise=noise)[:200].tolist(), SCHEDULE) for noise in (0.02, 0.3))
-    short = forecast(curve(0.3, noise=0.3)[:60].tolist(), SCHEDULE)
-    assert calm.standard_error < noisy.standard_error < short.standard_error
+    calm, noisy = (forecast(curve(0.3, noise=noise)[:200].tolist(), SCHEDULE) for noise in (0.02, 0.5))
+    short = forecast(curve(0.3, noise=0.5)[:60].tolist(), SCHEDULE)
+    assert share(calm) < share(noisy) < share(short)
 
 
 @pytest.mark.parametrize(
