@@ -76,7 +76,13 @@ class _Writer:
 
     @classmethod
     def of(cls, run: Run) -> _Writer:
-        tokenizer, source = load_tokenizer(run.teacher), run.config.generate.prompts
+        settings, most = run.config.generate, run.shape.max_position_embeddings
+        if settings.max_new_tokens >= most:
+            raise ConfigError(
+                f"generate.max_new_tokens is {settings.max_new_tokens}, but the teacher takes at most {most} tokens, "
+                "and the first is given; lower it"
+            )
+        tokenizer, source = load_tokenizer(run.teacher), settings.prompts
         if source is not None:
             check_source(source)
             if source.messages is not None:

@@ -105,3 +105,8 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(project: Project) -
     (text,) = generated(project, "documents=2", f"prompts={{path: {path}}}", "prompt_tokens=60").values()
     assert text.count(b"\n") == 1
     assert read_unit(next(project.run.glob("generated/*"))).payload["too_long"] == 1
+
+
+def test_more_tokens_than_the_teacher_takes_are_refused(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate-data", str(project.config), "--set", "generate.max_new_tokens=64"]) == 2
+    assert "the teacher takes at most 64 tokens" in capsys.readouterr().err

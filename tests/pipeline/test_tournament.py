@@ -9,6 +9,8 @@ import pytest
 from puzzle import kd
 from puzzle.artifacts import read_unit
 from puzzle.cli import main
+from puzzle.report.summary import Summary
+from puzzle.report.tournament import standings
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
 
@@ -56,6 +58,8 @@ def test_the_best_on_select_wins_and_goes_on_from_where_it_is(
         patched.setattr(kd.Distillation, "run", counted)
         up_to(contested, "build", "kd")
     assert steps[0] == 2
+    assert main(["--debug", "evaluate", str(contested.config), *SET]) == 0
+    assert standings(run) in Summary.of(run).markdown()
     went_on = (run.student / "final" / "model.safetensors").read_bytes()
     assert not (run.student / "tournament").exists()
     # as if there had been no tournament
