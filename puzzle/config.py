@@ -338,6 +338,12 @@ class KdConfig(_Model):
         description="dynamic: the layers' part is scaled to be as large as that of the predictions (as measured at the "
         "step before)",
     )
+    signal: Literal["online", "hidden", "sampled"] = Field(
+        "online",
+        description="the teacher beside the student; or what it said before, on disk: its final hidden states "
+        "(exact), or tokens drawn from its predictions (an unbiased estimate of forward KL)",
+    )
+    signal_samples: Positive = Field(64, description="tokens drawn per position")
     checkpoint_activations: bool = Field(False, description="compute layers again going backward: slower, less memory")
     checkpoint_steps: Positive = Field(100, description="how often it can be continued from")
     report_to: Annotated[tuple[Tracker, ...], *_one_or_more({"enum": [*get_args(Tracker)]})] | None = Field(
@@ -361,6 +367,10 @@ class KdConfig(_Model):
             raise ValueError("match_embedding needs a cosine_weight or an mse_weight above 0")
         if self.balance == "dynamic" and not (self.compares_layers and (self.kl_weight or self.lm_weight)):
             raise ValueError("balance: dynamic needs a loss of the predictions (kl_weight) and one of the layers")
+        if self.signal != "online" and (self.compares_layers or not self.kl_weight):
+            raise ValueError(f"signal: {self.signal} is of predictions alone; set cosine_weight and mse_weight to 0")
+        if self.signal == "sampled" and self.divergence != "forward":
+            raise ValueError("signal: sampled estimates forward KL alone; set divergence: forward")
         return self
 
 

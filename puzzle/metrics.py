@@ -137,6 +137,23 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Module, labels: Tensor, weights: 
     return _sum_of_chunks(chunk_sum, hidden.flatten(0, 1), labels.flatten(), weights.flatten())
 
 
+def sampled_kl_sum(
+    hidden: Tensor, head: nn.Module, tokens: Tensor, entropy: Tensor, weights: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """An estimate of the forward :func:`divergence_sum` from tokens (B, T, K) drawn from the teacher's predictions.
+
+    Their ``entropy`` is (B, T). Its expectation, and that of its gradient, are the divergence's.
+    """
+
+    def chunk_sum(part: Tensor, drawn: Tensor, own_entropy: Tensor, weight: Tensor) -> Tensor:
+        log_q = F.log_softmax(head(part).float() / temperature, -1)
+        each = -log_q.gather(1, drawn.long()).mean(1) - own_entropy
+        return (each * weight).sum() * temperature**2
+
+    rows = hidden.flatten(0, 1), tokens.flatten(0, 1), entropy.flatten(), weights.flatten()
+    return _sum_of_chunks(chunk_sum, *rows)
+
+
 def _sum_of_chunks(chunk_sum: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """Of ``chunk_sum`` over chunks of tokens, each recomputed going backward; ``rows`` have one row a token."""
     total = torch.zeros((), device=rows[0].device)

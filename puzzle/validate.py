@@ -62,6 +62,10 @@ def _check_tournament(run: Run) -> None:
     settings, kd = run.config.tournament, run.config.kd
     if not settings.candidates:
         return
+    if kd.signal != "online":
+        raise ConfigError(
+            f"candidates compete beside the teacher itself, not its {kd.signal} signal; set kd.signal: online"
+        )
     there = run.constraint_file.solutions.count + bool(run.config.refine.evaluations)
     if there < settings.candidates:
         raise ConfigError(

@@ -194,8 +194,9 @@ def test_the_map_between_widths_is_trained_and_saved_but_is_not_the_students(tmp
     assert set(job.finish().state_dict()) == set(small(2, 24).state_dict())
 
 
-def test_a_dynamic_balance_makes_the_layers_part_as_large_as_the_predictions(teacher: PuzzleForCausalLM) -> None:
+def test_a_dynamic_balance_makes_the_layers_part_as_large_as_the_predictions() -> None:
     """With the same batch at every step and a rate of almost nothing, both halves of the loss are the same."""
+    teacher = freeze(small(4, 32))
     config = KdConfig(cosine_weight=3.0, balance="dynamic", learning_rate=1e-12, min_learning_rate=0.0)
     job = kd.Distillation(student_of(teacher), teacher, config, FP32)
     job.run(lambda step: batches(0), 2, 2, lambda _: None)
@@ -204,7 +205,9 @@ def test_a_dynamic_balance_makes_the_layers_part_as_large_as_the_predictions(tea
     assert job.last.balance * 3.0 * job.last.parts["cosine"] == pytest.approx(job.last.parts["kl"], rel=1e-4)
 
 
-def test_pieces_and_recomputed_activations_change_nothing(teacher: PuzzleForCausalLM) -> None:
+def test_pieces_and_recomputed_activations_change_nothing() -> None:
+    teacher = freeze(small(4, 32))
+
     def batch(step: int) -> Batch:
         random = torch.Generator().manual_seed(step)
         ids = torch.randint(3, 128, (5, 12), generator=random)
@@ -222,7 +225,8 @@ def test_pieces_and_recomputed_activations_change_nothing(teacher: PuzzleForCaus
     assert logged[1] == pytest.approx(logged[0], rel=1e-4)
 
 
-def test_the_language_models_loss_alone_needs_no_teacher(teacher: PuzzleForCausalLM) -> None:
+def test_the_language_models_loss_alone_needs_no_teacher() -> None:
+    teacher = freeze(small(4, 32))
     config = KdConfig(kl_weight=0, cosine_weight=0, lm_weight=1, batch_size=2, warmup_steps=1)
     student = student_of(teacher)
     ids = batches(0).ids
@@ -233,7 +237,8 @@ def test_the_language_models_loss_alone_needs_no_teacher(teacher: PuzzleForCausa
     assert losses[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(teacher: PuzzleForCausalLM) -> None:
+def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were() -> None:
+    teacher = freeze(small(4, 32))
     job = kd.Distillation(student_of(teacher), teacher, KdConfig(batch_size=2), FP32)
     with torch.no_grad():
         job.parameters["model.norm.weight"].fill_(float("inf"))

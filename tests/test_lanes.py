@@ -36,7 +36,7 @@ TORCH = """
     metrics blocks blocks.layer blocks.nested blocks.fusion
     blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates blocks.starts
     blocks.stream blocks.distill scoring scoring.context scoring.exact scoring.one_pass build
-    kd.losses kd.loop kd evaluate generate export
+    kd.losses kd.stored kd.loop kd evaluate generate export
     export.hf export.verify profiling.stack profiling.probes profiling.measure speed stages.common stages.starts
     stages.distill stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.student
     stages.kd stages.tournament stages.generate

@@ -35,6 +35,7 @@ from puzzle.kd.losses import (
     loss_of_logits,
     total_loss,
 )
+from puzzle.kd.stored import Stored
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.ranks import Ranks, rows_of
 from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
@@ -72,8 +73,8 @@ class DivergedError(ConfigError):
 class Distillation:
     """A student under GKD: its optimiser and the number of steps done.
 
-    ``teacher`` may be None where the loss needs none. With several ``ranks``, both models come from
-    :func:`puzzle.sharding.load_sharded`, and every rank calls every method.
+    ``teacher`` may be None where the loss needs none, or its signal is ``stored``. With several ``ranks``, both models
+    come from :func:`puzzle.sharding.load_sharded`, and every rank calls every method.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Distillation:
         config: KdConfig,
         compute: Compute,
         ranks: Ranks = ALONE,
+        stored: Stored | None = None,
     ) -> None:
-        assert teacher is not None or not config.needs_teacher
+        assert teacher is not None or stored is not None or not config.needs_teacher
+        self._stored = stored
         self.student, self.config, self.compute, self.ranks = student, config, compute, ranks
         self.step = 0
         self.balance: float | None = None  # of the step before
@@ -160,18 +163,23 @@ class Distillation:
     def _parts(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """The parts of the loss that each piece of this rank's rows has in those of the whole step."""
         counts, ranks = Counts.of(batch), self.ranks
-        own = batch.rows(rows_of(len(batch), range(ranks.count), ranks.rank))
-        for rows in own.split(self.config.micro_batch_size or len(own)):
-            piece = rows.to(self.compute.device)
+        rows = rows_of(len(batch), range(ranks.count), ranks.rank)
+        size = self.config.micro_batch_size or len(batch)
+        for first in range(rows.start, rows.stop, size):
+            part = slice(first, min(first + size, rows.stop))
+            piece = batch.rows(part).to(self.compute.device)
             with self.compute.autocast():
-                parts: dict[str, Tensor] = self._objective(piece, self._signal(piece), counts)
+                parts: dict[str, Tensor] = self._objective(piece, self._signal(piece, part), counts)
             yield parts
 
     @torch.no_grad()
-    def _signal(self, batch: Batch) -> Signal | None:
+    def _signal(self, piece: Batch, rows: slice) -> Signal | None:
+        """What the teacher says to a piece, which are ``rows`` of the step's batch."""
+        if self._stored is not None:
+            return self._stored.signal(self.step, rows, self.compute.device)
         if self._teacher is None:
             return None
-        states, hidden = self._teacher(batch)
+        states, hidden = self._teacher(piece)
         return Signal(states, hidden, self._teacher.model.lm_head)
 
     def _summed(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:

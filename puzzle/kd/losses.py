@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from puzzle.config import KdConfig
 from puzzle.data.batches import Batch
-from puzzle.metrics import cross_entropy_sum, divergence_sum, prediction_weights
+from puzzle.metrics import cross_entropy_sum, divergence_sum, prediction_weights, sampled_kl_sum
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.teacher import context_of, embed, layers_of, load_config
 from puzzle.types import ConfigError
@@ -82,12 +82,24 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Tokens (B, T, K) drawn from the teacher's predictions, and their entropies (B, T) in nats."""
+
+    tokens: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
 class Signal:
-    """What the teacher says to a batch: the stream (B, T, D) at the compared layers, and what ``head`` reads."""
+    """What the teacher says to a batch: the stream (B, T, D) at the compared layers, and what ``head`` reads.
+
+    Where it has been stored as ``drawn`` tokens, these are in the place of ``hidden``.
+    """
 
     states: Sequence[Tensor]
-    hidden: Tensor
+    hidden: Tensor | None
     head: nn.Module
+    drawn: Drawn | None = None
 
 
 class Observed(nn.Module):
@@ -125,10 +137,7 @@ class Objective(nn.Module):
         found: dict[str, Tensor] = {}
         if config.kl_weight:
             assert signal is not None
-            heads = (model.lm_head, signal.head)
-            kind, temperature = config.divergence, config.temperature
-            total = divergence_sum(hidden, signal.hidden, heads, weights, kind, temperature)
-            found["kl"] = total / counts.predictions
+            found["kl"] = self._divergence(hidden, signal, weights) / counts.predictions
         if config.lm_weight:
             labels = batch.ids[:, 1:], weights[:, :-1]
             found["lm"] = cross_entropy_sum(hidden[:, :-1], model.lm_head, *labels) / counts.labels
@@ -140,6 +149,16 @@ class Objective(nn.Module):
             if config.mse_weight:
                 found["mse"] = torch.stack(errors).sum() / counts.tokens
         return found
+
+    def _divergence(self, hidden: Tensor, signal: Signal, weights: Tensor) -> Tensor:
+        """Summed over the predictions that count."""
+        head, config = self.student.model.lm_head, self.config
+        if signal.drawn is not None:
+            drawn = signal.drawn
+            return sampled_kl_sum(hidden, head, drawn.tokens, drawn.entropy, weights, config.temperature)
+        assert signal.hidden is not None
+        heads = (head, signal.head)
+        return divergence_sum(hidden, signal.hidden, heads, weights, config.divergence, config.temperature)
 
     def _distances(self, own: Tensor, teachers: Tensor) -> tuple[Tensor, Tensor]:
         """1 - cos and the relative squared error, each summed over the tokens."""

@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 
 from puzzle import artifacts, build, training_log
-from puzzle.data.batches import TokenData
+from puzzle.data.batches import Batch, TokenData
 from puzzle.forecast import Schedule, forecast, forecast_step
 from puzzle.kd import Distillation, DivergedError
 from puzzle.kd.losses import check_comparable
+from puzzle.kd.stored import Stored
 from puzzle.plans import Planned
 from puzzle.progress import Progress, console
 from puzzle.ranks import Ranks
 from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.sharding import load_sharded, mesh_of
-from puzzle.stages.common import compute_of, forget_teacher, stored_dtype, teacher_of, tokens_of
+from puzzle.stages.common import compute_of, forget_teacher, stored_dtype, streamed_teacher, teacher_of, tokens_of
 from puzzle.teacher import load_model
 from puzzle.types import ConfigError
 
@@ -30,7 +31,9 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     settings, tokens, ranks = run.config.kd, tokens_of(run), Ranks.current()
     steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
     _check(run, tokens, ranks)
-    job = _job(run, ranks)
+    batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
+    stored = _stored(run, unit, batches, steps, ranks)
+    job = _job(run, ranks, stored)
     checkpoints = run.student / "kd"
     if ranks.first:
         _sweep(checkpoints, unit.inputs)
@@ -38,7 +41,6 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     good = newest(checkpoints) or _winners(run, unit.inputs)
     if good is not None:
         job.load(good.path, good.payload)
-    batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     progress.total(steps, job.step)
     with _log(run, job.step, ranks) as log, ranks.naming_the_dead(run.folder, "kd", only_known=True):
         tell = functools.partial(_tell, run, job, log, progress)
@@ -79,18 +81,34 @@ def _check(run: Run, tokens: TokenData, ranks: Ranks) -> None:
         )
 
 
-def _job(run: Run, ranks: Ranks) -> Distillation:
+def _stored(run: Run, unit: Planned, batches: Callable[[int], Batch], steps: int, ranks: Ranks) -> Stored | None:
+    """The teacher's signal on disk, where the config wants it there; made where it is missing."""
+    settings, seed = run.config.kd, run.config.seed
+    if settings.signal == "online":
+        return None
+    forget_teacher()
+    teacher = streamed_teacher(run, compute_of(run).dtype)
+    stored = Stored(run.folder / "signal", teacher, batches, steps, settings, seed)
+    window = [run.config.data.sequence_tokens, run.config.data.within_documents]
+    kind = [settings.signal, settings.batch_size, settings.temperature, settings.signal_samples, run.config.dtype]
+    inputs = {name: unit.inputs[name] for name in ("teacher", "data")}
+    stored.make({**inputs, "signal": artifacts.fingerprint([seed, window, kind])}, ranks)
+    ranks.wait(run.folder, "kd")
+    return stored
+
+
+def _job(run: Run, ranks: Ranks, stored: Stored | None) -> Distillation:
     settings, compute = run.config.kd, compute_of(run)
-    initial = run.student / "initial"
+    initial, online = run.student / "initial", settings.needs_teacher and stored is None
     if (mesh := mesh_of(compute.device, ranks.count)) is None:
-        teacher = teacher_of(run) if settings.needs_teacher else None
-        return Distillation(load_model(initial, compute), teacher, settings, compute)
+        teacher = teacher_of(run) if online else None
+        return Distillation(load_model(initial, compute), teacher, settings, compute, stored=stored)
     forget_teacher()
     # what trains is in fp32; a frozen weight that is stored in bf16 and multiplied in bf16 loses nothing by staying so
     frozen = min(compute.dtype, stored_dtype(run), key=lambda dtype: dtype.itemsize)
-    teacher = load_sharded(run.teacher, mesh, frozen, trained=False) if settings.needs_teacher else None
+    teacher = load_sharded(run.teacher, mesh, frozen, trained=False) if online else None
     student = load_sharded(initial, mesh, torch.float32, trained=True)
-    return Distillation(student, teacher, settings, compute, ranks)
+    return Distillation(student, teacher, settings, compute, ranks, stored)
 
 
 def _log(run: Run, step: int, ranks: Ranks) -> contextlib.AbstractContextManager[training_log.Log | None]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puzzle import training_log
+from puzzle import artifacts, training_log
 from puzzle.cli import main
 from puzzle.config import KdConfig
 from puzzle.data.batches import Batch
@@ -247,3 +247,35 @@ def test_trackers_are_told_every_step(tmp_path: Path, monkeypatch: pytest.Monkey
         ("finished",), ("closed",),
     ]  # fmt: skip
     assert training_log.read_log(student / training_log.NAME) == [{"step": 5, "loss": 0.25}]
+
+
+def test_a_stored_signal_is_the_teachers(undistilled: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Final hidden states give the losses that the teacher gives; made once, and continued after an interruption."""
+    monkeypatch.setattr("puzzle.kd.stored.CHUNK_STEPS", 4)
+    command = ["--debug", "kd", str(undistilled.config), "--redo", "--set", "kd.cosine_weight=0", "--set"]
+    assert main([*command, "kd.signal=online"]) == 0
+    expected = [line["loss"] for line in log_of(undistilled)]
+    publish = artifacts.publish_folder
+
+    def interrupted(path: Path, *rest: Any) -> artifacts.Unit:
+        if path.name == "steps-00000004":
+            raise InterruptedError
+        return publish(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "publish_folder", interrupted)
+        with pytest.raises(InterruptedError):
+            main([*command, "kd.signal=hidden"])
+    first = undistilled.run / "signal" / "steps-00000000" / "unit.json"
+    written = first.stat().st_mtime_ns
+    assert main([*command, "kd.signal=hidden"]) == 0
+    assert first.stat().st_mtime_ns == written
+    assert [line["loss"] for line in log_of(undistilled)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sampled_signal_is_close_to_the_teachers(undistilled: Project) -> None:
+    command = ["--debug", "kd", str(undistilled.config), "--redo", "--set", "kd.cosine_weight=0"]
+    assert main(command) == 0
+    expected = [line["kl"] for line in log_of(undistilled)]
+    assert main([*command, "--set", "kd.signal=sampled", "--set", "kd.signal_samples=4000"]) == 0
+    assert [line["kl"] for line in log_of(undistilled)] == pytest.approx(expected, rel=0.1)

@@ -97,4 +97,6 @@ def test_what_cannot_be_is_said_before_anything_runs(contested: Project, capsys:
 
     assert "asks for 4; say there solutions: {count: 5}" in said("tournament.candidates=5", "tournament.tokens=32")
     assert "after 1,000,000 tokens, but kd.tokens is 192" in said("tournament.candidates=4")
+    hidden = ["kd.signal=hidden", "kd.cosine_weight=0"]
+    assert "set kd.signal: online" in said("tournament.candidates=4", "tournament.tokens=32", *hidden)
     assert "one candidate alone" in said("tournament.candidates=1")
