@@ -169,6 +169,8 @@ def newest(folder: Path) -> artifacts.Unit | None:
 
 def _winners(run: Run, inputs: Mapping[str, str]) -> artifacts.Unit | None:
     """Where the winner of the run's tournament stood at its end, if there was one and it is there still."""
-    found = artifacts.read_unit(run.solution).payload.get("tournament")
-    checkpoint = None if found is None else newest(run.student / "tournament" / str(found["winner"]) / "kd")
+    if not run.config.tournament.candidates:
+        return None
+    winner = artifacts.read_unit(run.solution).payload["tournament"]["winner"]
+    checkpoint = newest(run.student / "tournament" / str(winner) / "kd")
     return checkpoint if checkpoint is not None and checkpoint.inputs == dict(inputs) else None
