@@ -37,7 +37,7 @@ class Prior:
     lag_sd: float
 
 
-PRIOR = Prior(0.40, 0.10, 0.10, 0.10)
+PRIOR = Prior(0.32, 0.10, 0.13, 0.10)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 def standings(run: Run) -> str:
     """As Markdown; empty where the solution was not chosen in a tournament."""
-    if not run.solution.exists():
+    if not run.config.tournament.candidates or not run.solution.exists():
         return ""
-    found = artifacts.read_unit(run.solution).payload.get("tournament")
-    return "" if found is None else _table(found)
+    return _table(artifacts.read_unit(run.solution).payload["tournament"])
 
 
 def _table(found: dict[str, Any]) -> str:
