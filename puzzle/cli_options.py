@@ -11,9 +11,7 @@ if TYPE_CHECKING:
 
 
 def with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a config file, a run's folder, or a recipe's name"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a config file, a run's folder, or a recipe's name")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the config")
     parser.add_argument("--constraints", metavar="FILE", help="another constraint file than the config's")
     parser.add_argument(
