@@ -8,7 +8,8 @@ for a head that is tied to it in the last gain.
 
 **Heads that go** leave something behind in the paper's start: with heads ranked by importance, the last of the K that
 stay gets the first of those that go, and so on, as ``W_i ← W_i + (W_i − W_j)`` (2407.14679, section 2.4: queries, keys
-and values; under GQA queries alone). The refit of refit.py does without.
+and values; under GQA queries alone). Before distillation that is worse than a cut: on the bundled teacher, half of its
+heads, a KL of 2.77 against .53, and .18 by the refit of refit.py, which does without.
 
 Shapes: D hidden size, H query and K KV heads of d channels, I FFN channels; primes are the student's.
 """

@@ -15,6 +15,10 @@ the squared error of the logits, up to what is the same for all of them::
 
 All from second moments, as in moments.py; where nothing was lost, nothing changes. What experts write stays as it is.
 
+On the bundled teacher at 75 % of the hidden size and the FFNs, KL before distillation .555; with T a gain per channel
+in the place of a matrix .783, without T .775; h − x replaced by what the teacher's block adds .569 against .539 (more
+tokens); FFN channels by Minitron's importance in the place of channels.obs_order .579.
+
 Shapes: D hidden size, D' the student's, I' its FFN channels.
 """
 
@@ -131,8 +135,8 @@ class SideBySide:
         wanted = ((own.T @ other) * moments.cross).sum(1)
         as_it_is = torch.ones_like(wanted)[None]
         factor = solve_shrunk(normal, wanted[:, None], as_it_is, ridge(len(wanted), moments.num_tokens))[0]
-        gain = scaled_gain(ends["model.norm.weight"], self.teacher.config, factor.to(head))
-        return {**ends, "model.norm.weight": gain}
+        gain = ends["model.norm.weight"]
+        return {**ends, "model.norm.weight": scaled_gain(gain, self.teacher.config, factor.to(gain))}
 
     def _at(self, store: Store, index: int) -> Tensor:
         return store.read(index).to(self.teacher.device)

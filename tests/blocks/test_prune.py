@@ -14,11 +14,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from puzzle.blocks.prune import Kept, choose_heads, folded, pruned_ends, pruned_layer, student_config
 from puzzle.blocks.refit import SideBySide
+from puzzle.checkpoint import read_shape
 from puzzle.data.batches import Batch
-from puzzle.export.hf import plain_config
+from puzzle.export.hf import export_hf
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.teacher import Teacher, layers_of
 from puzzle.types import ModelShape
+from puzzle.variants import model_params
 from tests.tiny_families import COMMON, OWN, make_kept, make_stock, make_tokens, shape_of
 
 LAYERS = (0, 2, 3)
@@ -133,18 +135,24 @@ def reference(stock: PreTrainedModel, family: str, heads: Sequence[int], kv_head
 @pytest.mark.parametrize("heads", [(HEADS, KV_HEADS), (GROUP_HEADS, GROUP_KV)], ids=["within groups", "whole groups"])
 @pytest.mark.parametrize("family", OWN)
 def test_a_pruned_student_is_what_index_by_index_gives(
-    family: str, heads: tuple[list[int], list[int]], tmp_path: Path
+    family: str, heads: tuple[list[int], list[int]], tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
+    """In memory and, once a family, as a stranger loads it from a plain checkpoint."""
     stock = make_stock(family)
     student = pruned_model(make_kept(stock), shape_of(stock), kept_of(family, *heads))
     tokens = make_tokens(2, 12)
     with torch.no_grad():
         expected = reference(stock, family, *heads)(tokens).logits
         assert torch.allclose(student(tokens).logits, expected, atol=1e-4)
-    plain = plain_config(student.config)
-    assert plain is not None
-    assert plain.model_type == family
-    assert (plain.hidden_size, plain.num_hidden_layers, plain.num_attention_heads) == (32, 3, 2)
+        if heads == (HEADS, KV_HEADS):
+            return
+        export_hf(student, tiny_tokenizer_dir, tmp_path / "out", "card")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.allclose(loaded(tokens).logits, expected, atol=1e-4)
+    shape = read_shape(tmp_path / "out")
+    assert shape.family == family
+    assert (shape.hidden_size, shape.num_layers, shape.num_attention_heads) == (32, 3, 2)
+    assert model_params(shape) == sum(parameter.numel() for parameter in student.parameters())
 
 
 def silence(stock: PreTrainedModel, kept: Kept) -> None:
