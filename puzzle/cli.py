@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle import cli_explain, cli_export, cli_search
-from puzzle.cli_options import open_run, with_run
+from puzzle.cli_options import open_run, open_runs, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
 
@@ -163,36 +163,47 @@ def _run(options: argparse.Namespace) -> None:
     from puzzle import pipeline
     from puzzle.validate import dry_run, validate
 
-    run = open_run(options)
-    if options.dry_run:
-        print(dry_run(run))
-        return
-    validate(run)
-    pipeline.run_all(run, options.redo)
-    print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
-    print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
+    before: Run | None = None
+    for name, run in open_runs(options):
+        if name:
+            print(f"step {name}: {run.folder}", flush=True)
+        if options.dry_run:
+            print(dry_run(run))
+            continue
+        validate(run)
+        if before is not None:
+            pipeline.take_over_data(run, before)
+        pipeline.run_all(run, options.redo)
+        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+        print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
+        before = run
 
 
 def _validate(options: argparse.Namespace) -> None:
     from puzzle.pruning import change, pruned_shape
     from puzzle.validate import validate
 
-    run = open_run(options)
-    for one in run.each_pick():
-        validate(one)
-    if run.config.prune is not None:
-        print(f"{options.run}: valid ({change(run.shape, pruned_shape(run.pruning, run.shape))})")
-        return
-    print(
-        f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, "
-        f"{len(run.grid_points)} points of the grid)"
-    )
+    for name, run in open_runs(options):
+        for one in run.each_pick():
+            validate(one)
+        if run.config.prune is not None:
+            found = change(run.shape, pruned_shape(run.pruning, run.shape))
+        else:
+            places, points = len(run.shape.sites), len(run.grid_points)
+            found = f"{len(run.items)} items at {places} sites, {points} points of the grid"
+        print(f"{name or options.run}: valid ({found})")
 
 
 def _status(options: argparse.Namespace) -> None:
+    for name, run in open_runs(options):
+        if name:
+            print(f"step {name}")
+        _print_status(run)
+
+
+def _print_status(run: Run) -> None:
     from puzzle import artifacts, pipeline
 
-    run = open_run(options)
     finished = [event for event in artifacts.read_events(run.events) if event["event"] == "finished"]
     seconds = {event["stage"]: event["seconds"] for event in finished}
     for stage in pipeline.stages_of(run):

@@ -523,6 +523,9 @@ class RunConfig(_Model):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the final comparison")
     export: ExportConfig = Field(ExportConfig(), description="the formats that the student is written in")
     generate: GenerateConfig = Field(GenerateConfig(), description="puzzle generate-data")
+    steps: tuple[dict[str, Any], ...] = Field(
+        (), description="a chain: each step what it changes of this config, its teacher the student of the one before"
+    )
 
     @field_validator("constraints")
     @classmethod

@@ -79,6 +79,11 @@ class Run:
         path = yamlfiles.locate_config(where)
         if where.is_dir() and not path.is_file():
             raise ConfigError(f"{where}: no run folder (it has no config.yaml); `puzzle run CONFIG` makes one")
+        if path.is_file() and yamlfiles.read_yaml(path).get("steps"):
+            raise ConfigError(
+                f"{where} is a chain of steps; `puzzle run`, `validate` and `status` take it whole, any other command "
+                "the folder of a step"
+            )
         settings = yamlfiles.load(RunConfig, path, overrides)
         folder = where if where.is_dir() else Path(settings.run)
         named = constraints or settings.constraints
@@ -405,6 +410,11 @@ class Run:
         """Named by the search's solution, or by what the pruning is asked for."""
         name = f"pruned-{plans.pruning_fingerprint(self)[:8]}" if self.config.prune else self.solution_id
         return self.folder / "students" / name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The student as a Hugging Face folder."""
+        return self.student / "export" / "hf"
 
     @property
     def events(self) -> Path:

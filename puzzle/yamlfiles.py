@@ -59,15 +59,16 @@ def locate_config(where: Path) -> Path:
 
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
     """The file as a ``kind``; ``overrides`` are ``a.b=value``, the value in YAML. ConfigError lists every mistake."""
-    return _validated(kind, path, read_yaml(path), overrides)
+    return validated(kind, path, read_yaml(path), overrides)
 
 
 def parse(kind: type[File], text: str, name: Path) -> File:
     """:func:`load` of a text that is, or is to be, the file ``name``."""
-    return _validated(kind, name, parse_mapping(text, name))
+    return validated(kind, name, parse_mapping(text, name))
 
 
-def _validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
+def validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
+    """What was read of ``path``, as a ``kind``; ConfigError lists every mistake."""
     for override in overrides:
         _apply(document, override)
     try:
