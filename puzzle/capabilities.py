@@ -54,7 +54,7 @@ FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "mlx-lm": "mlx",
 }
 LLAMA_SHAPED = ("llama", "mistral")
-WIDTH_MULTIPLE = 256  # every reader of nemotron-nas rounds FFN widths up to it
+WIDTH_MULTIPLE = 256  # every reader of nemotron-nas rounds FFN widths up to it; a GGUF file says them as they are
 ZERO_WIDTH = 32  # of an FFN of zeros, where a reader insists on one
 ZERO_FFN = FfnSpec("narrow", intermediate_size=ZERO_WIDTH)
 
@@ -66,6 +66,7 @@ Feature = Literal[
 Row = Mapping[Target, tuple[str, str] | str]  # a reason to refuse; (what it is lowered to, why); nothing: as it is
 
 NEMOTRON: tuple[Target, ...] = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm")
+PADDING: tuple[Target, ...] = ("vllm", "sglang", "tensorrt-llm", "mlx-lm")
 _LINEAR_FAILS = "nemotron-nas's linear blocks fail to load (TypeError)"
 _LAYER_0 = "a first layer without attention crashes"
 _IGNORED = "windows of single layers are ignored: the layer would see everything"
@@ -119,7 +120,7 @@ def capability(target: Target, spec: Spec, layer: int, shape: ModelShape, window
         if len(sizes) > 1:
             reason = f"it takes windows of one size only, and on offer are {', '.join(map(str, sizes))}"
             found.append(Capability(target, "refused", reason))
-    if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in NEMOTRON:
+    if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in PADDING:
         width = spec.intermediate_size or shape.intermediate_size
         if (padded := _padded(width)) != width:
             lowered_to = f"{padded} channels, those past {width} zeros"
@@ -232,7 +233,7 @@ def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]
     found: list[Spec] = []
     for site, spec in at.items():
         beside = at.get(Site(site.layer, "attention"))
-        if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in NEMOTRON:
+        if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in PADDING:
             width = _padded(spec.intermediate_size or shape.intermediate_size)
             found.append(replace(spec, kind="narrow", intermediate_size=width))
         elif target == "llama.cpp" and spec.kind == "skip" and site == Site(0, "attention"):

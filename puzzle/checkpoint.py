@@ -97,7 +97,17 @@ def _download(teacher: str) -> Path:
 
     repo_id, _, revision = teacher.partition("@")
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
+        patterns = [
+            "*.json",
+            "*.safetensors",
+            "*.model",
+            "*.jinja",
+            "*.txt",
+            "LICENSE*",
+            "USE_POLICY*",
+            "NOTICE*",
+            "README.md",
+        ]
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError:
         said = f"{repo_id} is gated; accept its licence on the hub and run `hf auth login`"

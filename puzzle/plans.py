@@ -290,10 +290,12 @@ def plan_export(run: Run) -> list[Planned]:
         "recipe": artifacts.fingerprint(run.recipe),
     }
     kinds = {"gguf": {"gguf_type": str(run.config.export.gguf_type)}}
-    return [Planned(run.student / "export" / target, {**inputs, **kinds.get(target, {})}) for target in _formats(run)]
+    return [
+        Planned(run.student / "export" / target, {**inputs, **kinds.get(target, {})}) for target in export_formats(run)
+    ]
 
 
-def _formats(run: Run) -> Sequence[Format]:
+def export_formats(run: Run) -> Sequence[Format]:
     """What is exported: as the config says, else what the runtimes that the student is to be served on read, and hf."""
     served = [FORMAT_OF[runtime] for runtime in run.constraint_file.serve_on]
     return run.config.export.targets or tuple(dict.fromkeys(["hf", *served]))

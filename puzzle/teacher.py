@@ -238,8 +238,10 @@ def freeze(model: PuzzleForCausalLM) -> PuzzleForCausalLM:
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # without one it would ask whether to run the code of a config class that transformers does not know
+    config = {"config": load_config(folder)} if (folder / "config.json").is_file() else {}
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **config)
     except Exception as error:  # tokenizer libraries raise all sorts; all mean the same to the user
         raise ConfigError(f"{folder}: no usable tokenizer ({type(error).__name__}: {error})".splitlines()[0]) from None
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from puzzle import checkpoint, pipeline, search
+from puzzle import checkpoint, pipeline, plans, search
+from puzzle.artifacts import read_json
 from puzzle.data.source import check_sources
+from puzzle.export.gguf_tokenizer import check_tokenizer
+from puzzle.export.nemotron_nas import check_model
 from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
 from puzzle.pruning import pruned_shape
@@ -96,6 +99,15 @@ def _check_device(run: Run) -> None:
         Compute.choose(run.config.device, run.config.dtype)
 
 
+def _check_export(run: Run) -> None:
+    """That the formats asked for can hold the teacher's layers, and be written here."""
+    formats = plans.export_formats(run)
+    if set(formats) - {"hf"}:
+        check_model(read_json(run.teacher / "config.json"), run.shape)
+    if "gguf" in formats:
+        check_tokenizer(run.teacher)
+
+
 def _check_constraints(run: Run) -> None:
     scores = [
         Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
@@ -166,6 +178,7 @@ SEARCH: tuple[Check, ...] = (
     (False, _check_tournament),
     (True, lambda run: run.items),
     (True, lambda run: run.cost_source),
+    (True, _check_export),
     (True, _check_constraints),
 )
 PRUNING: tuple[Check, ...] = ((True, _check_pruning),)

@@ -8,7 +8,18 @@ from typing import get_args
 import pytest
 
 from puzzle import capabilities
-from puzzle.capabilities import MATRIX, NEMOTRON, TARGETS, Feature, capability, offer, served_as, together, told
+from puzzle.capabilities import (
+    MATRIX,
+    NEMOTRON,
+    PADDING,
+    TARGETS,
+    Feature,
+    capability,
+    offer,
+    served_as,
+    together,
+    told,
+)
 from puzzle.space import SearchSpace
 from puzzle.types import AttentionSpec, Capability, ConfigError, FfnSpec, Item, ModelShape, Site, Spec, Target
 from puzzle.variants import KINDS, layer_item, params, parse_variant, resolve, run_item, site_item
@@ -32,7 +43,7 @@ EXPECTED = {
     ("attention", "skip", 0): (S, R, R, S, L, S),
     ("ffn", "keep", 1): (S, S, S, S, S, S),
     ("ffn", "narrow-512", 1): (S, S, S, S, S, S),
-    ("ffn", "narrow-700", 1): (S, L, L, L, L, L),
+    ("ffn", "narrow-700", 1): (S, L, L, L, S, L),
     ("ffn", "linear", 1): (S, R, R, S, L, L),
     ("ffn", "skip", 3): (S, S, S, S, S, S),
 }
@@ -93,7 +104,7 @@ def test_a_width_is_padded_and_the_teachers_own_too() -> None:
 PADDED, ZEROS = FfnSpec("narrow", intermediate_size=768), FfnSpec("narrow", intermediate_size=32)
 RENAMED = {("attention", "window-512", 1), ("attention", "linear", 0), ("attention", "linear", 1)}
 COSTS_OF = {
-    ("ffn", "narrow-700", 1): dict.fromkeys(NEMOTRON, (PADDED,)),
+    ("ffn", "narrow-700", 1): dict.fromkeys(PADDING, (PADDED,)),
     ("attention", "skip", 0): {"llama.cpp": (AttentionSpec("linear"),)},
     ("ffn", "linear", 1): {"llama.cpp": (FfnSpec("linear"), ZEROS, ZEROS)},  # and of what is left behind
     ("ffn", "skip", 3): {"llama.cpp": (ZEROS,)},  # beside what, an item of its own does not know

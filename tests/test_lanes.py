@@ -16,7 +16,8 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types formats config yamlfiles artifacts variants capabilities space memory_plan export.nemotron_nas checkpoint data
+    types formats config yamlfiles artifacts variants capabilities space memory_plan export.nemotron_nas
+    export.gguf_tokenizer checkpoint data
     data.streamed data.source data.inputs data.encode data.packing schedule forecast ranks training_log
     tables scoring.draws scoring.sampling profiling
     profiling.memory profiling.table profiling.grid profiling.hardware profiling.kernels profiling.roofline
@@ -36,7 +37,7 @@ TORCH = """
     blocks.fusion blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates
     blocks.starts blocks.stream blocks.distill blocks.importance blocks.prune blocks.refit scoring scoring.context
     scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate generate export export.folder
-    export.shards export.source export.lowering export.hf export.decilm export.gguf_tokenizer export.gguf export.verify
+    export.shards export.source export.lowering export.hf export.decilm export.gguf export.verify
     export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill
     stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student
     stages.kd stages.tournament stages.generate stages

@@ -115,7 +115,9 @@ def run_card(run: Run, target: Format) -> str:
     )  # fmt: skip
     figures = summary.table() + "\n\nA 95 % interval is ± 1.96 standard errors.\n"
     drawn = _drawing(summary.architecture, summary.widths)
-    return _card(run.teacher_name, Licence.of(run.teacher), target, figures, drawn, made)
+    return _card(
+        run.teacher_name, Licence.of(run.teacher), target, "finetune", figures + "\n## Layers\n\n" + drawn, made
+    )
 
 
 def _changed(run: Run) -> dict[str, str]:
@@ -133,22 +135,22 @@ def converted_card(name: str, licence: Licence, target: Format, shape: ModelShap
     names = [(variant_name(attention), variant_name(ffn)) for attention, ffn in layers]
     shares = [[_share(spec, shape, layer) for spec in specs] for layer, specs in enumerate(layers)]
     made = f"`puzzle convert` wrote this model in another format; its weights are those of {_text(name)}.\n"
-    return _card(name, licence, target, "", _drawing(names, shares), made)
+    return _card(name, licence, target, "quantized", "## Layers\n\n" + _drawing(names, shares), made)
 
 
 def _share(spec: Spec, shape: ModelShape, layer: int) -> float:
     return params(spec, shape) / params(keep_spec(shape, Site(layer, part_of(spec))), shape)
 
 
-def _card(base: str, licence: Licence, target: Format, figures: str, drawn: str, made: str) -> str:
+def _card(base: str, licence: Licence, target: Format, relation: str, content: str, made: str) -> str:
     prefix = "Llama-" if licence.llama and not base.lower().startswith("llama") else ""
     header = {
         "base_model": base,
-        "base_model_relation": "quantized" if target == "gguf" else "finetune",
+        "base_model_relation": relation,
         **licence.fields,
         "library_name": LIBRARY[target],
         "pipeline_tag": "text-generation",
-        "tags": ["puzzle", "pruning", "distillation"],
+        "tags": ["puzzle", "pruning", "distillation"] if relation == "finetune" else ["puzzle"],
     }
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items()]
     purpose = f", for {_PURPOSE[target]}" if target in _PURPOSE else ""
@@ -157,8 +159,7 @@ def _card(base: str, licence: Licence, target: Format, figures: str, drawn: str,
             "---", *lines, "---", "",
             f"# {prefix}{_text(base.rpartition('/')[2])}-puzzle{purpose}", "",
             licence.words(), "",
-            *([figures] if figures else []),
-            "## Layers", "", drawn, "",
+            content, "",
             "## Runtimes", "", BEGIN, END, "",
             "## Loading", "", _LOADING[target], "",
             "## How it was made", "", made,

@@ -17,7 +17,7 @@ from puzzle.export.folder import begin, copy_tokenizer
 from puzzle.export.lowering import padded
 from puzzle.export.nemotron_nas import CONFIG_CODE, nemotron_nas_config
 from puzzle.export.shards import write_sharded
-from puzzle.export.source import Source, pieces
+from puzzle.export.source import Source, check_runtime, pieces
 from puzzle.types import ConfigError
 
 MLX_NAMES = {"self_attn.linear_attn.weight": "self_attn.linear.weight", "mlp.linear_mlp.weight": "mlp.linear.weight"}
@@ -43,6 +43,7 @@ def export_mlx(source: Source, tokenizer_dir: Path, out_dir: Path) -> None:
         raise ConfigError(
             "mlx-lm cannot load a model without any attention; search with layers_with_attention: {min: 1}"
         )
+    check_runtime(source, "mlx-lm")
     _export(source, tokenizer_dir, out_dir, MLX_NAMES)
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from puzzle.export.folder import begin
-from puzzle.export.gguf_tokenizer import add_tokenizer
+from puzzle.export.gguf_tokenizer import add_tokenizer, package
 from puzzle.export.lowering import for_llama_cpp
-from puzzle.export.nemotron_nas import block_configs, check_model
-from puzzle.export.source import Piece, Source, pieces
+from puzzle.export.nemotron_nas import check_model
+from puzzle.export.source import Piece, Source, check_runtime, pieces
 from puzzle.modeling import family_of
 from puzzle.types import ConfigError, FfnSpec
 from puzzle.variants import num_kv_heads
@@ -63,9 +63,9 @@ def export_gguf(source: Source, tokenizer_dir: Path, out_dir: Path, stored_as: G
     Norms are F32; a matrix whose rows Q8_0 does not divide into blocks of 32 is F16. ConfigError for what the format
     has no word for, naming layer and variant, for a tokenizer that llama.cpp does not know, or without ``gguf``.
     """
-    gguf = _package()
+    gguf = package()
     check_model(source.config.family_config().to_dict(), source.shape)
-    block_configs(source.shape, source.layers)  # refuses what has no word here either
+    check_runtime(source, "llama.cpp")
     begin(out_dir, tokenizer_dir)
     layers = for_llama_cpp(pieces(source), source.shape.hidden_size, getattr(torch, source.dtype))
     kind: GgufType = stored_as or STORED_AS[source.dtype]
@@ -81,14 +81,6 @@ def export_gguf(source: Source, tokenizer_dir: Path, out_dir: Path, stored_as: G
     for name, tensor in _tensors(source, layers):
         writer.write_tensor_data(_stored(name, tensor, _type_of(name, tensor, kind)))
     writer.close()
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("GGUF files are written through the package gguf: pip install 'puzzle-nas[gguf]'") from None
-    return gguf
 
 
 def _add_metadata(writer: Any, source: Source, layers: Layers, file_type: int) -> None:
@@ -156,8 +148,7 @@ def _type_of(name: str, tensor: Tensor, kind: GgufType) -> GgufType:
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) -> None:
-    import gguf
-
+    gguf = package()
     quant = gguf.GGMLQuantizationType[kind]
     if kind in ("F32", "F16"):
         dtype = np.dtype(np.float32 if kind == "F32" else np.float16)
@@ -168,8 +159,7 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) ->
 
 
 def _stored(name: str, tensor: Tensor, kind: GgufType) -> Any:
-    import gguf
-
+    gguf = package()
     if kind == "F16" and float(tensor.abs().max()) > LARGEST_F16:
         raise ConfigError(f"{name} holds values that F16 cannot; export it as BF16 or F32")
     return gguf.quants.quantize(tensor.float().contiguous().numpy(), gguf.GGMLQuantizationType[kind])

@@ -20,22 +20,39 @@ SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: ("llama-bpe", True), _WORDS + r"\p{N}"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
-def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Adds vocabulary, merges, special tokens and chat template. ConfigError for a tokenizer that is not supported."""
-    import gguf
+def package() -> Any:
+    """The package ``gguf``; ConfigError where it is missing."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("GGUF files are written through the package gguf: pip install 'puzzle-nas[gguf]'") from None
+    return gguf
 
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises ConfigError where a GGUF file with the tokenizer in ``folder`` cannot be written here."""
+    package()
+    _pre(_read(folder), folder / "tokenizer.json")
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
             f"{folder}: no tokenizer.json, which GGUF is written from; load the tokenizer and save it again"
         )
-    data = read_json(path)
+    return read_json(path)
+
+
+def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+    """Adds vocabulary, merges, special tokens and chat template. ConfigError for a tokenizer that is not supported."""
+    path, data = folder / "tokenizer.json", _read(folder)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre(data, path))
     tokens, types = _vocabulary(data, vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=bool(data["model"].get("merges")), n_vocab=vocab_size).add_to_gguf(
+    package().SpecialVocab(folder, load_merges=bool(data["model"].get("merges")), n_vocab=vocab_size).add_to_gguf(
         writer, quiet=True
     )
 
@@ -43,12 +60,14 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 def _vocabulary(data: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     """By id; those that the embedding has beyond the tokenizer's are named and marked unused."""
     tokens, types = [f"[UNUSED{index}]" for index in range(vocab_size)], [UNUSED] * vocab_size
-    for token, index in data["model"]["vocab"].items():
-        if index < vocab_size:
-            tokens[index], types[index] = token, NORMAL
-    for added in data.get("added_tokens") or []:
-        if added["id"] < vocab_size:
-            tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    vocabulary, more = data["model"]["vocab"], data.get("added_tokens") or []
+    largest = max([*vocabulary.values(), *(added["id"] for added in more)])
+    if largest >= vocab_size:
+        raise ConfigError(f"the tokenizer has a token {largest}, and the model {vocab_size} only; give the model's own")
+    for token, index in vocabulary.items():
+        tokens[index], types[index] = token, NORMAL
+    for added in more:
+        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     return tokens, types
 
 

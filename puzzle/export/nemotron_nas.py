@@ -26,6 +26,7 @@ WIDTH_MULTIPLE = 256
 WIDTH_MARGIN = (
     64  # aimed below the width, so that no reader's rounding of the multiplier ends above or a multiple below
 )
+FULL, SLIDING = "full_attention", "sliding_attention"
 # Copied from the teacher where it has them: Llama's fields that are neither sizes of layers nor RoPE.
 _COPIED = (
     "attention_bias",
@@ -62,8 +63,8 @@ def format_refusal(spec: Spec, shape: ModelShape) -> str | None:
     """Why the format has no word for ``spec``; None where it has."""
     if isinstance(spec, FfnSpec):
         return "it has no experts" if spec.num_experts or spec.num_active_experts else None
-    if spec.window_tokens is not None:
-        return "it has no window per layer"
+    if spec.sink_tokens:
+        return "it has no sinks"
     heads = num_kv_heads(spec, shape)
     if heads and shape.num_attention_heads % heads:
         return f"its KV heads divide the query heads, and {heads} does not divide {shape.num_attention_heads}"
@@ -72,6 +73,8 @@ def format_refusal(spec: Spec, shape: ModelShape) -> str | None:
 
 def vllm_refusal(spec: Spec, shape: ModelShape) -> str | None:
     """Why vLLM's own reader (0.32) cannot take ``spec`` at any layer; None where it can."""
+    if isinstance(spec, AttentionSpec) and spec.window_tokens is not None:
+        return "it has no window per layer"  # but one for all that have one, which is not what a shape is measured as
     return "its reader has no linear maps" if spec.kind == "linear" else format_refusal(spec, shape)
 
 
@@ -157,6 +160,7 @@ def nemotron_nas_config(
         "auto_map": {"AutoConfig": f"{CONFIG_CODE}.DeciLMConfig"},
         **{name: teacher[name] for name in _COPIED if name in teacher},
         **_rope(teacher),
+        **_windows(layers),
         "block_configs": block_configs(shape, layers),
         "dtype": dtype,
         "head_dim": shape.head_dim,
@@ -169,6 +173,21 @@ def nemotron_nas_config(
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,  # the name that older readers know
     }
+
+
+def _windows(layers: Architecture) -> dict[str, Any]:
+    """The one size of window that vLLM takes beside the layers that have it; other readers ignore both."""
+    found = {attention.window_tokens: layer for layer, (attention, _) in enumerate(layers) if attention.window_tokens}
+    if len(found) > 1:
+        (first, one), (second, other), *_ = found.items()
+        raise ConfigError(
+            f"layer {other}: a window of {second} tokens cannot be written as nemotron-nas beside one of {first} at "
+            f"layer {one}: it has one size for all layers; search with serve_on: [vllm]"
+        )
+    if not found:
+        return {}
+    types = [FULL if attention.window_tokens is None else SLIDING for attention, _ in layers]
+    return {"layer_types": types, "sliding_window": next(iter(found))}
 
 
 def _rope(teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,11 +223,13 @@ def puzzle_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
         layers = [_read_block(block, heads, hidden_size) for block in config["block_configs"]]
         kv_heads = max((count for count, _ in layers if isinstance(count, int)), default=heads)
         width = max((width for _, width in layers if isinstance(width, int)), default=WIDTH_MULTIPLE)
+        slides = [kind == SLIDING for kind in config.get("layer_types") or [FULL] * len(layers)]
+        windows = [int(config["sliding_window"]) if slide else None for slide in slides]
         return {
             "family": "llama",
             **{name: config[name] for name in _COPIED if name in config},
             **_rope(config),
-            "blocks": [_block(count, own_width, kv_heads, width) for count, own_width in layers],
+            "blocks": [_block(*own, kv_heads, width, window) for own, window in zip(layers, windows, strict=True)],
             "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
             "head_dim": config.get("head_dim") or hidden_size // heads,
             "hidden_size": hidden_size,
@@ -257,12 +278,20 @@ def _replaced(entry: Mapping[str, Any]) -> str | None:
     return "skip" if entry.get("no_op") else "linear" if entry.get("replace_with_linear") else None
 
 
-def _block(count: int | str, width: int | str, kv_heads: int, widest: int) -> dict[str, dict[str, Any]]:
+def _block(
+    count: int | str, width: int | str, kv_heads: int, widest: int, window: int | None
+) -> dict[str, dict[str, Any]]:
     """An entry of ``PuzzleConfig.blocks``."""
     attention: dict[str, Any] = {"kind": count} if isinstance(count, str) else {"kind": "keep"}
     ffn: dict[str, Any] = {"kind": width} if isinstance(width, str) else {"kind": "keep"}
     if isinstance(count, int) and count != kv_heads:
         attention = {"kind": "gqa", "num_kv_heads": count}
+    if isinstance(count, int) and window is not None:
+        if count != kv_heads:
+            raise ConfigError(
+                f"a layer with a window and {count} KV heads, where others have {kv_heads}, is not supported"
+            )
+        attention = {"kind": "window", "window_tokens": window}
     if isinstance(width, int) and width != widest:
         ffn = {"kind": "narrow", "intermediate_size": width}
     return {"attention": attention, "ffn": ffn}

@@ -57,7 +57,8 @@ def fill(
     variants = zip(source.shape.sites, (spec for specs in source.layers for spec in specs), strict=True)
     architecture = {str(site): variant_name(spec) for site, spec in variants}
     (folder / ARCHITECTURE).write_text(json.dumps(architecture, indent=1) + "\n")
-    write_reference(source.folder, folder / REFERENCE, exact=target != "gguf" or is_exact(source, gguf_type))
+    exact = target != "gguf" or is_exact(source, gguf_type)
+    write_reference(source.folder, folder / REFERENCE, exact, tokenizer_dir)
     verdicts = [verify(folder, runtime) for runtime in CHECKED_IN[target]]
     if wrong := [verdict.line() for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"the export as {target} does not load as it should: {'; '.join(wrong)}")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.capabilities import findings, told
 from puzzle.checkpoint import shape_of
 from puzzle.modeling import PuzzleConfig, part_prefixes
 from puzzle.teacher import Shards, load_config
-from puzzle.types import Architecture, AttentionSpec, FfnSpec, ModelShape, Part, Spec
+from puzzle.types import Architecture, AttentionSpec, ConfigError, FfnSpec, ModelShape, Part, Spec, Target
 from puzzle.variants import resolve
 
 OUTER = ("model.embed_tokens.", "model.norm.", "lm_head.")  # all tensors that belong to no layer
@@ -73,6 +74,14 @@ def _specs(block: Mapping[str, Any], shape: ModelShape, layer: int) -> tuple[Att
     ffn = resolve(FfnSpec(**block["ffn"]), shape, layer)
     assert isinstance(attention, AttentionSpec) and isinstance(ffn, FfnSpec)  # the config's own checks have passed
     return attention, ffn
+
+
+def check_runtime(source: Source, runtime: Target) -> None:
+    """Raises ConfigError, naming layer and variant, for what ``runtime`` cannot load even if it is lowered."""
+    refused = [one for one in findings(runtime, source.layers, source.shape) if one.capability.status == "refused"]
+    if refused:
+        advice = f"with serve_on: [{runtime}] in the constraint file, the search leaves such variants out"
+        raise ConfigError(f"{told(refused)[0]}; {advice}")
 
 
 @dataclass(frozen=True)

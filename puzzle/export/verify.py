@@ -9,7 +9,6 @@ checked again on any machine: ``puzzle verify EXPORT``.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from puzzle.data.batches import Batch
-from puzzle.teacher import Teacher, run_layer
+from puzzle.teacher import Teacher, load_tokenizer, run_layer
 from puzzle.types import ConfigError, CorruptFileError, Strict
 
 REFERENCE = (
@@ -32,6 +31,9 @@ REFERENCE = (
 )  # not among the weights, where readers would take it for some
 NOT_INSTALLED = 3  # the children's exit code
 EXACT = "exact"  # metadata of a reference: whether the export holds the very numbers
+ROUNDED_SHARE = (
+    0.25  # of the logits' standard deviation that rounding may move one by; a wrong layout moves them by more
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ RUNTIMES: Mapping[str, Runtime] = {
         ("max_logit_difference", "chunked_difference", "left_padding_difference", "tokens_unlike_without_cache"),
     ),
     "torch": Runtime("verify_torch.py", 1e-4, needs="pip install 'puzzle-nas[gguf]' for a GGUF file"),
-    "llama.cpp": Runtime("verify_llama_cpp.py", 1e-4, needs="pip install llama-cpp-python"),
+    "llama.cpp": Runtime(
+        "verify_llama_cpp.py",
+        1e-4,
+        ("max_logit_difference", "tokens_of_text_unlike"),
+        needs="pip install llama-cpp-python",
+    ),
     "mlx-lm": Runtime(
         "verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"
     ),
@@ -60,23 +67,33 @@ _WORDS = {
     "max_logit_difference": "its logits differ from those of the model it was made from",
     "chunked_difference": "continuing a cache in chunks differs from one shot",
     "left_padding_difference": "left padding changes the logits",
+    "tokens_of_text_unlike": "it splits a text into other tokens",
     "tokens_unlike_without_cache": "tokens of greedy generation with the cache differ from those without it",
 }
-_ALLOWED = {"chunked_difference": 1e-4, "left_padding_difference": 1e-4, "tokens_unlike_without_cache": 0.0}
+_ALLOWED = {
+    "chunked_difference": 1e-4,
+    "left_padding_difference": 1e-4,
+    "tokens_unlike_without_cache": 0.0,
+    "tokens_of_text_unlike": 0.0,
+}
+TEXT = (  # what tokenizers are apt to split otherwise
+    "def f(x):\n    return {'a': 1234567, \"b\": [x, 3.14]}  # don't\n\n\tI'LL we've naïve café — Σ日本語 🙂👍🏽\r\n"
+    "  leading, trailing   \n\n\n x_1=2**10;\tend"
+)
 
 
 @dataclass(frozen=True)
 class Verdict(Strict):
     """What came of one runtime. ``differences``: largest absolute ones between logits, and tokens that differ.
 
-    ``reason``: why it was not tried. ``exact`` False: the export holds rounded weights, so that its logits are told and
-    not judged.
+    ``rounded_allowed``: where the export, or the runtime that reads it, works with rounded numbers, how far logits may
+    be off before it is no rounding. ``reason``: why it was not tried.
     """
 
     runtime: str
     version: str = ""
     differences: Mapping[str, float] = field(default_factory=dict)
-    exact: bool = True
+    rounded_allowed: float | None = None
     reason: str = ""
 
     @property
@@ -95,9 +112,10 @@ class Verdict(Strict):
         runtime = RUNTIMES[self.runtime]
         words = []
         for name in runtime.checks:
-            most = _ALLOWED.get(name, runtime.allowed if self.exact else math.inf)
+            logits = runtime.allowed if self.rounded_allowed is None else self.rounded_allowed
+            most = _ALLOWED.get(name, logits)
             found = self.differences[name]
-            if not (found <= most and math.isfinite(found)):  # a NaN must fail
+            if not found <= most:  # a NaN must fail
                 words.append(f"{_WORDS[name]}: by {found:.2e}, allowed {most:.0e}")
         return tuple(words)
 
@@ -108,13 +126,22 @@ class Verdict(Strict):
             return f"{name}: not verified ({self.reason})"
         if self.status == "failed":
             return f"{name}: FAILED: {'; '.join(self.failures)}"
-        rounded = "" if self.exact else " (its weights are rounded)"
+        rounded = "" if self.rounded_allowed is None else " (its numbers are rounded)"
         return f"{name}: passed, logits within {self.differences['max_logit_difference']:.1e} of the original{rounded}"
 
 
 @torch.no_grad()
-def write_reference(folder: Path, path: Path, exact: bool = True, batch_size: int = 2, num_tokens: int = 24) -> None:
-    """Writes the logits on random tokens of the model in ``folder``, one layer in memory at a time, fp32 on the CPU."""
+def write_reference(
+    folder: Path,
+    path: Path,
+    exact: bool = True,
+    tokenizer_dir: Path | None = None,
+    batch_size: int = 2,
+    num_tokens: int = 24,
+) -> None:
+    """Writes the logits of the model in ``folder`` on random tokens, fp32 on the CPU, a layer in memory at a time; and
+    what the tokenizer, if one is given, makes of TEXT.
+    """
     model = Teacher(folder, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch_size, num_tokens), generator=generator)
@@ -124,7 +151,11 @@ def write_reference(folder: Path, path: Path, exact: bool = True, batch_size: in
         hidden = run_layer(model.layer(layer), hidden, context).after
     logits = model.top.lm_head(model.top.model.norm(hidden))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"input_ids": tokens, "logits": logits.contiguous()}, path, metadata={EXACT: str(exact)})
+    tensors = {"input_ids": tokens, "logits": logits.contiguous()}
+    if tokenizer_dir is not None:
+        ids = load_tokenizer(tokenizer_dir)(TEXT, add_special_tokens=False).input_ids
+        tensors |= {"text": torch.tensor([*TEXT.encode()], dtype=torch.uint8), "text_ids": torch.tensor(ids)}
+    save_file(tensors, path, metadata={EXACT: str(exact)})
 
 
 def verify(export_dir: Path, runtime: str, python: Path | None = None, reference: Path | None = None) -> Verdict:
@@ -139,6 +170,7 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
             raise ConfigError(f"{path}: no such file; give the folder that `puzzle export` or `puzzle convert` wrote")
     with safe_open(reference, framework="pt") as tensors:
         exact = (tensors.metadata() or {}).get(EXACT) != "False"
+        spread = float(tensors.get_tensor("logits").std())
     with tempfile.TemporaryDirectory(prefix="puzzle-verify-") as folder:
         result_file = Path(folder) / "result.json"
         paths = (export_dir, reference, result_file)
@@ -163,4 +195,5 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
             lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
             raise CorruptFileError(f"{export_dir}: could not be checked in {runtime}, in a clean process: {lines[-1]}")
         found = json.loads(result_file.read_text())
-        return Verdict(runtime, found["version"], found["differences"], exact)
+        rounds = not exact or found.get("rounds", False)
+        return Verdict(runtime, found["version"], found["differences"], ROUNDED_SHARE * spread if rounds else None)

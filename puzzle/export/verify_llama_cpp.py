@@ -22,6 +22,7 @@ except ImportError as error:
     sys.exit(NOT_INSTALLED)
 
 F32 = 0  # ggml's number of it
+ALL_F32 = "0"  # llama.cpp's number of such a file
 
 
 def main(export_dir: str, reference_file: str, result_file: str, num_threads: str) -> None:
@@ -44,7 +45,13 @@ def main(export_dir: str, reference_file: str, result_file: str, num_threads: st
         model.reset()
         model.eval([int(token) for token in row])
         difference = max(difference, float(np.abs(model.scores[: len(row)] - expected).max()))
-    result = {"version": llama_cpp.__version__, "differences": {"max_logit_difference": difference}}
+    text, ids = bytes(reference["text"]), [int(token) for token in reference["text_ids"]]
+    found = model.tokenize(text, add_bos=False, special=False)
+    unlike = sum(one != other for one, other in zip(found, ids, strict=False)) + abs(len(found) - len(ids))
+    differences = {"max_logit_difference": difference, "tokens_of_text_unlike": float(unlike)}
+    # products with weights in 16 bits are of activations in 16 bits
+    rounds = model.metadata.get("general.file_type") != ALL_F32
+    result = {"version": llama_cpp.__version__, "differences": differences, "rounds": rounds}
     Path(result_file).write_text(json.dumps(result))
 
 

@@ -42,6 +42,7 @@ class Layer:
     kv_heads: int | None
     width: int | None
     tensors: dict[str, Tensor]  # by the names below
+    window: int | None = None  # tokens in sight
 
 
 @dataclass
@@ -68,11 +69,13 @@ def read_folder(folder: Path) -> Model:
     state: dict[str, Tensor] = {}
     for file in folder.glob("model*.safetensors"):
         state |= {name: tensor.float() for name, tensor in load_file(file).items()}
-    layers = []
+    layers, count = [], len(config.block_configs)
     for index, block in enumerate(config.block_configs):
         prefix = f"model.layers.{index}."
         own = {name.removeprefix(prefix): state.pop(name) for name in [*state] if name.startswith(prefix)}
         layers.append(_deci_layer(config, block, own))
+        if (getattr(config, "layer_types", None) or [""] * count)[index] == "sliding_attention":
+            layers[-1].window = config.sliding_window
     embedding, norm = state.pop("model.embed_tokens.weight"), state.pop("model.norm.weight")
     head = embedding if config.tie_word_embeddings else state.pop("lm_head.weight")
     if state:
@@ -200,7 +203,7 @@ def logits(model: Model, tokens: Tensor) -> Tensor:
         if layer.heads is not None:
             z = _norm(model, x, own["attention_norm"])
             if layer.kv_heads is not None:
-                z = _attention(model, own, z, layer.heads, layer.kv_heads)
+                z = _attention(model, layer, z, layer.heads, layer.kv_heads)
             x = x + z @ own["o"].T
         if layer.width is None:
             x = before if model.drops_without_ffn else x
@@ -217,13 +220,16 @@ def _norm(model: Model, x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.eps) * weight
 
 
-def _attention(model: Model, own: dict[str, Tensor], x: Tensor, heads: int, kv_heads: int) -> Tensor:
+def _attention(model: Model, layer: Layer, x: Tensor, heads: int, kv_heads: int) -> Tensor:
     """(B, T, H * D): what the output projection takes."""
+    own, positions = layer.tensors, torch.arange(x.shape[1])
     counts = (("q", heads), ("k", kv_heads), ("v", kv_heads))
     query, key, value = ((x @ own[name].T).unflatten(-1, (count, -1)).transpose(1, 2) for name, count in counts)
     query, key = _rotate(model, query), _rotate(model, key)
     key, value = (one.repeat_interleave(heads // kv_heads, dim=1) for one in (key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    ago = positions[:, None] - positions  # (T, T)
+    mask = (ago >= 0) & (ago < (layer.window or x.shape[1]))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return mixed.transpose(1, 2).flatten(-2)
 
 

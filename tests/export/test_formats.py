@@ -317,13 +317,33 @@ def test_shards_are_what_transformers_reads(
         Source.open(tmp_path / "out")
 
 
+@torch.no_grad()
+def test_windows_of_one_size_are_written_for_vllm_alone(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    window = {"kind": "window", "window_tokens": 5}
+    model = make_student([(KEEP, KEEP), (window, KEEP), (SKIP, KEEP), (window, SKIP)])
+    source = Source.open(saved(model, tmp_path / "s"))
+    export_nemotron_nas(source, tiny_tokenizer_dir, tmp_path / "out")
+    close(verify_torch.logits(verify_torch.read_folder(tmp_path / "out"), TOKENS), model)
+    assert [variant_name(attention) for attention, _ in Source.open(tmp_path / "out").layers] == [
+        *("keep", "window-5", "skip", "window-5")
+    ]
+    with pytest.raises(ConfigError, match=r"mlx-lm refuses attention window-5 at layers 1, 3: .*serve_on: \[mlx-lm\]"):
+        export_mlx(source, tiny_tokenizer_dir, tmp_path / "mlx")
+    pytest.importorskip("gguf")
+    with pytest.raises(ConfigError, match=r"llama.cpp refuses attention window-5 at layers 1, 3: .*llama.cpp\]"):
+        gguf.export_gguf(source, tiny_tokenizer_dir, tmp_path / "gguf")
+
+
 def test_what_a_format_cannot_say_is_refused_before_anything_is_written(
     tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    window = make_student([(KEEP, KEEP), ({"kind": "window", "window_tokens": 5}, KEEP)])
-    source = Source.open(saved(window, tmp_path / "s"))
-    with pytest.raises(ConfigError, match="layer 1: attention window-5 cannot be written as nemotron-nas"):
+    windows = [({"kind": "window", "window_tokens": size}, KEEP) for size in (5, 6)]
+    source = Source.open(saved(make_student(windows), tmp_path / "s"))
+    with pytest.raises(ConfigError, match="layer 1: a window of 6 tokens .* beside one of 5 at layer 0"):
         export_nemotron_nas(source, tiny_tokenizer_dir, tmp_path / "out")
+    sinks = make_student([({"kind": "window", "window_tokens": 5, "sink_tokens": 1}, KEEP)])
+    with pytest.raises(ConfigError, match="layer 0: attention window-5-sinks-1 cannot be written as nemotron-nas"):
+        export_nemotron_nas(Source.open(saved(sinks, tmp_path / "k")), tiny_tokenizer_dir, tmp_path / "out")
     biased = Source.open(saved(make_student([(KEEP, KEEP)], attention_bias=True), tmp_path / "b"))
     with pytest.raises(ConfigError, match="biases"):
         export_nemotron_nas(biased, tiny_tokenizer_dir, tmp_path / "out")

@@ -224,7 +224,8 @@ def test_every_field_can_fail() -> None:
             verdict = Verdict("transformers", differences={**good, name: bad})
             assert verdict.status == "failed"
             assert len(verdict.failures) == 1
-    assert Verdict("transformers", differences={**good, "max_logit_difference": 0.1}, exact=False).passed
+    rounded = Verdict("transformers", differences={**good, "max_logit_difference": 0.1}, rounded_allowed=0.2)
+    assert rounded.passed and rounded.line().endswith("(its numbers are rounded)")
     assert Verdict("transformers", reason="not installed").status == "unverified"
 
 

@@ -102,7 +102,10 @@ def test_what_vllm_cannot_take_is_refused_by_layer_and_variant(layers: Architect
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ((KEEP, (AttentionSpec("window", window_tokens=64), FfnSpec("keep"))), "layer 1: attention window-64 cannot"),
+        (
+            (KEEP, (AttentionSpec("window", window_tokens=64, sink_tokens=4), FfnSpec("keep"))),
+            "layer 1: attention window-64-sinks-4 cannot be .*no sinks",
+        ),
         (((AttentionSpec("keep"), FfnSpec("active", None, 4, 2)),), "layer 0: ffn active-2 cannot .*no experts"),
     ],
 )
