@@ -14,18 +14,20 @@ from puzzle.artifacts import read_json
 from puzzle.data.source import check_sources
 from puzzle.export.gguf_tokenizer import check_tokenizer
 from puzzle.export.nemotron_nas import check_model
+from puzzle.profiling.hardware import hardware
 from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
 from puzzle.pruning import pruned_shape
-from puzzle.report.pruning import EFFICIENCY, plan_text
+from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search.constraints import OBJECTIVES, workloads
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.search.halving import HALVING, num_distilled, num_rungs
+from puzzle.search.meaning import meaning
 from puzzle.tables import ScoreTable
 from puzzle.training_log import check_trackers
-from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
+from puzzle.types import ConfigError, Costs, CostSetting, MissingMeasurementError, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, model_params, shape_id
 
 TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
@@ -187,11 +189,13 @@ PRUNING: tuple[Check, ...] = ((True, _check_pruning),)
 def dry_run(run: Run) -> str:
     """The units that would be made, and a rough estimate of time, disk and memory.
 
-    Of a pruning first what it comes to, for which the teacher's config.json is enough.
+    Where the teacher's config.json is all there is: what a pruning comes to, or what a search's limits mean.
     """
     if run.config.prune is not None:
         return _dry_pruning(run)
-    validate(run)
+    _raise(_problems(run, (*SETTINGS, *SEARCH)))
+    if missing := _problems(run, FILES):
+        return "\n".join([*_search_plan(run), "before it can run:", *(f"  {problem}" for problem in missing)])
     rate = _matmul_flops_per_s(run)
     lines, units = _to_do(run, rate)
     library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
@@ -200,6 +204,22 @@ def dry_run(run: Run) -> str:
     disk = (library + 4 * 8 * teacher) / 2**30
     lines.append(f"{disk:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations")
     return "\n".join([*lines, "units:", *units])
+
+
+def _search_plan(run: Run) -> list[str]:
+    """What the limits mean for the teacher, and GPU-hours of the stages, both without its weights."""
+    try:
+        costs = run.read_costs()
+    except MissingMeasurementError:  # said again for each bound that needs one
+        costs = Costs()
+    sheet = hardware(DEVICE)
+    rate = sheet.matmul_flops_per_s("bf16") * EFFICIENCY
+    limits = meaning(run.shape, run.items, costs, run.constraint_file, run.config.score.tasks)
+    lines = [*limits, "", f"{len(run.items)} items at {len(run.shape.sites)} sites, {len(run.units)} units to train"]
+    for stage in pipeline.stages_of(run):
+        if flops := _stage_flops(run, stage.name):
+            lines.append(f"{stage.name:<12}{flops:>12.3g} FLOPs{flops / rate / 3600:>12,.0f} GPU-hours")
+    return [*lines, f"at {EFFICIENCY:.0%} of {sheet.matmul_flops_per_s('bf16') / 1e12:,.0f} TFLOP/s ({DEVICE})", ""]
 
 
 def _to_do(run: Run, rate: float) -> tuple[list[str], list[str]]:

@@ -45,8 +45,27 @@ RECIPES: dict[str, tuple[dict[str, Any], int, int, float]] = {
 }
 
 
+LLAMA_70B: dict[str, Any] = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+
+
 def test_all_recipes_are_here() -> None:
-    assert {path.stem for path in (yamlfiles.shipped_inputs() / yamlfiles.RECIPES).glob("*.yaml")} == set(RECIPES)
+    shipped = {path.stem for path in (yamlfiles.shipped_inputs() / yamlfiles.RECIPES).glob("*.yaml")}
+    assert shipped == {*RECIPES, "nemotron-51b"}
+
+
+def test_a_search_says_what_its_limits_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    assert main(["--debug", "run", "nemotron-51b", "--set", f"teacher={tmp_path}", "--device", "cpu", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "1200 items at 160 sites, 880 units to train" in out
+    assert "chat.total_tok_per_s" in out and "estimate" in out
+    assert "before it can run:" in out and "GPU-hours" in out
 
 
 @pytest.mark.parametrize("name", RECIPES)
