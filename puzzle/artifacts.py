@@ -113,6 +113,22 @@ def publish_folder(
     return read_unit(folder)
 
 
+def publish_copy(source: Path, folder: Path) -> Unit:
+    """Publishes what ``source`` holds as ``folder``, too; where links can be, without taking its room twice."""
+    unit = read_unit(source)
+
+    def write(aside: Path) -> Mapping[str, Any]:
+        for name in read_json(source / MARKER).get("files", {}):
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source / name, aside / name)
+            except OSError:  # another disk, or one that has no links
+                shutil.copyfile(source / name, aside / name)
+        return unit.payload
+
+    return publish_folder(folder, unit.inputs, write)
+
+
 def _marker(inputs: Mapping[str, str], content: str, payload: Mapping[str, Any]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "inputs": dict(inputs), "content": content, "payload": dict(payload)}
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puzzle.blocks.layer import block_of, part_state
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.sharding import whole
 from puzzle.teacher import freeze, layers_of, load_state
 from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
 
@@ -56,13 +57,23 @@ def build_student(
     return freeze(nn.Module.to(student, teacher.device))
 
 
-def write_model(model: PuzzleForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the model, rounded to ``dtype``, for :func:`puzzle.teacher.load_model`; a tied head is stored once."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
-    save_file(state, folder / "model.safetensors")
-    model.config.save_pretrained(folder)
+def write_model(model: PuzzleForCausalLM, folder: Path | None, dtype: torch.dtype) -> None:
+    """Writes the model, rounded to ``dtype``, for :func:`puzzle.teacher.load_model`; a tied head is stored once.
+
+    Of a sharded model every rank calls this, all but one with None for a folder: they write nothing.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor.detach())
+        if folder is not None:
+            state[name] = full.to("cpu", dtype)
+    if folder is not None:
+        write_state(state, model.config, folder, dtype)
+
+
+def write_state(state: Mapping[str, Tensor], config: PuzzleConfig, folder: Path, dtype: torch.dtype) -> None:
+    """:func:`write_model` of a model of ``config`` by its tensors alone."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items() if name not in tied}
+    save_file(stored, folder / "model.safetensors")
+    config.save_pretrained(folder)

@@ -35,11 +35,12 @@ class _Family:
     first_window_layer: int | None = None  # max_window_layers; None: there is no such field
     full_every: int | None = None  # sliding_window_pattern: every so many layers, one without a window
     num_experts: int = 0
+    hidden_by_heads: bool = False  # transformers refuses a hidden size that the heads do not divide
 
 
 # The torch lane's table (families_puzzle.FAMILIES) holds the same names; a test compares what either knows.
 FAMILIES = {
-    "llama": _Family(attention_bias=True, mlp_bias=True),
+    "llama": _Family(attention_bias=True, mlp_bias=True, hidden_by_heads=True),
     "mistral": _Family(sliding_window=4096),
     "ministral": _Family(sliding_window=4096),
     "qwen2": _Family(qkv_bias=True, sliding_window=4096, window_switch=True, first_window_layer=28),
@@ -54,6 +55,7 @@ FAMILIES = {
         post_norms=True,
         sliding_window=4096,
         full_every=6,
+        hidden_by_heads=True,
     ),
     "qwen3_moe": _Family(attention_bias=True, qk_norm=True, sliding_window=4096, window_switch=True, num_experts=128),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle import cli_explain, cli_export, cli_search
-from puzzle.cli_options import open_run, with_run
+from puzzle.cli_options import open_run, open_runs, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
 
@@ -87,7 +87,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from puzzle.pipeline import ON_REQUEST, STAGES
+    from puzzle.pipeline import BY_NAME
 
     parser = argparse.ArgumentParser(prog="puzzle", description="The most accurate model that fits your limits.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--redo", metavar="STAGE", help="do this stage, and all that rests on it, anew"
     )
 
-    for stage in (*STAGES, *ON_REQUEST):
+    for stage in BY_NAME.values():
         staged = with_run(commands.add_parser(stage.name, help=stage.summary))
         staged.add_argument("--redo", action="store_true", help="do it anew even where it is done")
         staged.set_defaults(command=_stage, stage=stage.name)
@@ -163,35 +163,50 @@ def _run(options: argparse.Namespace) -> None:
     from puzzle import pipeline
     from puzzle.validate import dry_run, validate
 
-    run = open_run(options)
-    if options.dry_run:
-        print(dry_run(run))
-        return
-    validate(run)
-    pipeline.run_all(run, options.redo)
-    print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
-    print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
+    before: Run | None = None
+    for name, run in open_runs(options):
+        if name:
+            print(f"step {name}: {run.folder}", flush=True)
+        if options.dry_run:
+            print(dry_run(run))
+            continue
+        validate(run)
+        if before is not None:
+            pipeline.take_over_data(run, before)
+        pipeline.run_all(run, options.redo)
+        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+        print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
+        before = run
 
 
 def _validate(options: argparse.Namespace) -> None:
+    from puzzle.pruning import change, pruned_shape
     from puzzle.validate import validate
 
-    run = open_run(options)
-    for one in run.each_pick():
-        validate(one)
-    print(
-        f"{options.run}: valid ({len(run.items)} items at {len(run.shape.sites)} sites, "
-        f"{len(run.grid_points)} points of the grid)"
-    )
+    for name, run in open_runs(options):
+        for one in run.each_pick():
+            validate(one)
+        if run.config.prune is not None:
+            found = change(run.shape, pruned_shape(run.pruning, run.shape))
+        else:
+            places, points = len(run.shape.sites), len(run.grid_points)
+            found = f"{len(run.items)} items at {places} sites, {points} points of the grid"
+        print(f"{name or options.run}: valid ({found})")
 
 
 def _status(options: argparse.Namespace) -> None:
+    for name, run in open_runs(options):
+        if name:
+            print(f"step {name}")
+        _print_status(run)
+
+
+def _print_status(run: Run) -> None:
     from puzzle import artifacts, pipeline
 
-    run = open_run(options)
     finished = [event for event in artifacts.read_events(run.events) if event["event"] == "finished"]
     seconds = {event["stage"]: event["seconds"] for event in finished}
-    for stage in pipeline.STAGES:
+    for stage in pipeline.stages_of(run):
         states = pipeline.unit_states(run, stage)
         counts = {state: states.count(state) for state in ("done", "stale", "missing")}
         took = f"  (last time {seconds[stage.name]:.1f} s)" if stage.name in seconds else ""
@@ -222,10 +237,30 @@ def _stage(options: argparse.Namespace) -> None:
         from puzzle.report import profile
 
         print(profile.fits_text(run.cost_source.fits))
+    elif options.stage == "generate-data":
+        _print_generated(run)
+    elif options.stage == "tournament":
+        from puzzle.report.tournament import standings
+
+        print(standings(run) or "no tournament: set tournament: {candidates: 4} in the config")
     elif options.stage == "additivity":
         from puzzle.report import additivity
 
         print(additivity.report(run))
+
+
+def _print_generated(run: Run) -> None:
+    from puzzle import artifacts, plans
+
+    shards = [artifacts.read_unit(unit.path).payload for unit in plans.plan_generate(run)]
+    counts = {name: sum(shard[name] for shard in shards) for name in ("documents", "new_tokens", "ended", "too_long")}
+    source = run.config.generate.prompts
+    messages = ", messages: messages" if source is not None and source.messages is not None else ""
+    print(
+        f"{counts['documents']:,} documents, {counts['new_tokens']:,} new tokens; {counts['ended']:,} came to an end; "
+        f"{counts['too_long']:,} prompts were too long\n"
+        f"to distil on it: data: {{sources: [{{path: {run.generated}{messages}, weight: 0.5}}, …]}}"
+    )
 
 
 def _print_profile(run: Run) -> None:
@@ -251,6 +286,7 @@ def _show(options: argparse.Namespace) -> None:
     from puzzle.profiling.imported import write_table
 
     run = open_run(options)
+    run.check_searches()
     if options.what == "scores":
         frame = tables.scores_frame(run.read_scores())
     elif options.what == "costs":

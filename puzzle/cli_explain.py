@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from puzzle.search.problem import Problem
 
 CE = "ce_delta"
-COMPUTED = Path()  # of --importance without a file
 
 
 def add_commands(commands: Any) -> None:
@@ -35,12 +34,10 @@ def add_commands(commands: Any) -> None:
     explain.set_defaults(command=lambda options: _explain(options, open_run(options)))
     compare = with_run(commands.add_parser("compare", help="the search beside simpler ways to choose"))
     compare.add_argument(
-        "--importance",
-        type=Path,
-        nargs="?",
-        const=COMPUTED,
-        metavar="FILE",
-        help="leave out the least important layers, by Block Importance or a JSON list of one number a layer",
+        "--importance", action="store_true", help="leave out the least important layers, by Block Importance"
+    )
+    compare.add_argument(
+        "--importance-file", type=Path, metavar="FILE", help="the same, by a JSON list of one number a layer"
     )
     compare.add_argument(
         "--evolution", type=int, metavar="N", help="an evolutionary search with N true evaluations (EvoPress's way)"
@@ -89,7 +86,7 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     loss = {item.id: score for item, score in usable_items(problem.items, scores, CE).items()} if has_ce else None
     if options.evolution is not None and options.evolution < 1:
         raise ConfigError(f"--evolution: expected at least 1 true evaluation, found {options.evolution}")
-    importance = None if options.importance is None else _importance(run, options.importance)
+    importance = _importance(run, options)
     more = {} if options.evolution is None else evolutions(run, problem, options.evolution)
     metric = score_of(problem.objective_name)
     true = options.true or options.quantised
@@ -101,11 +98,13 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     print(table(found, problem))
 
 
-def _importance(run: Run, path: Path) -> list[float]:
+def _importance(run: Run, options: argparse.Namespace) -> list[float] | None:
+    """One number a layer: a file's, or Block Importance; None where neither is asked for."""
     from puzzle.rivals import block_importance
 
-    if path == COMPUTED:
-        return block_importance(run)
+    if options.importance_file is None:
+        return block_importance(run) if options.importance else None
+    path: Path = options.importance_file
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from puzzle.types import ConfigError
 
 if TYPE_CHECKING:
     from puzzle.run import Run
 
 
 def with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a config file, or the folder of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a config file, a run's folder, or a recipe's name")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the config")
     parser.add_argument("--constraints", metavar="FILE", help="another constraint file than the config's")
     parser.add_argument(
@@ -31,6 +34,29 @@ def with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def open_run(options: argparse.Namespace) -> Run:
     from puzzle.run import Run
 
+    return Run.open(options.run, _overrides(options), options.constraints, options.on, options.pick)
+
+
+def open_runs(options: argparse.Namespace) -> Iterator[tuple[str, Run]]:
+    """The run, under an empty name; or of a chain, name and run of one step after the other, as they can be known."""
+    from puzzle.steps import Chain
+
+    chain = Chain.open(options.run, _overrides(options))
+    if chain is None:
+        yield "", open_run(options)
+        return
+    for name in ("constraints", "on", "pick"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: {options.run} is a chain of steps; write it into the step that it is for")
+    opened = 0
+    for name, run in chain.runs():
+        yield name, run
+        opened += 1
+    if waiting := [name for name, _ in chain.steps[opened:]]:
+        print(f"{', '.join(waiting)}: known when the step before is done")
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
     flags = {
         "device": options.device,
         "memory_budget_gib": options.memory_budget,
@@ -41,5 +67,4 @@ def open_run(options: argparse.Namespace) -> Run:
         "export.gguf_type": vars(options).get("gguf_type"),
         "additivity.architectures": vars(options).get("architectures"),
     }
-    overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    return Run.open(options.run, overrides, options.constraints, options.on, options.pick)
+    return [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]

@@ -82,10 +82,10 @@ def refine(options: argparse.Namespace) -> None:
     """Refines what the search found, and prints it beside the search's own."""
     from puzzle import artifacts, pipeline
 
-    run = open_run(options)
+    run = open_run(options).uncontested
     if not run.config.refine.evaluations:
         options.evaluations = DEFAULT_EVALUATIONS
-        run = open_run(options)
+        run = open_run(options).uncontested
     pipeline.run_stage(run, "refine", options.redo)
     payload = artifacts.read_unit(run.solution).payload
     print(_comparison(payload, run.solutions()[0].objective_name))
@@ -275,6 +275,8 @@ def _explain(options: argparse.Namespace) -> None:
     from puzzle.types import Costs, MissingMeasurementError
 
     run = open_run(options)
+    run.check_searches()
+    assert run.constraints is not None  # a search has limits
     try:
         costs = run.read_costs()
     except MissingMeasurementError:  # said again for each bound that needs one

@@ -22,7 +22,7 @@ from puzzle.memory_plan import LOGIT_TOKENS
 @dataclass(frozen=True)
 class TokenMetrics:
     """Per predicted token: KL(teacher ‖ student), cross-entropy of both, whether the top-1 agree, and the distance
-    1 - cos of the final hidden states (0 to 2). All (B, T-1) fp32.
+    1 - cos of the final hidden states (0 to 2), NaN where their sizes differ. All (B, T-1) fp32.
     """
 
     kl_nats: Tensor
@@ -55,11 +55,17 @@ def token_metrics(
                     -log_q.gather(1, labels[part]).squeeze(1),
                     teacher_ce,
                     (log_q.argmax(-1) == top).float(),
-                    1 - F.cosine_similarity(own[part].float(), hidden[0][part].float(), dim=-1),
+                    _distance(own[part], hidden[0][part]),
                 )
             )
     shape = (batch.ids.shape[0], batch.ids.shape[1] - 1)
     return [TokenMetrics(*(torch.cat(one).view(shape) for one in zip(*found, strict=True))) for found in columns]
+
+
+def _distance(own: Tensor, other: Tensor) -> Tensor:
+    if own.shape != other.shape:
+        return torch.full_like(own[:, 0], torch.nan, dtype=torch.float32)
+    return 1 - F.cosine_similarity(own.float(), other.float(), dim=-1)
 
 
 def sequence_means(values: Tensor, batch: Batch) -> Tensor:
@@ -92,6 +98,29 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def divergence_sum(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    heads: tuple[nn.Module, nn.Module],
+    weights: Tensor,
+    kind: str = "forward",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Divergence summed over positions by ``weights`` (B, T), with gradients to the student; nats.
+
+    Both models' logits are divided by the temperature, and the loss is multiplied by its square, so that gradients keep
+    their size (Hinton et al., 1503.02531). Logits are recomputed going backward.
+    """
+
+    def chunk_sum(student_part: Tensor, teacher_part: Tensor, weight: Tensor) -> Tensor:
+        log_q = F.log_softmax(heads[0](student_part).float() / temperature, -1)
+        with torch.no_grad():
+            log_p = F.log_softmax(heads[1](teacher_part).float() / temperature, -1)
+        return (DIVERGENCES[kind](log_p, log_q) * weight).sum() * temperature**2
+
+    return _sum_of_chunks(chunk_sum, student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1), weights.flatten())
+
+
 def divergence_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -100,22 +129,40 @@ def divergence_loss(
     kind: str = "forward",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Mean divergence over positions by ``weights`` (B, T), with gradients to the student; nats.
+    """The mean of :func:`divergence_sum` over what ``weights`` count."""
+    total = divergence_sum(student_hidden, teacher_hidden, heads, weights, kind, temperature)
+    return total / weights.sum().clamp_min(1)
 
-    Both models' logits are divided by the temperature, and the loss is multiplied by its square, so that gradients keep
-    their size (Hinton et al., 1503.02531). Logits are recomputed going backward.
+
+def cross_entropy_sum(hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of ``labels`` (B, T), summed by ``weights`` (B, T), with gradients; nats. In the same chunks."""
+
+    def chunk_sum(part: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        return (F.cross_entropy(head(part).float(), label, reduction="none") * weight).sum()
+
+    return _sum_of_chunks(chunk_sum, hidden.flatten(0, 1), labels.flatten(), weights.flatten())
+
+
+def sampled_kl_sum(
+    hidden: Tensor, head: nn.Module, tokens: Tensor, entropy: Tensor, weights: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """An estimate of the forward :func:`divergence_sum` from tokens (B, T, K) drawn from the teacher's predictions.
+
+    Their ``entropy`` is (B, T). Its expectation, and that of its gradient, are the divergence's.
     """
-    student, teacher = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)  # (N, D)
-    each_weight = weights.flatten()
 
-    def chunk_sum(student_part: Tensor, teacher_part: Tensor, weight: Tensor) -> Tensor:
-        log_q = F.log_softmax(heads[0](student_part).float() / temperature, -1)
-        with torch.no_grad():
-            log_p = F.log_softmax(heads[1](teacher_part).float() / temperature, -1)
-        return (DIVERGENCES[kind](log_p, log_q) * weight).sum() * temperature**2
+    def chunk_sum(part: Tensor, drawn: Tensor, own_entropy: Tensor, weight: Tensor) -> Tensor:
+        log_q = F.log_softmax(head(part).float() / temperature, -1)
+        each = -log_q.gather(1, drawn.long()).mean(1) - own_entropy
+        return (each * weight).sum() * temperature**2
 
-    total = student.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(student), LOGIT_TOKENS):
-        part = slice(start, start + LOGIT_TOKENS)
-        total = total + checkpoint(chunk_sum, student[part], teacher[part], each_weight[part], use_reentrant=False)
-    return total / each_weight.sum().clamp_min(1)
+    rows = hidden.flatten(0, 1), tokens.flatten(0, 1), entropy.flatten(), weights.flatten()
+    return _sum_of_chunks(chunk_sum, *rows)
+
+
+def _sum_of_chunks(chunk_sum: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Of ``chunk_sum`` over chunks of tokens, each recomputed going backward; ``rows`` have one row a token."""
+    total = torch.zeros((), device=rows[0].device)
+    for parts in zip(*(of.split(LOGIT_TOKENS) for of in rows), strict=True):
+        total = total + checkpoint(chunk_sum, *parts, use_reentrant=False)
+    return total

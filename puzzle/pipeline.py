@@ -50,41 +50,71 @@ STAGES: tuple[Stage, ...] = (
     Stage("rescore", ("score", "profile"), plans.plan_rescore, "measure exactly what decides the search", True),
     Stage("search", ("score", "profile", "rescore"), plans.plan_search, "find the best architecture that fits"),
     Stage("refine", ("search", "distill"), plans.plan_refine, "evaluate contenders truly, learn, search again", True),
-    Stage("build", ("search", "refine", "distill"), plans.plan_build, "put the student together"),
-    Stage("kd", ("build",), plans.plan_kd, "distil the student globally"),
+    Stage(
+        "tournament", ("search", "refine", "distill"), plans.plan_tournament, "distil the best a little, keep one", True
+    ),
+    Stage("build", ("search", "refine", "tournament", "distill"), plans.plan_build, "put the student together"),
+    Stage("kd", ("build", "prune"), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify checkpoints that others load"),
     Stage("report", ("export",), plans.plan_report, "draw the result"),
 )
-ON_REQUEST: tuple[Stage, ...] = (  # `puzzle run` leaves them out
+IMPORTANCE = Stage(
+    "importance", ("data",), plans.plan_importance, "measure what layers, heads and channels do to the residual stream"
+)
+PRUNE = Stage(
+    "prune", ("importance",), plans.plan_prune, "make every layer as narrow, and the model as shallow, as asked"
+)
+ON_REQUEST: tuple[Stage, ...] = (  # of a search; `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
-    Stage("importance", ("data",), plans.plan_importance, "measure how much each layer changes the residual stream"),
+    IMPORTANCE,
+    Stage("generate-data", (), plans.plan_generate, "let the teacher write text to distil on", True),
     Stage("fit-costs", ("profile",), plans.plan_fit_costs, "measure whole models, and correct predicted times by them"),
 )
 TRUTH = Stage("truth", ("distill",), lambda _: [], "evaluate whole architectures", True)
-BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST)}
+BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST, PRUNE)}
+PRUNING = ("data", "importance", "prune", "kd", "evaluate", "export", "report")
 State = Literal["done", "stale", "missing"]
+
+
+def stages_of(run: Run) -> tuple[Stage, ...]:
+    """What `puzzle run` does, in order."""
+    return STAGES if run.config.prune is None else tuple(BY_NAME[name] for name in PRUNING)
+
+
+def _all_of(run: Run) -> dict[str, Stage]:
+    """Those that can be asked for, by name."""
+    return {stage.name: stage for stage in (*stages_of(run), *(ON_REQUEST if run.config.prune is None else ()))}
 
 
 def run_all(run: Run, redo: str | None = None) -> None:
     """Makes everything that is missing, in order; with ``redo``, that stage and all that rests on it anew."""
     with _working_on(run) as ranks:
         if redo is not None and ranks.first:
-            _forget([unit for stage in _resting_on(redo) for unit in stage.plan(run)])
+            _forget([unit for stage in _resting_on(run, redo) for unit in stage.plan(run)])
         ranks.wait(run.folder, "the run")
-        for stage in STAGES:
+        for stage in stages_of(run):
             _make(run, stage, ranks)
 
 
 def run_stage(run: Run, name: str, redo: bool = False) -> None:
     """Makes one stage's missing units; MissingMeasurementError where an earlier stage is not complete."""
-    stage = BY_NAME[name]
+    stage = _stage(run, name)
     with _working_on(run) as ranks:
         _check_needs(run, stage)
         if redo and ranks.first:
             _forget(stage.plan(run))
         ranks.wait(run.folder, name)
         _make(run, stage, ranks)
+
+
+def take_over_data(run: Run, earlier: Run) -> None:
+    """The tokens of an earlier step of a chain, where the run's own would be the same."""
+    (unit,), (theirs,) = plans.plan_data(run), plans.plan_data(earlier)
+    with _working_on(run) as ranks:
+        if ranks.first and not run.data.exists() and dict(unit.inputs) == dict(theirs.inputs):
+            artifacts.publish_copy(theirs.path, unit.path)
+        ranks.wait(run.folder, "data")
 
 
 def true_values(
@@ -102,8 +132,18 @@ def true_values(
     return [None if score is None else score.per_sequence for score in scores]
 
 
+def _stage(run: Run, name: str) -> Stage:
+    """ConfigError where there is none of that name in a run of this kind."""
+    if (stage := _all_of(run).get(name)) is not None:
+        return stage
+    if name not in BY_NAME:
+        raise ConfigError(f"no stage is called {name}; stages: {', '.join(_all_of(run))}")
+    kind = "search (it has no prune: in its config)" if run.config.prune is None else "pruning (prune: in its config)"
+    raise ConfigError(f"{name} is no stage of this run, a {kind}; its stages: {', '.join(_all_of(run))}")
+
+
 def _check_needs(run: Run, stage: Stage) -> None:
-    for needed in stage.needs:
+    for needed in (name for name in stage.needs if name in _all_of(run)):
         states = unit_states(run, BY_NAME[needed])
         if "stale" in states:
             raise StaleUnitError(
@@ -143,12 +183,13 @@ def _name_the_dead(run: Run) -> None:
 
 
 def _tidy(run: Run) -> None:
-    """Removes what crashes left half-written, and checkpoints of students that are finished."""
+    """Removes what crashes left half-written, and checkpoints of students that are finished, and of rivals."""
     artifacts.sweep(run.folder)
     if run.data.exists():
         artifacts.remove(run.folder / "shards")
     for final in run.folder.glob("students/*/final"):
         artifacts.remove(final.parent / "kd")
+        artifacts.remove(final.parent / "tournament")
 
 
 def _prepare(run: Run) -> None:
@@ -178,15 +219,13 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _resting_on(name: str) -> list[Stage]:
+def _resting_on(run: Run, name: str) -> list[Stage]:
     """The stage and all that need it, directly or not, in order."""
-    if name not in BY_NAME:
-        raise ConfigError(f"--redo {name}: no such stage; stages: {', '.join(BY_NAME)}")
-    affected = {name}
-    for stage in STAGES:
+    affected = {_stage(run, name).name}
+    for stage in stages_of(run):
         if affected.intersection(stage.needs):
             affected.add(stage.name)
-    return [stage for stage in BY_NAME.values() if stage.name in affected]
+    return [stage for stage in _all_of(run).values() if stage.name in affected]
 
 
 def _forget(units: Sequence[Planned]) -> None:

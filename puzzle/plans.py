@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, checkpoint
 from puzzle.capabilities import FORMAT_OF
-from puzzle.data.inputs import data_inputs
+from puzzle.config import ImportanceConfig
+from puzzle.data.inputs import data_inputs, source_fingerprint
 from puzzle.data.packing import num_windows
 from puzzle.scoring.sampling import undecided
 from puzzle.types import ConfigError, Format, Item
@@ -21,6 +22,8 @@ from puzzle.variants import has_weights, is_teacher, made_of, shape_id, variant_
 
 if TYPE_CHECKING:
     from puzzle.run import Run
+
+SHARD_DOCUMENTS = 64  # of generated text, published together
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,27 @@ def scored_from(run: Run, items: Sequence[Item], estimated: bool, split: str = "
 
 
 def plan_importance(run: Run) -> list[Planned]:
-    return [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, run.config.init.sequences)})]
+    """And, where a pruning asks for it, what leaving layers out costs."""
+    how = run.config.prune.importance if run.config.prune else ImportanceConfig()
+    settings = [run.config.init.sequences, how.model_dump()]
+    units = [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, settings)})]
+    if run.config.prune is not None and run.config.prune.layers_by in ("loss", "contiguous"):
+        units.append(Planned(run.drops, scored_from(run, [], estimated=False)))
+    return units
+
+
+def pruning_fingerprint(run: Run) -> str:
+    return _slice(run, [run.pruning.model_dump(), run.config.init.model_dump()])
+
+
+def plan_prune(run: Run) -> list[Planned]:
+    scored = [artifacts.content_of(unit.path) for unit in plan_importance(run)]
+    inputs = {
+        **_teacher_and_data(run),
+        "importance": artifacts.fingerprint(scored),
+        "prune": pruning_fingerprint(run),
+    }
+    return [Planned(run.student / "initial", inputs)]
 
 
 def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
@@ -130,6 +153,29 @@ def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
 
 def plan_additivity(run: Run) -> list[Planned]:
     return [truth_of(run, one.items, "score") for one in run.draws.values()]
+
+
+def plan_generate(run: Run) -> list[Planned]:
+    settings, seed = run.config.generate, run.config.seed
+    recipe = [settings.model_dump(exclude={"documents", "batch_size", "prompts"}), seed, run.config.dtype]
+    inputs = {
+        "teacher": run.teacher_fingerprint,
+        "tokenizer": checkpoint.tokenizer_fingerprint(run.teacher),
+        "generate": artifacts.fingerprint(recipe),
+    }
+    if settings.prompts is not None:
+        inputs["prompts"] = source_fingerprint(settings.prompts, run.folder)
+    shards = range(0, settings.documents, SHARD_DOCUMENTS)
+    stops = [min(first + SHARD_DOCUMENTS, settings.documents) for first in shards]
+    return [
+        Planned(run.generated / f"{first:08d}-{stop:08d}", inputs) for first, stop in zip(shards, stops, strict=True)
+    ]
+
+
+def rows_of_shard(path: Path) -> range:
+    """The numbers of the documents that a shard of generated text holds."""
+    first, stop = map(int, path.name.split("-"))
+    return range(first, stop)
 
 
 def plan_rescore(run: Run) -> list[Planned]:
@@ -170,7 +216,7 @@ def plan_search(run: Run) -> list[Planned]:
 
 
 def plan_refine(run: Run) -> list[Planned]:
-    return [Planned(run.solution, refine_inputs(run))] if run.config.refine.evaluations else []
+    return [Planned(run.uncontested.solution, refine_inputs(run))] if run.config.refine.evaluations else []
 
 
 def refine_inputs(run: Run) -> dict[str, str]:
@@ -178,24 +224,49 @@ def refine_inputs(run: Run) -> dict[str, str]:
     return {**search_inputs(run), **_teacher_and_data(run), "refine": _slice(run, settings)}
 
 
+def plan_tournament(run: Run) -> list[Planned]:
+    return [Planned(run.solution, tournament_inputs(run))] if run.config.tournament.candidates else []
+
+
+def tournament_inputs(run: Run) -> dict[str, str]:
+    settings = [run.config.tournament.model_dump(), _kd_settings(run), run.num_sequences("select")]
+    found = [artifacts.content_of(one.solution) for one in (run.uncontested, run.unrefined)]
+    return {
+        **(refine_inputs(run) if run.config.refine.evaluations else search_inputs(run)),
+        **_teacher_and_data(run),
+        "candidates": artifacts.fingerprint(found),
+        "tournament": _slice(run, settings),
+    }
+
+
 def plan_build(run: Run) -> list[Planned]:
     chosen = run.chosen_items() if run.solution.exists() else ()
-    inputs = {
-        "teacher": run.teacher_fingerprint,
-        "solution": artifacts.content_of(run.solution),
-        "library": _library_content(run, chosen),
-    }
+    inputs = {**student_inputs(run, chosen), "solution": artifacts.content_of(run.solution)}
     return [Planned(run.student / "initial", inputs)]
 
 
+def student_inputs(run: Run, items: Sequence[Item]) -> dict[str, str]:
+    """What the student of these items is put together from."""
+    return {"teacher": run.teacher_fingerprint, "library": _library_content(run, items)}
+
+
 def plan_kd(run: Run) -> list[Planned]:
-    settings = run.config.kd.model_dump(exclude={"checkpoint_steps"})
-    inputs = {
+    return [Planned(run.student / "final", kd_inputs(run, run.student / "initial"))]
+
+
+def kd_inputs(run: Run, initial: Path) -> dict[str, str]:
+    """What the distillation of the student in ``initial`` rests on."""
+    return {
         **_teacher_and_data(run),
-        "initial": artifacts.content_of(run.student / "initial"),
-        "kd": _slice(run, [settings, run.config.dtype]),
+        "initial": artifacts.content_of(initial),
+        "kd": _slice(run, _kd_settings(run)),
     }
-    return [Planned(run.student / "final", inputs)]
+
+
+def _kd_settings(run: Run) -> list[Any]:
+    # how a step is cut up, how often it is saved and who is told changes nothing
+    nothing = {"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs"}
+    return [run.config.kd.model_dump(exclude=nothing), run.config.dtype]
 
 
 def plan_evaluate(run: Run) -> list[Planned]:
@@ -205,6 +276,9 @@ def plan_evaluate(run: Run) -> list[Planned]:
         "final": artifacts.content_of(run.student / "final"),
         "evaluate": _slice(run, run.config.evaluate.model_dump()),
     }
+    if run.config.prune is not None:  # a search's student is one for its constraint file
+        served = {name: workload.model_dump() for name, workload in run.constraint_file.workloads.items()}
+        inputs["workloads"] = artifacts.fingerprint(served)
     return [Planned(run.student / "evaluation.json", inputs)]
 
 
@@ -229,7 +303,7 @@ def export_formats(run: Run) -> Sequence[Format]:
 
 def plan_report(run: Run) -> list[Planned]:
     inputs = {
-        "solution": artifacts.content_of(run.solution),
+        "solution": artifacts.content_of(run.student / "initial" if run.config.prune else run.solution),
         "evaluation": artifacts.content_of(run.student / "evaluation.json"),
     }
     return [Planned(run.student / "report", inputs)]

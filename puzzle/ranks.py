@@ -69,7 +69,7 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        with self._naming_the_dead(folder, what):
+        with self.naming_the_dead(folder, what):
             dist.barrier()
 
     def agreed(self, folder: Path, what: str, marks: Sequence[bool]) -> list[bool]:
@@ -80,17 +80,21 @@ class Ranks:
         import torch.distributed as dist
 
         told = torch.tensor(marks, dtype=torch.uint8)
-        with self._naming_the_dead(folder, what):
+        with self.naming_the_dead(folder, what):
             dist.broadcast(told, 0)
         return [bool(mark) for mark in told.tolist()]
 
     @contextlib.contextmanager
-    def _naming_the_dead(self, folder: Path, what: str) -> Iterator[None]:
+    def naming_the_dead(self, folder: Path, what: str, only_known: bool = False) -> Iterator[None]:
+        """PuzzleError for a RuntimeError in the block; with ``only_known``, where some rank is known to have died."""
         try:
             yield
         except RuntimeError:
+            dead = ", ".join(str(note) for note in notes(folder) if note.died) if self.count > 1 else ""
+            if only_known and not dead:
+                raise
             artifacts.remove(note_path(folder, self.rank))  # this rank lives: the next start must not name it
-            dead = ", ".join(str(note) for note in notes(folder) if note.died) or "another rank"
+            dead = dead or "another rank"
             raise PuzzleError(f"rank {self.rank}: {dead} died; {what} goes on where it was at the next start") from None
 
 

@@ -13,10 +13,19 @@ from typing import Any
 
 from puzzle import artifacts, checkpoint, plans, yamlfiles
 from puzzle.capabilities import served_as
-from puzzle.config import ConstraintFile, GridFile, RefineConfig, RunConfig, SpaceFile
+from puzzle.config import (
+    ConstraintFile,
+    GridFile,
+    PruneConfig,
+    RefineConfig,
+    RunConfig,
+    SpaceFile,
+    TournamentConfig,
+)
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.source import CostSource
+from puzzle.pruning import kept_layers, num_dropped, pruned_shape
 from puzzle.scoring.draws import Draw, draw
 from puzzle.search.constraints import workloads
 from puzzle.search.fan_out import Pick, picks
@@ -38,12 +47,14 @@ from puzzle.variants import has_weights, is_fused, keep_spec, params, shape_id, 
 
 LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hold
 MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
+DEFAULT_SPACE = "demo"
+NO_LIMITS = ConstraintFile(constraints={})
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
 @dataclass(frozen=True)
 class Run:
-    """``folder`` holds everything the run writes; ``constraints`` is the constraint file's path.
+    """``folder`` holds everything the run writes; ``constraints`` is the constraint file's path, if there is one.
 
     ``context_file``: the architecture.json of a partly compressed model that changes are scored on, not the teacher.
     ``pick``: of a constraint file with lists of values, which of its searches (fan_out.py).
@@ -51,7 +62,7 @@ class Run:
 
     folder: Path
     config: RunConfig
-    constraints: Path
+    constraints: Path | None
     context_file: Path | None = None
     pick: int | None = None
 
@@ -64,13 +75,19 @@ class Run:
         context_file: Path | None = None,
         pick: int | None = None,
     ) -> Run:
-        """From a config file, or from the folder of an existing run; ``overrides`` are ``a.b=value``."""
-        path = where / "config.yaml" if where.is_dir() else where
+        """From a config file, a recipe by its name, or the folder of a run; ``overrides`` are ``a.b=value``."""
+        path = yamlfiles.locate_config(where)
         if where.is_dir() and not path.is_file():
             raise ConfigError(f"{where}: no run folder (it has no config.yaml); `puzzle run CONFIG` makes one")
+        if path.is_file() and yamlfiles.read_yaml(path).get("steps"):
+            raise ConfigError(
+                f"{where} is a chain of steps; `puzzle run`, `validate` and `status` take it whole, any other command "
+                "the folder of a step"
+            )
         settings = yamlfiles.load(RunConfig, path, overrides)
         folder = where if where.is_dir() else Path(settings.run)
-        limits = yamlfiles.locate("constraints", constraints or settings.constraints)
+        named = constraints or settings.constraints
+        limits = None if named is None else yamlfiles.locate("constraints", named)
         return cls(folder, settings, limits, context_file, pick)
 
     # --- what the run rests on -------------------------------------------------------------------------------------
@@ -87,10 +104,12 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """How the student is made, for its model card."""
+        pruned = {} if self.config.prune is None else {"prune": self.config.prune.model_dump(mode="json")}
         return {
+            **pruned,
             "teacher": self.teacher_name,
             "text": self.config.data.label,
-            "constraints": self.constraints.name if self.pick is None else self.limits_name,
+            "constraints": self.constraints.name if self.constraints and self.pick is None else self.limits_name,
             "bld_tokens": self.config.distill.tokens,
             "kd_tokens": self.config.kd.tokens,
             "seed": self.config.seed,
@@ -100,9 +119,40 @@ class Run:
     def shape(self) -> ModelShape:
         return checkpoint.read_shape(self.teacher)
 
+    @property
+    def pruning(self) -> PruneConfig:
+        """ConfigError where the run is a search."""
+        if self.config.prune is None:
+            raise ConfigError("this run is a search; a pruning has a section prune: in its config")
+        return self.config.prune
+
+    def check_searches(self) -> None:
+        """ConfigError where the run is a pruning."""
+        if self.config.prune is not None:
+            raise ConfigError("this run is a pruning (prune: in its config): it has no library, scores or search")
+
+    @cached_property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Of a pruning. CorruptFileError where they are chosen by scores that are not there yet."""
+        scores: Mapping[int, float] = {}
+        if not isinstance(self.pruning.layers_by, tuple) and num_dropped(self.pruning, self.shape):
+            if self.pruning.layers_by == "block-importance":
+                scores = dict(enumerate(artifacts.read_unit(self.importance).payload["importance"]))
+            else:
+                found = artifacts.read_unit(self.drops).payload["scores"][self.pruning.layers_metric]
+                scores = {int(layer): score for layer, score in found.items()}
+        return kept_layers(self.pruning, self.shape, scores)
+
+    @cached_property
+    def student_shape(self) -> ModelShape:
+        """Of a pruning, once it is known which layers stay."""
+        return pruned_shape(self.pruning, self.shape, self.kept_layers)
+
     @cached_property
     def space(self) -> SearchSpace:
-        path = yamlfiles.locate("space", self.config.space)
+        if self.config.prune is not None:
+            return SearchSpace.parse(dict.fromkeys(PARTS, ("keep",)), self.shape)
+        path = yamlfiles.locate("space", self.config.space or DEFAULT_SPACE)
         file = yamlfiles.load(SpaceFile, path)
         layers = {
             layer: {part: names for part in PARTS if (names := getattr(own, part)) is not None}
@@ -193,7 +243,7 @@ class Run:
     @cached_property
     def picks(self) -> tuple[Pick, ...]:
         """The searches that the constraint file asks for: one, unless it has lists of values."""
-        return picks(yamlfiles.load(ConstraintFile, self.constraints))
+        return picks(yamlfiles.load(ConstraintFile, self.constraints) if self.constraints else NO_LIMITS)
 
     @cached_property
     def constraint_file(self) -> ConstraintFile:
@@ -218,7 +268,11 @@ class Run:
     def limits_name(self) -> str:
         """For people: the constraint file, and the values that were picked."""
         picked = str(self.picks[self.pick - 1]) if self.pick is not None else ""
-        return f"{self.constraints.stem} ({picked})" if picked else self.constraints.stem
+        return f"{self._limits_stem} ({picked})" if picked else self._limits_stem
+
+    @property
+    def _limits_stem(self) -> str:
+        return self.constraints.stem if self.constraints else "no limits"
 
     @cached_property
     def teacher_fingerprint(self) -> str:
@@ -259,6 +313,7 @@ class Run:
 
         What an earlier space left in the folder is not among them.
         """
+        self.check_searches()
         table = self._read_scores()
         if not self.estimated or not self.rescored.exists():
             return table
@@ -289,7 +344,7 @@ class Run:
             ("score.sequences", "score", self.config.score.sequences),
             ("evaluate.sequences", "report", self.config.evaluate.sequences),
         ]
-        if self.config.refine.evaluations:
+        if self.config.refine.evaluations or self.config.tournament.candidates:
             asked.append(("evaluate.sequences", "select", self.config.evaluate.sequences))
         for key, split, wanted in asked:
             if wanted > (there := num_windows(counts, split, tokens)):
@@ -318,22 +373,33 @@ class Run:
     @property
     def rescored(self) -> Path:
         """Which exact scores decide the search under the constraint file."""
-        name = f"{self.constraints.stem}-{artifacts.fingerprint(plans.tables(self))[:8]}.json"
+        name = f"{self._limits_stem}-{artifacts.fingerprint(plans.tables(self))[:8]}.json"
         return self.folder / "rescored" / "for" / name
 
     @property
     def solution_id(self) -> str:
         """Named by what it rests on, so a changed constraint file or table gives a new solution beside the old one."""
-        refined = bool(self.config.refine.evaluations)
-        inputs = plans.refine_inputs(self) if refined else plans.search_inputs(self)
-        return f"{self.constraints.stem}{'-refined' * refined}-{artifacts.fingerprint(inputs)[:8]}"
+        if self.config.tournament.candidates:
+            kind, inputs = "-tournament", plans.tournament_inputs(self)
+        elif self.config.refine.evaluations:
+            kind, inputs = "-refined", plans.refine_inputs(self)
+        else:
+            kind, inputs = "", plans.search_inputs(self)
+        return f"{self._limits_stem}{kind}-{artifacts.fingerprint(inputs)[:8]}"
+
+    @cached_property
+    def uncontested(self) -> Run:
+        """This run, whose solution is what refine or the search found, before any tournament."""
+        if not self.config.tournament.candidates:
+            return self
+        return replace(self, config=self.config.model_copy(update={"tournament": TournamentConfig()}))
 
     @cached_property
     def unrefined(self) -> Run:
         """This run, whose solution is the search's."""
         if not self.config.refine.evaluations:
-            return self
-        return replace(self, config=self.config.model_copy(update={"refine": RefineConfig()}))
+            return self.uncontested
+        return replace(self, config=self.uncontested.config.model_copy(update={"refine": RefineConfig()}))
 
     @property
     def solution(self) -> Path:
@@ -341,7 +407,14 @@ class Run:
 
     @property
     def student(self) -> Path:
-        return self.folder / "students" / self.solution_id
+        """Named by the search's solution, or by what the pruning is asked for."""
+        name = f"pruned-{plans.pruning_fingerprint(self)[:8]}" if self.config.prune else self.solution_id
+        return self.folder / "students" / name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The student as a Hugging Face folder."""
+        return self.student / "export" / "hf"
 
     @property
     def events(self) -> Path:
@@ -353,10 +426,26 @@ class Run:
         source = f"{self.solution / artifacts.MARKER}"
         return tuple(from_json(Solution, entry, source) for entry in payload["solutions"])
 
-    def chosen_items(self) -> tuple[Item, ...]:
-        """The items of the best solution."""
+    def items_of(self, solution: Solution) -> tuple[Item, ...]:
         by_id = {item.id: item for item in self.items}
-        return tuple(by_id[item_id] for item_id in self.solutions()[0].items)
+        return tuple(by_id[item_id] for item_id in solution.items)
+
+    def chosen_items(self) -> tuple[Item, ...]:
+        """The items of the best solution; of a pruning, which changes all alike, the teacher's."""
+        return self.items if self.config.prune is not None else self.items_of(self.solutions()[0])
+
+    def candidates(self) -> tuple[Solution, ...]:
+        """What competes: the refined solution, if there is one, then the search's own, best first."""
+        found = {one.items: one for run in (self.uncontested, self.unrefined) for one in run.solutions()}
+        return tuple(found.values())[: self.config.tournament.candidates]
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """At which the student is timed, by workload: as the best solution chose, or the first ones."""
+        if self.config.prune is not None:
+            return {one.name: one.batch_sizes[0] for one in workloads(self.constraint_file, self.shape)}
+        totals = self.solutions()[0].totals
+        return {name: round(totals[f"{name}.batch_size"]) for name in self.constraint_file.workloads}
 
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
@@ -376,8 +465,19 @@ class Run:
         return means | {item_id: sum(values) / len(values) for item_id, values in first.items() if item_id in means}
 
     @property
+    def generated(self) -> Path:
+        """The teacher's own text."""
+        return self.folder / "generated"
+
+    @property
     def importance(self) -> Path:
-        return self.folder / "importance.json"
+        return self.folder / "importance"
+
+    @property
+    def drops(self) -> Path:
+        """What leaving out as many consecutive layers as the pruning asks for costs, from each layer on."""
+        together = num_dropped(self.pruning, self.shape) if self.pruning.layers_by == "contiguous" else 1
+        return self.folder / "drops" / f"{together:02}.json"
 
     @property
     def additivity(self) -> Path:

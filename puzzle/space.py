@@ -56,7 +56,7 @@ class SearchSpace:
         ``multiple_of`` rounds percentages of the FFN width (default: :func:`hardware_multiple`). ConfigError for what
         no layer can have, and for a layer that the teacher lacks.
         """
-        multiple = multiple_of or hardware_multiple(shape)
+        multiple = multiple_of or hardware_multiple(shape.intermediate_size)
         narrowed = layers or {}
         for layer in narrowed:
             if not 0 <= layer < shape.num_layers:
@@ -140,9 +140,9 @@ def _leaves_layers_out(item: Item) -> bool:
     return len(item.sites) > 1 and all(spec.kind == "skip" for spec in item.specs)
 
 
-def hardware_multiple(shape: ModelShape) -> int:
-    """What FFN widths are rounded to by default: tensor cores and runtimes like 256 channels, small models 64 or 8."""
-    return 256 if shape.intermediate_size >= 4096 else 64 if shape.intermediate_size >= 1024 else 8
+def hardware_multiple(width: int) -> int:
+    """What part of a ``width`` is rounded to by default: tensor cores and runtimes like 256, small models 64 or 8."""
+    return 256 if width >= 4096 else 64 if width >= 1024 else 8
 
 
 def _parsed(part: Part, names: Iterable[str], shape: ModelShape, multiple_of: int) -> list[Spec]:

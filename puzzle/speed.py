@@ -17,7 +17,7 @@ from torch import nn
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.grid import GridPoint
 from puzzle.profiling.hardware import device_name
-from puzzle.profiling.measure import measure_wholes
+from puzzle.profiling.measure import measure_models, measure_wholes
 from puzzle.profiling.probes import PointTooLargeError
 from puzzle.profiling.stack import TORCH_DTYPES, Dtype, SiteStack
 from puzzle.profiling.table import ENGINE
@@ -40,15 +40,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class Timed:
-    """A whole model's speed, and that of the sum of its parts."""
+    """A whole model's speed, and that of the sum of its parts, where it is made of parts that were searched for."""
 
     whole: Speed
-    parts: Speed
+    parts: Speed | None
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the specs at its sites."""
+    """A model and the specs at its sites (of a pruning's student: those of the teacher)."""
 
     model: PuzzleForCausalLM
     specs: tuple[Spec, ...]
@@ -82,16 +82,20 @@ def _measure(run: Run, workload: Workload, batch_size: int, subjects: Mapping[st
         name: subject.model if subject.model.dtype == dtype else nn.Module.to(copy.deepcopy(subject.model), dtype)
         for name, subject in subjects.items()
     }
-    config = next(iter(models.values())).config
-    specs = [spec for item in run.items for spec in item.specs]
-    stack = SiteStack.build(run.shape, config, specs, device, weights, run.config.seed)
     last = workload.isl + max(0, workload.osl - 2)
     contexts = sorted(
         {round(workload.isl + (last - workload.isl) * k / (DECODE_POINTS - 1)) for k in range(DECODE_POINTS)}
     )
     points = [GridPoint("prefill", batch_size, workload.isl), *(GridPoint("decode", batch_size, c) for c in contexts)]
+    repeats, seed = run.grid.repeats, run.config.seed
+    if run.config.prune is not None:
+        alone = [measure_models(models, point, repeats, seed) for point in points]
+        return {name: Timed(_speed(workload, batch_size, [at[name] for at in alone]), None) for name in models}
+    config = next(iter(models.values())).config
+    specs = [spec for item in run.items for spec in item.specs]
+    stack = SiteStack.build(run.shape, config, specs, device, weights, seed)
     pairs = {name: (model, subjects[name].specs) for name, model in models.items()}
-    found = [measure_wholes(stack, pairs, point, run.grid.repeats, run.config.seed) for point in points]
+    found = [measure_wholes(stack, pairs, point, repeats, seed) for point in points]
     return {
         name: Timed(
             _speed(workload, batch_size, [at[name].whole_ms for at in found]),

@@ -128,7 +128,7 @@ class Teacher:
         self._folder, self._shards, self._held = folder, Shards(folder, self.config), held
         self._layers: dict[int, PuzzleDecoderLayer] = {}
         self._last: PuzzleDecoderLayer | None = None  # often asked for several times in a row
-        self._stem = nn.Module.to(PuzzleModel(_without_layers(self.config)), device)
+        self._stem = nn.Module.to(PuzzleModel(without_layers(self.config)), device)
         name = "model.embed_tokens.weight"
         embedding = self._shards.read(name, device, dtype).get(name)
         if embedding is None or embedding.shape != (self.config.vocab_size, self.config.hidden_size):
@@ -179,7 +179,7 @@ class Teacher:
     def top(self) -> PuzzleForCausalLM:
         """The final norm and the head in fp32, in a model without layers: not to be run under autocast."""
         if self._top is None:
-            config = _without_layers(self.config)
+            config = without_layers(self.config)
             config.vocab_size = self.config.vocab_size
             with torch.device("meta"):
                 top = PuzzleForCausalLM(config)
@@ -193,7 +193,7 @@ class Teacher:
         return self._top
 
 
-def _without_layers(config: PuzzleConfig) -> PuzzleConfig:
+def without_layers(config: PuzzleConfig) -> PuzzleConfig:
     """For a model whose layers are all empty, and whose embedding is a single row until it gets its weights."""
     layers = range(config.num_hidden_layers)
     empty = config.with_layers(layers, [{"attention": {"kind": "skip"}, "ffn": {"kind": "skip"}}] * len(layers))

@@ -7,35 +7,48 @@ that would be made, so a bound on something that will not be measured is found n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from puzzle import checkpoint, pipeline, plans, search
 from puzzle.artifacts import read_json
 from puzzle.data.source import check_sources
 from puzzle.export.gguf_tokenizer import check_tokenizer
 from puzzle.export.nemotron_nas import check_model
+from puzzle.profiling.hardware import hardware
 from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
+from puzzle.pruning import pruned_shape
+from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
-from puzzle.search.constraints import OBJECTIVES
+from puzzle.search.constraints import OBJECTIVES, workloads
 from puzzle.search.goal import goal_of, is_quality
+from puzzle.search.halving import HALVING, num_distilled, num_rungs
+from puzzle.search.meaning import meaning
 from puzzle.tables import ScoreTable
-from puzzle.types import ConfigError, Costs, CostSetting, PuzzleError, Score
-from puzzle.variants import flops_per_token, is_teacher, params, rest_params, shape_id
+from puzzle.training_log import check_trackers
+from puzzle.types import ConfigError, Costs, CostSetting, MissingMeasurementError, PuzzleError, Score
+from puzzle.variants import flops_per_token, is_teacher, model_params, shape_id
 
 TRAIN_FORWARDS = 3  # a backward pass costs about two forwards
-EFFICIENCY = 0.4  # of the matmul rate that a whole training step reaches; for the estimate only
 ADAM_BYTES = 16  # per trained parameter: weight, gradient, two moments, fp32
 
 
 def validate(run: Run) -> None:
     """ConfigError (or a more telling PuzzleError) with every problem found, one a line."""
+    _raise(_problems(run, (*FILES, *SETTINGS, *(SEARCH if run.config.prune is None else PRUNING))))
+
+
+def _problems(run: Run, checks: Sequence[Check]) -> list[PuzzleError]:
     problems: list[PuzzleError] = []
     found_teacher = _passes(lambda run: run.shape, run, problems)
-    for needs_teacher, check in CHECKS:
+    for needs_teacher, check in checks:
         if found_teacher or not needs_teacher:
             _passes(check, run, problems)
+    return problems
+
+
+def _raise(problems: Sequence[PuzzleError]) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -57,6 +70,28 @@ def _check_sequences(run: Run) -> None:
     asked, most = run.config.data.sequence_tokens, run.shape.max_position_embeddings
     if asked > most:
         raise ConfigError(f"data.sequence_tokens is {asked}, but the teacher takes at most {most} tokens; lower it")
+
+
+def _check_tournament(run: Run) -> None:
+    settings, kd = run.config.tournament, run.config.kd
+    if not settings.candidates:
+        return
+    if kd.signal != "online":
+        raise ConfigError(
+            f"candidates compete beside the teacher itself, not its {kd.signal} signal; set kd.signal: online"
+        )
+    there = run.constraint_file.solutions.count + bool(run.config.refine.evaluations)
+    if there < settings.candidates:
+        raise ConfigError(
+            f"tournament.candidates is {settings.candidates}, but {run.constraints} asks for {there}; "
+            f"say there solutions: {{count: {settings.candidates}}}"
+        )
+    last = settings.tokens * HALVING ** (num_rungs(settings.candidates) - 1)
+    if last >= kd.tokens:
+        raise ConfigError(
+            f"the tournament's last comparison is after {last:,} tokens, but kd.tokens is {kd.tokens:,}; lower "
+            "tournament.tokens or tournament.candidates, or raise kd.tokens"
+        )
 
 
 def _check_device(run: Run) -> None:
@@ -118,44 +153,100 @@ def _profiled_device(run: Run) -> tuple[str, str]:
     return device_name(device), auto if run.config.profile.weights == "auto" else run.config.profile.weights
 
 
+def _check_pruning(run: Run) -> None:
+    if run.config.tournament.candidates or run.config.refine.evaluations:
+        raise ConfigError("tournament and refine are of a search, and this run is a pruning (prune:); leave them out")
+    pruned_shape(run.pruning, run.shape)
+    workloads(run.constraint_file, run.shape)
+    known = {*OBJECTIVES.values(), *run.config.score.tasks}
+    if (asked := run.pruning.layers_metric) not in known:
+        raise ConfigError(f"prune.layers_metric: no score is called {asked!r}; there are {', '.join(sorted(known))}")
+
+
 # what can be wrong, and whether looking for it takes a teacher that was found
-CHECKS: tuple[tuple[bool, Callable[[Run], object]], ...] = (
+Check = tuple[bool, Callable[[Run], object]]
+FILES: tuple[Check, ...] = (
     (False, lambda run: check_sources(run.config.data.all_sources)),
-    (False, lambda run: run.constraint_file),
     (False, _check_device),
+    (False, lambda run: check_trackers(run.config.kd.report_to or ())),
     (True, lambda run: checkpoint.weight_files(run.teacher)),
     (True, lambda run: checkpoint.tokenizer_fingerprint(run.teacher)),
+)
+SETTINGS: tuple[Check, ...] = (
+    (False, lambda run: run.constraint_file),
     (True, _check_sequences),
+)
+SEARCH: tuple[Check, ...] = (
+    (False, _check_tournament),
     (True, lambda run: run.items),
     (True, lambda run: run.cost_source),
     (True, _check_export),
     (True, _check_constraints),
 )
+PRUNING: tuple[Check, ...] = ((True, _check_pruning),)
 
 
 def dry_run(run: Run) -> str:
-    """The units that would be made, and a rough estimate of time, disk and memory."""
-    validate(run)
+    """The units that would be made, and a rough estimate of time, disk and memory.
+
+    Where the teacher's config.json is all there is: what a pruning comes to, or what a search's limits mean.
+    """
+    if run.config.prune is not None:
+        return _dry_pruning(run)
+    _raise(_problems(run, (*SETTINGS, *SEARCH)))
+    if missing := _problems(run, FILES):
+        return "\n".join([*_search_plan(run), "before it can run:", *(f"  {problem}" for problem in missing)])
     rate = _matmul_flops_per_s(run)
+    lines, units = _to_do(run, rate)
+    library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
+    teacher = model_params(run.shape)
+    memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
+    disk = (library + 4 * 8 * teacher) / 2**30
+    lines.append(f"{disk:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations")
+    return "\n".join([*lines, "units:", *units])
+
+
+def _search_plan(run: Run) -> list[str]:
+    """What the limits mean for the teacher, and GPU-hours of the stages, both without its weights."""
+    try:
+        costs = run.read_costs()
+    except MissingMeasurementError:  # said again for each bound that needs one
+        costs = Costs()
+    sheet = hardware(DEVICE)
+    rate = sheet.matmul_flops_per_s("bf16") * EFFICIENCY
+    limits = meaning(run.shape, run.items, costs, run.constraint_file, run.config.score.tasks)
+    lines = [*limits, "", f"{len(run.items)} items at {len(run.shape.sites)} sites, {len(run.units)} units to train"]
+    for stage in pipeline.stages_of(run):
+        if flops := _stage_flops(run, stage.name):
+            lines.append(f"{stage.name:<12}{flops:>12.3g} FLOPs{flops / rate / 3600:>12,.0f} GPU-hours")
+    return [*lines, f"at {EFFICIENCY:.0%} of {sheet.matmul_flops_per_s('bf16') / 1e12:,.0f} TFLOP/s ({DEVICE})", ""]
+
+
+def _to_do(run: Run, rate: float) -> tuple[list[str], list[str]]:
+    """A table of the stages with their minutes at ``rate`` FLOP/s, and the units that are missing."""
     lines = [f"{'stage':<12}{'to do':>8}{'of':>8}{'minutes':>10}"]
     units: list[str] = []
     total = 0.0
-    for stage in pipeline.STAGES:
+    for stage in pipeline.stages_of(run):
         planned = stage.plan(run)
         to_do = [unit for unit in planned if pipeline.unit_state(unit) != "done"]
-        undone = len(to_do)
         units += [f"  {unit.path}" for unit in to_do]
-        minutes = _stage_flops(run, stage.name) * undone / max(1, len(planned)) / (rate * EFFICIENCY) / 60
+        minutes = _stage_flops(run, stage.name) * len(to_do) / max(1, len(planned)) / (rate * EFFICIENCY) / 60
         total += minutes
-        lines.append(f"{stage.name:<12}{undone:>8}{len(planned):>8}{minutes:>10.1f}")
-    library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
-    teacher = sum(params(spec, run.shape) for spec in run.keep_specs) + rest_params(run.shape)
-    memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
-    lines += [
-        f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)",
-        f"{(library + 4 * 8 * teacher) / 2**30:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations",
-    ]
-    return "\n".join([*lines, "units:", *units])
+        lines.append(f"{stage.name:<12}{len(to_do):>8}{len(planned):>8}{minutes:>10.1f}")
+    lines.append(
+        f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)"
+    )
+    return lines, units
+
+
+def _dry_pruning(run: Run) -> str:
+    _raise(_problems(run, (*SETTINGS, *PRUNING)))
+    lines = [plan_text(run), ""]
+    if missing := _problems(run, FILES):
+        return "\n".join([*lines, "before it can run:", *(f"  {problem}" for problem in missing)])
+    table, units = _to_do(run, _matmul_flops_per_s(run))
+    return "\n".join([*lines, *table, "units:", *units])
 
 
 def _stage_flops(run: Run, stage: str) -> float:
@@ -170,15 +261,21 @@ def _stage_flops(run: Run, stage: str) -> float:
     exact = sum(several) if run.estimated else sum(not is_teacher(item) for item in run.items)
     per_token = {
         "init": 2 * forward + variant,
+        "importance": 2 * forward,
+        "prune": 4 * forward * (run.config.init.start == "best"),
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
         "score": one_pass + (forward / 2 + head) * exact,
-        "kd": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
+        "tournament": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
+        "kd": (1 + TRAIN_FORWARDS) * forward,
         "evaluate": 6 * forward,
     }
     count = {
         "init": run.config.init.sequences * tokens,
+        "importance": run.config.init.sequences * tokens,
+        "prune": run.config.init.sequences * tokens,
         "distill": run.config.distill.tokens,
         "score": run.config.score.sequences * tokens,
+        "tournament": run.config.tournament.tokens * num_distilled(run.config.tournament.candidates),
         "kd": run.config.kd.tokens,
         "evaluate": run.config.evaluate.sequences * tokens,
     }

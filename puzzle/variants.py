@@ -278,6 +278,11 @@ def rest_params(shape: ModelShape) -> int:
     return embedding * (1 if shape.tied_embeddings else 2) + shape.hidden_size
 
 
+def model_params(shape: ModelShape) -> int:
+    """Parameters of the whole model of this shape."""
+    return sum(params(keep_spec(shape, site), shape) for site in shape.sites) + rest_params(shape)
+
+
 def kv_bytes_per_token(spec: Spec, shape: ModelShape, dtype: str, tp: int = 1) -> float:
     """K and V of one token of one sequence on one of ``tp`` GPUs: a head is never split, at least one is held."""
     heads = num_kv_heads(spec, shape)

@@ -28,6 +28,7 @@ DEEPEST, MOST_NODES, MOST_CHARACTERS = 30, 100_000, 1_000_000  # of any file
 MOST_MISTAKES, LONGEST_LINE = 50, 500  # of what is told of them
 TOO_LARGE = "nested too deeply, or too large, for a file of this kind"
 File = TypeVar("File", bound=BaseModel)
+RECIPES = "blocks/recipes"
 SHIPPED = {"space": "blocks", "constraints": "search", "grid": "profiling", "table": "profiling/tables"}
 
 
@@ -48,17 +49,26 @@ def locate(kind: Literal["space", "constraints", "grid", "table"], name: str) ->
     raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name{_nearest(name, known)}")
 
 
+def locate_config(where: Path) -> Path:
+    """The run configuration that is meant: the file, or that of a run's folder, or a shipped recipe by its name."""
+    if where.is_dir():
+        return where / "config.yaml"
+    recipe = shipped_inputs() / RECIPES / f"{where}.yaml"
+    return recipe if recipe.is_file() and not where.exists() else where
+
+
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
     """The file as a ``kind``; ``overrides`` are ``a.b=value``, the value in YAML. ConfigError lists every mistake."""
-    return _validated(kind, path, read_yaml(path), overrides)
+    return validated(kind, path, read_yaml(path), overrides)
 
 
 def parse(kind: type[File], text: str, name: Path) -> File:
     """:func:`load` of a text that is, or is to be, the file ``name``."""
-    return _validated(kind, name, parse_mapping(text, name))
+    return validated(kind, name, parse_mapping(text, name))
 
 
-def _validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
+def validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
+    """What was read of ``path``, as a ``kind``; ConfigError lists every mistake."""
     for override in overrides:
         _apply(document, override)
     try:

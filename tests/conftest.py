@@ -76,3 +76,19 @@ def teacher_folder(tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPa
 def teacher(teacher_folder: Path) -> Teacher:
     """Layers from disk, in fp32; nobody changes them."""
     return Teacher(teacher_folder, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def tiny_pair(tmp_path: Path) -> Path:
+    """A folder with ``teacher``, 4 layers of 32, and ``student``, 3 layers of 24 made of three of them; heads tied."""
+    shared = {
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB_SIZE,
+        "initializer_range": 0.2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    for name, layers, width, ffn in (("teacher", 4, 32, 48), ("student", 3, 24, 40)):
+        torch.manual_seed(layers)
+        config = LlamaConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=ffn, **shared)
+        if name == "student":
+            config.layers_from = [0, 1, 3]
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    return tmp_path

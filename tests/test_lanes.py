@@ -17,26 +17,30 @@ HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
     types formats config yamlfiles artifacts variants capabilities space memory_plan export.nemotron_nas
-    export.gguf_tokenizer checkpoint data data.streamed
-    data.source data.inputs data.encode data.packing schedule ranks tables scoring.draws scoring.sampling profiling
+    export.gguf_tokenizer checkpoint data
+    data.streamed data.source data.inputs data.encode data.packing schedule forecast ranks training_log
+    tables scoring.draws scoring.sampling profiling
     profiling.memory profiling.table profiling.grid profiling.hardware profiling.kernels profiling.roofline
     profiling.imported profiling.correction profiling.regression profiling.vllm
     profiling.vllm_costs profiling.source search.problem search.metrics search.goal search.fan_out schema
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
-    search.compare search scoring.design scoring.interactions search.moves search.refine search.study plans run
-    report.summary report.figures report.library report.profile report.additivity report export.card progress
+    search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
+    search.halving search.uniform plans run steps
+    report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
+    report export.card progress
     data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
-    modeling.modeling_puzzle modeling data.batches teacher metrics blocks blocks.layer blocks.nested blocks.fusion
-    blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates blocks.starts
-    blocks.stream blocks.distill scoring scoring.context scoring.exact scoring.one_pass build kd evaluate export
-    export.folder export.shards export.source export.lowering export.hf export.decilm export.gguf
-    export.verify export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts
-    stages.distill stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.student
-    stages
+    modeling.modeling_puzzle modeling data.batches teacher sharding metrics blocks blocks.layer blocks.nested
+    blocks.fusion blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates
+    blocks.starts blocks.stream blocks.distill blocks.importance blocks.prune blocks.refit scoring scoring.context
+    scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate generate export export.folder
+    export.shards export.source export.lowering export.hf export.decilm export.gguf export.verify
+    export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill
+    stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student
+    stages.kd stages.tournament stages.generate stages
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",

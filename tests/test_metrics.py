@@ -45,3 +45,36 @@ def test_loss_and_gradient_are_the_textbooks(
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_tokens_drawn_from_the_teacher_estimate_kl_and_its_gradient_without_bias(temperature: float) -> None:
+    """The mean over all single draws, each as often as the teacher gives it, is the divergence itself."""
+    torch.manual_seed(3)
+    heads = nn.Linear(6, 9, bias=False), nn.Linear(8, 9, bias=False)
+    student, teacher = torch.randn(1, 4, 6, requires_grad=True), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        p = (heads[1](teacher) / temperature).softmax(-1)  # (1, 4, 9)
+        entropy = -(p * p.log()).sum(-1)
+    expected = metrics.divergence_sum(student, teacher, heads, torch.ones(1, 4), "forward", temperature)
+    found = torch.zeros(())
+    for token in range(9):
+        drawn = torch.full((1, 4, 1), token)
+        found = found + metrics.sampled_kl_sum(student, heads[0], drawn, entropy, p[..., token], temperature)
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(
+        *(torch.autograd.grad(one, [student, heads[0].weight]) for one in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_cross_entropy_in_chunks_is_the_textbooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "LOGIT_TOKENS", 5)
+    torch.manual_seed(4)
+    head, hidden = nn.Linear(6, 9, bias=False), torch.randn(2, 7, 6, requires_grad=True)
+    labels, weights = torch.randint(9, (2, 7)), torch.rand(2, 7).round()
+    found = metrics.cross_entropy_sum(hidden, head, labels, weights)
+    expected = -(head(hidden).log_softmax(-1).gather(2, labels[..., None]).squeeze(2) * weights).sum()
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(*(torch.autograd.grad(one, [hidden, head.weight]) for one in (found, expected)), strict=True):
+        torch.testing.assert_close(own, other)

@@ -18,7 +18,7 @@ from puzzle.search.metrics import METRICS
 from puzzle.types import ConfigError
 
 SHIPPED = yamlfiles.shipped_inputs()
-FOLDERS = {"constraints": "search", "space": "blocks", "grid": "profiling"}
+FOLDERS = {"constraints": "search", "space": "blocks", "grid": "profiling", "config": yamlfiles.RECIPES}
 
 
 def validator(kind: str) -> jsonschema.Draft202012Validator:

@@ -12,6 +12,7 @@ rewrite earlier turns are refused. Either way a token that lies partly in the as
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,20 +86,28 @@ def check_template(tokenizer: Any, label: str) -> None:
         raise ConfigError(f"{label}: the teacher's tokenizer has no chat template; give a column of text, not messages")
 
 
+def render_prompt(tokenizer: Any, turns: Conversation, where: str) -> list[int]:
+    """The ids of a conversation up to where the assistant is to answer. CorruptFileError if the template refuses it."""
+    text = str(_rendered(tokenizer, where, turns, tokenize=False, add_generation_prompt=True))
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _rendered(tokenizer: Any, where: str, turns: Conversation, **settings: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(turns, **settings)
+    except Exception as error:  # templates are programs: they raise whatever they like
+        reason = " ".join(str(error).split())
+        raise CorruptFileError(f"{where}: refused by the chat template ({reason})") from None
+
+
 def conversation_tokens(tokenizer: Any, conversation: Conversation, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The ids (N,) int32, and which of them the assistant wrote (N,) bool.
 
     ConfigError for a template that does not let one tell, CorruptFileError for a conversation that the template refuses
     or in which the assistant says nothing.
     """
-
-    def render(turns: Conversation, **settings: Any) -> Any:
-        try:
-            return tokenizer.apply_chat_template(turns, **settings)
-        except Exception as error:  # templates are programs: they raise whatever they like
-            reason = " ".join(str(error).split())
-            raise CorruptFileError(f"{where}: refused by the chat template ({reason})") from None
-
+    render = functools.partial(_rendered, tokenizer, where)
     if _GENERATION.search(tokenizer.get_chat_template()):
         found = render(conversation, return_dict=True, return_assistant_tokens_mask=True)
         counted = np.array(found["assistant_masks"], bool)

@@ -13,6 +13,7 @@ from puzzle.artifacts import fingerprint, known_fingerprint, remembered
 from puzzle.config import DataConfig, SourceConfig
 from puzzle.data import streamed
 from puzzle.data.source import text_files, text_path
+from puzzle.types import ConfigError
 
 FORMAT = 2  # of the unit: one more whenever the same text would be written otherwise
 MEMORY = "text-fingerprints.json"
@@ -29,6 +30,14 @@ def data_inputs(data: DataConfig, run_dir: Path) -> dict[str, str]:
     amounts = data.tokens.model_dump() if data.tokens is not None else None
     mixing = [FORMAT, amounts, [source.weight for source in data.all_sources]]
     return {"text": fingerprint(sources), "mixing": fingerprint(mixing)}
+
+
+def source_fingerprint(source: SourceConfig, run_dir: Path) -> str:
+    """Of a source alone. ConfigError for a data set on a hub whose revision is not a commit."""
+    if not streamed.is_pinned(source):
+        raise ConfigError(f"dataset {source.label}: name a commit as its revision")
+    with remembered(run_dir / MEMORY) as known:
+        return fingerprint([_address(source), _contents(_files(source), known)])
 
 
 def pinned_sources(data: DataConfig, run_dir: Path) -> tuple[SourceConfig, ...]:

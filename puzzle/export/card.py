@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from puzzle import yamlfiles
 from puzzle.capabilities import FORMAT_OF, findings, told
+from puzzle.pruning import change
 from puzzle.types import Architecture, Format, ModelShape, PuzzleError, Site, Spec, part_of
 from puzzle.variants import keep_spec, params, variant_name
 
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- verification: written by `puzzle verify` -->", "<!-- end of verification -->"
 BAR = 10  # characters of a full one
 LIBRARY: Mapping[Format, str] = {"hf": "transformers", "nemotron-nas": "vllm", "gguf": "gguf", "mlx": "mlx"}
+SEARCHED = """\
+Puzzle's way (arXiv 2411.19146): variants of every block trained alone, each scored in the base model, the best
+combination within the limits found exactly, then distilled as a whole."""
+PRUNED = """\
+Minitron's way (arXiv 2407.14679, 2408.11796): what does least goes, alike in all layers, and the rest is distilled as a
+whole."""
+_LIMITS = "with this constraint file:"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 _PURPOSE = {"gguf": "llama.cpp", "mlx": "mlx-lm", "nemotron-nas": "vLLM and other readers of nemotron-nas"}
 _LOADING: Mapping[Format, str] = {
@@ -32,7 +40,7 @@ _LOADING: Mapping[Format, str] = {
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
@@ -88,31 +96,38 @@ def run_card(run: Run, target: Format) -> str:
     from puzzle.report.summary import Summary
 
     summary, recipe = Summary.of(run), run.recipe
-    made = f"""\
-| | |
-|---|---|
-| base model | {_text(recipe["teacher"])} |
-| limits | {_text(recipe["constraints"])} |
-| text | {_text(recipe["text"])}, in four disjoint sets: to train on, to score on, to choose by, to report on |
-| block-wise distillation | {recipe["bld_tokens"]:,} tokens for each of the variants on offer |
-| global distillation | {recipe["kd_tokens"]:,} tokens |
-| evaluation | {run.config.evaluate.sequences} sequences on which nothing was chosen |
-| seed | {recipe["seed"]} |
-
-Puzzle's way (arXiv 2411.19146): variants of every block trained alone, each scored in the base model, the best
-combination within the limits found exactly, then distilled as a whole. `puzzle run config.yaml` does all of it:
-
-{_fenced(yamlfiles.dump(run.config), "yaml")}
-
-with the limits
-
-{_fenced(run.constraints.read_text(encoding="utf-8"), "yaml")}
-"""
+    rows = {
+        "base model": _text(recipe["teacher"]),
+        **_changed(run),
+        "text": f"{_text(recipe['text'])}, in four disjoint sets: to train on, to score on, to choose by, to report on",
+        "global distillation": f"{recipe['kd_tokens']:,} tokens",
+        "evaluation": f"{run.config.evaluate.sequences} sequences on which nothing was chosen",
+        "seed": recipe["seed"],
+    }
+    limits = _fenced(run.constraints.read_text(encoding="utf-8"), "yaml") if run.constraints else ""
+    made = "\n".join(
+        [
+            "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), "",
+            f"{PRUNED if run.config.prune else SEARCHED} `puzzle run config.yaml` does all of it:", "",
+            _fenced(yamlfiles.dump(run.config), "yaml"),
+            *(["", _LIMITS, "", limits] if limits else []),
+        ]
+    )  # fmt: skip
     figures = summary.table() + "\n\nA 95 % interval is ± 1.96 standard errors.\n"
     drawn = _drawing(summary.architecture, summary.widths)
     return _card(
         run.teacher_name, Licence.of(run.teacher), target, "finetune", figures + "\n## Layers\n\n" + drawn, made
     )
+
+
+def _changed(run: Run) -> dict[str, str]:
+    """Rows of the card."""
+    if run.config.prune is not None:
+        return {"pruned": change(run.shape, run.student_shape)}
+    return {
+        "limits": _text(run.recipe["constraints"]),
+        "block-wise distillation": f"{run.recipe['bld_tokens']:,} tokens for each of the variants on offer",
+    }
 
 
 def converted_card(name: str, licence: Licence, target: Format, shape: ModelShape, layers: Architecture) -> str:

@@ -103,7 +103,7 @@ def measure_wholes(
 
     PointTooLargeError, or torch's own error, where they do not fit in memory together.
     """
-    probes = [site_probe(stack, point), *(ModelProbe(name, model, point) for name, (model, _) in models.items())]
+    probes = [site_probe(stack, point), *_model_probes({name: model for name, (model, _) in models.items()}, point)]
     ms = {name: timing.ms for name, timing in measure_many(probes, repeats, seed).items()}
     found = {}
     for name, (_, specs) in models.items():
@@ -111,3 +111,15 @@ def measure_wholes(
         attention, ffn = (sum(ms[one] for one in ids if one.startswith(part)) for part in PARTS)
         found[name] = WholePoint(**vars(point), whole_ms=ms[name], rest_ms=ms[REST], attention_ms=attention, ffn_ms=ffn)
     return found
+
+
+def measure_models(
+    models: Mapping[str, PuzzleForCausalLM], point: GridPoint, repeats: int, seed: int
+) -> dict[str, float]:
+    """Milliseconds of whole models alone; errors as in :func:`measure_wholes`."""
+    timings = measure_many(_model_probes(models, point), repeats, seed)
+    return {name: timings[name].ms for name in models}
+
+
+def _model_probes(models: Mapping[str, PuzzleForCausalLM], point: GridPoint) -> list[Probe]:
+    return [ModelProbe(name, model, point) for name, model in models.items()]

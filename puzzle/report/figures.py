@@ -70,6 +70,10 @@ def _quality(axes: Axes, summary: Summary) -> None:
 
 def _front(axes: Axes, summary: Summary) -> None:
     front, solution = summary.front, summary.solution
+    axes.set_title("Front")
+    if front is None or solution is None:
+        axes.text(0.5, 0.5, "nothing was searched for: the model was pruned", ha="center", transform=axes.transAxes)
+        return
     points = front.thinned(MAX_FRONT_POINTS)
     axes.step(front.cost[points], front.objective[points], where="post", color=ATTENTION, label="best by score")
     if front.teacher_cost is not None:
@@ -79,7 +83,6 @@ def _front(axes: Axes, summary: Summary) -> None:
     axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
     axes.set_ylabel(f"{front.objective_name}, sum of single scores")
     axes.legend()
-    axes.set_title("Front")
 
 
 def _times(axes: Axes, summary: Summary) -> None:
@@ -90,7 +93,8 @@ def _times(axes: Axes, summary: Summary) -> None:
             for name in TIMES:
                 predicted = summary.predicted[model].get(f"{workload}.{name}", math.nan)  # not profiled: no bar
                 labels.append(f"{model}, {workload}.{name}")
-                ratios.append((predicted / timed["whole"][name], timed["parts"][name] / timed["whole"][name]))
+                parts = (timed["parts"] or {}).get(name, math.nan)
+                ratios.append((predicted / timed["whole"][name], parts / timed["whole"][name]))
     axes.set_title("Times over those of the whole model")
     if not ratios:
         axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from puzzle import artifacts, search
+from puzzle.pruning import change, predicted
+from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
 from puzzle.search import pareto
-from puzzle.types import GIB, Solution, Spec
-from puzzle.variants import is_teacher, params, variant_name
+from puzzle.space import PARTS
+from puzzle.types import GIB, Site, Solution, Spec
+from puzzle.variants import is_teacher, keep_spec, params, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -38,19 +41,54 @@ whole says whether times add up; predicted against whole also holds how the mach
 
 @dataclass(frozen=True)
 class Summary:
+    """``solution`` and ``front`` are a search's; None where the run is a pruning, whose predicted times are estimates.
+
+    ``architecture`` is told layer by layer of the teacher.
+    """
+
     title: str
-    solution: Solution
+    solution: Solution | None
     predicted: Mapping[str, Mapping[str, float]]  # model → metric → value
     quality: Mapping[str, Mapping[str, Mapping[str, float]]]  # model → figure → mean, standard_error
     params: Mapping[str, int]
     stored_dtype: str
-    speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]  # workload → model → whole or parts → figure
+    # workload → model → whole or parts → figure
+    speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
     architecture: tuple[tuple[str, str], ...]  # attention and FFN variant of each layer
     widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
-    front: Front
+    front: Front | None
+    standings: str  # of the tournament; empty where there was none
 
     @classmethod
     def of(cls, run: Run) -> Summary:
+        return cls._of_search(run) if run.config.prune is None else cls._of_pruning(run)
+
+    @classmethod
+    def _of_pruning(cls, run: Run) -> Summary:
+        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        student, teacher, kept = run.student_shape, run.shape, run.kept_layers
+        ffn = "experts" if teacher.moe_layers else f"{student.intermediate_size} channels"
+        names = (f"{student.num_attention_heads} heads on {student.num_kv_heads}", ffn)
+        layers = range(teacher.num_layers)
+        return cls(
+            title=f"{run.teacher_name}: {change(teacher, student)}",
+            solution=None,
+            predicted={
+                name: predicted(shape, run.constraint_file)
+                for name, shape in (("teacher", teacher), ("student", student))
+            },
+            quality=evaluation["quality"],
+            params=evaluation["params"],
+            stored_dtype=run.stored_dtype,
+            speed=evaluation["speed"],
+            architecture=tuple(names if layer in kept else ("skip", "skip") for layer in layers),
+            widths=tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
+            front=None,
+            standings="",
+        )
+
+    @classmethod
+    def _of_search(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
         evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
         tables = run.read_scores(), run.read_costs()
@@ -73,6 +111,7 @@ class Summary:
             architecture=tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in layers),
             widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
             front=pareto.front(problem, cost),
+            standings=standings(run),
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -94,7 +133,7 @@ class Summary:
                 teacher, student = (
                     _times(self.predicted[model].get(key), of[model], name) for model in ("teacher", "student")
                 )
-                predicted = "estimate" if key in self.solution.estimated else "predicted"
+                predicted = "estimate" if self.solution is None or key in self.solution.estimated else "predicted"
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
         return rows
 
@@ -106,6 +145,7 @@ class Summary:
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
+        lines += [self.standings, ""] if self.standings else []
         lines += ["| layer | attention | FFN |", "|---|---|---|"]
         lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
         return "\n".join(lines) + "\n"
@@ -123,10 +163,19 @@ def _share(spec: Spec, run: Run) -> float:
     return params(spec, run.shape) / params(keep, run.shape)
 
 
+def _kept_share(run: Run, layer: int) -> tuple[float, float]:
+    """Parameters of a pruned layer's parts over those of the teacher's, by the teacher's number of the layer."""
+    place = run.kept_layers.index(layer)
+    own = [params(keep_spec(run.student_shape, Site(place, part)), run.student_shape) for part in PARTS]
+    other = [params(keep_spec(run.shape, Site(layer, part)), run.shape) for part in PARTS]
+    return own[0] / other[0], own[1] / other[1]
+
+
 def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
 
 
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:
     from_table = "not profiled" if predicted is None else f"{predicted:.2f}"
-    return f"{from_table} / {timed['parts'][name]:.2f} / {timed['whole'][name]:.2f}"
+    parts = f"{timed['parts'][name]:.2f}" if timed["parts"] else "–"  # a pruned model is not made of measured parts
+    return f"{from_table} / {parts} / {timed['whole'][name]:.2f}"

@@ -14,13 +14,16 @@ from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stages.distill import make_distill
+from puzzle.stages.generate import make_generate
+from puzzle.stages.kd import make_kd
 from puzzle.stages.profile import make_fit_costs, make_profile
+from puzzle.stages.prune import make_importance, make_prune
 from puzzle.stages.refine import make_refine
 from puzzle.stages.rescore import make_rescore
-from puzzle.stages.rivals import make_importance
 from puzzle.stages.score import make_score
 from puzzle.stages.starts import make_data, make_init
-from puzzle.stages.student import make_build, make_evaluate, make_export, make_kd
+from puzzle.stages.student import make_build, make_evaluate, make_export
+from puzzle.stages.tournament import make_tournament
 from puzzle.stages.truth import make_truth
 
 transformers.logging.set_verbosity_error()  # its warnings are about uses that are not ours
@@ -35,10 +38,13 @@ MAKERS: Mapping[str, Callable[[Run, Sequence[Planned], Progress], None]] = {
     "additivity": make_truth,
     "importance": make_importance,
     "refine": make_refine,
+    "generate-data": make_generate,
     "truth": make_truth,
     "profile": make_profile,
     "fit-costs": make_fit_costs,
+    "tournament": make_tournament,
     "build": make_build,
+    "prune": make_prune,
     "kd": make_kd,
     "evaluate": make_evaluate,
     "export": make_export,

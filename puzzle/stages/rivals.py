@@ -1,9 +1,9 @@
-"""What the search is compared with and needs a model for: Block Importance, true evaluations, the quantised teacher."""
+"""What the search is compared with and needs a model for: true evaluations, the quantised teacher."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,43 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle import artifacts, formats
-from puzzle.blocks.stream import Stream
+from puzzle import formats
 from puzzle.evaluate import Comparison, compared
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.plans import Planned
-from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.scoring.exact import Change
-from puzzle.stages.common import sequences_of, streamed_teacher, teacher_of
+from puzzle.stages.common import sequences_of, teacher_of
 from puzzle.stages.score import ScoreJob
-from puzzle.teacher import LayerPass, layers_of
+from puzzle.teacher import layers_of
 from puzzle.variants import is_teacher
 
 FP8_LARGEST, INT4_LARGEST = 448.0, 7.0
 HALF_SMALLEST = 2.0**-24
 ROUTER = "mlp.gate.weight"  # a matrix, too, but formats.py leaves it in 16 bits
-
-
-def make_importance(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    """Block Importance of every layer on the calibration tokens that ``init`` takes, in one pass of the teacher."""
-    (unit,) = missing
-    teacher = streamed_teacher(run, torch.float32)
-    stream = Stream.of(teacher, sequences_of(run, "train", run.config.init.sequences))
-    importance = []
-    for index in range(teacher.num_layers):
-        layer = teacher.layer(index)
-        importance.append(block_importance(stream.passes(layer)))
-        stream.advance(layer)
-        progress.fraction(1 / teacher.num_layers)
-    artifacts.publish_json(unit.path, unit.inputs, {"importance": importance})
-    progress.done(unit.path.name)
-
-
-def block_importance(passes: Iterable[LayerPass]) -> float:
-    """``1 - E[cos(x_l, x_{l+1})]`` over tokens, of a layer's input and output (Minitron, 2408.11796)."""
-    cosines = torch.cat([F.cosine_similarity(one.before, one.after, dim=-1).flatten() for one in passes])  # (tokens,)
-    return 1 - cosines.double().mean().item()
 
 
 @contextmanager

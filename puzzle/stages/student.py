@@ -1,13 +1,12 @@
-"""The stages that make the student: put together, distil, evaluate, export."""
+"""The stages about the student but for its distillation: put together, evaluate, export."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import cast
 
-from puzzle import artifacts, build, kd
+from puzzle import artifacts, build
 from puzzle.evaluate import evaluate
 from puzzle.export import card as model_card
 from puzzle.export import publish
@@ -15,7 +14,6 @@ from puzzle.export.source import Source
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.schedule import num_steps
 from puzzle.speed import Subject, measured_speed
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
 from puzzle.teacher import load_model
@@ -30,39 +28,6 @@ def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None
     progress.done(unit.path.name)
 
 
-def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    (unit,) = missing
-    settings, tokens, compute = run.config.kd, tokens_of(run), compute_of(run)
-    student = load_model(run.student / "initial", compute)
-    job = kd.Distillation(student, teacher_of(run), settings, compute)
-    checkpoints = run.student / "kd"
-    if newest := _newest_checkpoint(checkpoints, unit.inputs):
-        job.load(newest.path, newest.payload)
-    steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
-    batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
-    progress.total(steps, job.step)
-    while job.step < steps:
-        until = min(steps, job.step + settings.checkpoint_steps)
-        job.run(batches, until, steps, lambda loss: progress.fraction(1, f"loss {loss:.4f}"))
-        if job.step < steps:
-            older = sorted(checkpoints.glob("step-*"))
-            artifacts.publish_folder(checkpoints / f"step-{job.step:08d}", unit.inputs, job.save)
-            for path in older:
-                artifacts.remove(path)
-    write = functools.partial(build.write_model, job.finish(), dtype=stored_dtype(run))
-    artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.done(unit.path.name)
-
-
-def _newest_checkpoint(folder: Path, inputs: Mapping[str, str]) -> artifacts.Unit | None:
-    """The latest checkpoint made from the same inputs; others are of no use and are swept away."""
-    units = [artifacts.read_unit(path) for path in sorted(folder.glob("step-*"))]
-    for stale in [unit for unit in units if unit.inputs != dict(inputs)]:
-        artifacts.remove(stale.path)
-    current = [unit for unit in units if unit.inputs == dict(inputs)]
-    return current[-1] if current else None
-
-
 def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
     compute, teacher, tokens = compute_of(run), teacher_of(run), tokens_of(run)
@@ -74,13 +39,11 @@ def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> N
     }
     bytes_per_token = tokens.bytes_per_token["report"]
     quality = {name: to_json(evaluate(model, teacher, batches, bytes_per_token)) for name, model in models.items()}
-    totals = run.solutions()[0].totals
-    batch_sizes = {name: round(totals[f"{name}.batch_size"]) for name in run.constraint_file.workloads}
     subjects = {
         "teacher": Subject(teacher, run.keep_specs),
         "student": Subject(models["student"], tuple(spec for item in run.chosen_items() for spec in item.specs)),
     }
-    speeds = measured_speed(run, subjects, batch_sizes)
+    speeds = measured_speed(run, subjects, run.batch_sizes)
     speed = {workload: {name: to_json(one) for name, one in of.items()} for workload, of in speeds.items()}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     artifacts.publish_json(unit.path, unit.inputs, {"quality": quality, "params": params, "speed": speed})

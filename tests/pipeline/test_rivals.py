@@ -26,7 +26,7 @@ def rows_of(out: str) -> dict[str, list[str]]:
 
 def test_rivals_stand_beside_the_search(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     (copy.folder / "limit.yaml").write_text("constraints: {params: 80%, layers_with_ffn: {min: 0}}\n")
-    asked = ["compare", str(copy.config), "--importance", "--evolution", "12", "--quantised"]
+    asked = ["compare", "--importance", str(copy.config), "--evolution", "12", "--quantised"]
     assert main(["--debug", *asked]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert len(rows) == 6
@@ -43,9 +43,9 @@ def test_rivals_stand_beside_the_search(copy: Project, capsys: pytest.CaptureFix
         )
         others = 2 * (128 * 32 + 32 + 2 * 2 * 32)  # tied embedding, final norm, two norms a layer
         assert float(row[1]) == pytest.approx((stored + others) / 2**30, rel=1e-3)
-    unit = run.importance.read_bytes()
+    unit = (run.importance / "unit.json").read_bytes()
     assert main(["--debug", *asked[:3]]) == 0
-    assert run.importance.read_bytes() == unit
+    assert (run.importance / "unit.json").read_bytes() == unit
     assert main(["compare", str(copy.config), "--evolution", "0"]) == 2
     assert "expected at least 1 true evaluation, found 0" in capsys.readouterr().err
 
@@ -76,7 +76,7 @@ def test_block_importance_is_that_of_transformers_own_hidden_states(copy: Projec
     for place in range(2):
         expected[place] = 1 - torch.cat(layers[place]).double().mean()
     assert found == pytest.approx(expected.tolist(), abs=1e-6)
-    assert json.loads(run.importance.read_text())["payload"]["importance"] == found
+    assert json.loads((run.importance / "unit.json").read_text())["payload"]["importance"] == found
 
 
 def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -239,12 +239,12 @@ def test_compare_prints_the_search_beside_the_baselines(
 ) -> None:
     importance = tmp_path / "importance.json"
     importance.write_text("[0.5, 0.1]")
-    assert main(["--debug", "compare", str(copy.config), "--importance", str(importance)]) == 0
+    assert main(["--debug", "compare", str(copy.config), "--importance-file", str(importance)]) == 0
     printed = capsys.readouterr().out
     for name in ("MIP ", "published greedy", "convex-hull greedy", "MIP by CE", "importance depth", "memory_gib"):
         assert name in printed
     importance.write_text('{"0": 1}')
-    assert main(["compare", str(copy.config), "--importance", str(importance)]) == 2
+    assert main(["compare", str(copy.config), "--importance-file", str(importance)]) == 2
     assert "expected a list of numbers" in capsys.readouterr().err
 
 

@@ -1,0 +1,216 @@
+"""Minitron's claims and Puzzle beside it, on the bundled teacher: equal parameters, equal tokens, several seeds.
+
+    python benchmarks/bench_minitron.py shapes     width, depth, Puzzle, and depth before Puzzle at equal parameters
+                                                   (REFERENCE.md, claim 11), and one of the shapes from scratch
+    python benchmarks/bench_minitron.py losses     what to distil on: KL, LM loss, hidden states (claims 10 and 13)
+    python benchmarks/bench_minitron.py tokens     the gap that distillation closes, by tokens (claim 9)
+    python benchmarks/bench_minitron.py depth      1, 2 and half of the layers dropped: at every position, and scattered
+
+Quality is on ``report``, where nothing was chosen, before and after the same tokens of distillation; a seed is one of
+the order of the text, and of the library. A work folder keeps what was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_runs import (
+    REPORT_SEQUENCES,
+    Results,
+    distilled,
+    make_library,
+    problem_of,
+    quality,
+    student_of,
+)
+
+from puzzle import artifacts, pipeline
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.run import Run
+from puzzle.search import mip
+from puzzle.stages.common import compute_of
+from puzzle.teacher import load_model
+
+RESULTS = Path(__file__).parent / "results"
+CONFIG = "run: {folder}\n"
+DROPPED = 3  # of 8 layers: what the other shapes have as many parameters as
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "width: FFN": ("prune.intermediate_size=192",),
+    "width: FFN and heads": ("prune.intermediate_size=280", "prune.num_attention_heads=6"),
+    "width: FFN and hidden size": ("prune.intermediate_size=400", "prune.hidden_size=192"),
+    "depth: Block Importance": (f"prune.num_layers={8 - DROPPED}",),
+    "depth: loss, scattered": (f"prune.num_layers={8 - DROPPED}", "prune.layers_by=loss"),
+    "depth: loss, contiguous": (f"prune.num_layers={8 - DROPPED}", "prune.layers_by=contiguous"),
+}
+SHAPE_OF_LOSSES = "width: FFN and hidden size"
+LOSSES: Mapping[str, Mapping[str, float]] = {
+    "KL": {"kl_weight": 1, "cosine_weight": 0, "lm_weight": 0},
+    "KL and cosine": {"kl_weight": 1, "cosine_weight": 1, "lm_weight": 0},
+    "KL and LM": {"kl_weight": 1, "cosine_weight": 0, "lm_weight": 1},
+    "cosine": {"kl_weight": 0, "cosine_weight": 1, "lm_weight": 0},
+    "LM": {"kl_weight": 0, "cosine_weight": 0, "lm_weight": 1},
+}
+TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
+
+
+def pruned(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
+    """A run of the bundled teacher, or another, up to the pruned student."""
+    given = [f"kd.tokens={options.kd_tokens}", *settings, *([f"teacher={teacher}"] if teacher else [])]
+    folder = options.work / artifacts.fingerprint(sorted(given))
+    config = options.work / f"{folder.name}.yaml"
+    options.work.mkdir(parents=True, exist_ok=True)
+    config.write_text(CONFIG.format(folder=folder))
+    run = Run.open(config, given)
+    for stage in ("data", "importance", "prune"):
+        pipeline.run_stage(run, stage)
+    return run
+
+
+def initial(run: Run) -> PuzzleForCausalLM:
+    return load_model(run.student / "initial", compute_of(run))
+
+
+def before_and_after(run: Run, student: PuzzleForCausalLM) -> dict[str, Any]:
+    return {
+        "params": sum(parameter.numel() for parameter in student.parameters()),
+        "before": quality(run, student, "report", REPORT_SEQUENCES),
+        "after": quality(run, distilled(run, student), "report", REPORT_SEQUENCES),
+    }
+
+
+def shapes(options: argparse.Namespace, results: Results) -> None:
+    for seed in options.seeds:
+        for name, settings in SHAPES.items():
+            results.once(f"{name}/{seed}", functools.partial(_shape, options, seed, settings))
+        results.once(f"from scratch: FFN and hidden size/{seed}", functools.partial(_scratch, options, seed))
+        results.once(f"Puzzle/{seed}", functools.partial(_puzzle, options, seed, None))
+        results.once(f"one layer less, then Puzzle/{seed}", functools.partial(_depth_then_puzzle, options, seed))
+    table(results, options.seeds)
+
+
+def _shape(options: argparse.Namespace, seed: int, settings: Sequence[str]) -> dict[str, Any]:
+    run = pruned(options, f"seed={seed}", *settings)
+    return before_and_after(run, initial(run))
+
+
+def _scratch(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The same shape with random weights, on the language model's loss, at as many tokens."""
+    run = pruned(
+        options, f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], *(f"kd.{key}={of}" for key, of in LOSSES["LM"].items())
+    )
+    student = initial(run)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            else:
+                parameter.fill_(1.0)
+    return before_and_after(run, student)
+
+
+def _puzzle(options: argparse.Namespace, seed: int, teacher: Path | None) -> dict[str, Any]:
+    """The MIP's student with as many parameters as the pruned ones."""
+    settings = [f"seed={seed}", f"distill.tokens={options.bld_tokens}", f"kd.tokens={options.kd_tokens}"]
+    run = make_library(options.work, *settings, *([f"teacher={teacher}"] if teacher else []))
+    problem = problem_of(run, (8 - DROPPED) / run.shape.num_layers)  # a layer of either teacher has as many
+    chosen = mip.solve([problem], {}).solutions[0].items
+    return {**before_and_after(run, student_of(run, chosen)), "items": list(chosen)}
+
+
+def _depth_then_puzzle(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Half of the tokens distil a teacher of one layer less; the other half its Puzzle student."""
+    half = options.kd_tokens // 2
+    run = pruned(options, f"seed={seed}", "prune.num_layers=7", "prune.layers_by=loss", f"kd.tokens={half}")
+    for stage in ("kd", "evaluate", "export"):
+        pipeline.run_stage(run, stage)
+    smaller = argparse.Namespace(**{**vars(options), "kd_tokens": half})
+    return _puzzle(smaller, seed, run.student / "export" / "hf")
+
+
+def losses(options: argparse.Namespace, results: Results) -> None:
+    for seed in options.seeds:
+        for name, weights in LOSSES.items():
+            given = (f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], *(f"kd.{key}={of}" for key, of in weights.items()))
+
+            def found(given: Sequence[str] = given) -> dict[str, Any]:
+                run = pruned(options, *given)
+                return before_and_after(run, initial(run))
+
+            results.once(f"{name}/{seed}", found)
+    table(results, options.seeds)
+
+
+def tokens(options: argparse.Namespace, results: Results) -> None:
+    for seed in options.seeds:
+        for count in TOKENS:
+            given = (f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], f"kd.tokens={count}")
+            results.once(f"{count}/{seed}", functools.partial(_shape, options, seed, given[1:]))
+    table(results, options.seeds)
+
+
+def depth(options: argparse.Namespace, results: Results) -> None:
+    """Before any distillation: the bundled teacher alone, no seeds."""
+    for count in (1, 2, 4):
+        runs = {f"from {first}": tuple(range(first, first + count)) for first in range(8 - count + 1)}
+        ways = {
+            **{where: f"prune.layers_by=[{', '.join(map(str, layers))}]" for where, layers in runs.items()},
+            "scattered by loss": "prune.layers_by=loss",
+            "scattered by Block Importance": "prune.layers_by=block-importance",
+        }
+        for where, how in ways.items():
+
+            def found(how: str = how, count: int = count) -> dict[str, Any]:
+                run = pruned(options, f"prune.num_layers={8 - count}", how)
+                return {"before": quality(run, initial(run), "report", REPORT_SEQUENCES), "layers": run.kept_layers}
+
+            results.once(f"{count} dropped/{where}", found)
+    for name, figure in results.figures.items():
+        print(f"{name:<44} KL {figure['before']['kl']:.4f} CE gap {figure['before']['ce_gap']:.4f} {figure['layers']}")
+
+
+def table(results: Results, seeds: Sequence[int]) -> None:
+    for name in dict.fromkeys(name.rpartition("/")[0] for name in results.figures):
+        rows = [results.figures[f"{name}/{seed}"] for seed in seeds if f"{name}/{seed}" in results.figures]
+        cells = [
+            f"{key} {when} {_mean([row[when][key] for row in rows])}"
+            for key in ("kl", "ce_gap")
+            for when in ("before", "after")
+        ]
+        print(f"{name:<36} {rows[0]['params']:>9,}  {'  '.join(cells)}")
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+
+
+def main() -> None:
+    commands: dict[str, Callable[[argparse.Namespace, Results], None]] = {
+        "shapes": shapes,
+        "losses": losses,
+        "tokens": tokens,
+        "depth": depth,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bld-tokens", type=int, default=131072)
+    parser.add_argument("--kd-tokens", type=int, default=262144)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-library")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    settings = {"bld_tokens": options.bld_tokens, "kd_tokens": options.kd_tokens}
+    results = Results(options.output or RESULTS / f"minitron_{options.what}.json", settings)
+    commands[options.what](options, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The tournament as a table: each candidate's quality at each comparison, its place there, and who won.
+
+Reads the solution's unit; writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from puzzle import artifacts
+from puzzle.types import mean_and_error
+
+if TYPE_CHECKING:
+    from puzzle.run import Run
+
+
+def standings(run: Run) -> str:
+    """As Markdown; empty where the solution was not chosen in a tournament."""
+    if not run.config.tournament.candidates or not run.solution.exists():
+        return ""
+    return _table(artifacts.read_unit(run.solution).payload["tournament"])
+
+
+def _table(found: dict[str, Any]) -> str:
+    rungs, winner = found["rungs"], found["winner"]
+    head = ["candidate", "sum of scores", *(f"after {rung['tokens']:,} tokens" for rung in rungs)]
+    lines = [
+        f"Tournament: candidate {winner + 1} of {len(found['sums'])} won. KL to the teacher on select, nats, and place "
+        "at each comparison:",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    for one, total in enumerate(found["sums"]):
+        name = f"**{one + 1}**" if one == winner else f"{one + 1}"
+        cells = [_cell(rung, one) for rung in rungs]
+        lines.append(f"| {' | '.join([name, f'{total:.4f}', *cells])} |")
+    return "\n".join(lines)
+
+
+def _cell(rung: dict[str, Any], candidate: int) -> str:
+    """Empty where it had been left out."""
+    means = {one: mean_and_error(values) for one, values in zip(rung["candidates"], rung["kl_nats"], strict=True)}
+    if candidate not in means:
+        return ""
+    place = sorted(means, key=lambda one: (means[one][0], one)).index(candidate) + 1
+    mean, error = means[candidate]
+    return f"{mean:.4f} ± {error:.4f} ({place}.)"
