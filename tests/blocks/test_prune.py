@@ -16,11 +16,11 @@ from puzzle.blocks.prune import Kept, choose_heads, folded, pruned_ends, pruned_
 from puzzle.blocks.refit import SideBySide
 from puzzle.checkpoint import read_shape
 from puzzle.data.batches import Batch
-from puzzle.export.hf import export_hf
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.teacher import Teacher, layers_of
 from puzzle.types import ModelShape
 from puzzle.variants import model_params
+from tests.exporting import export_hf
 from tests.tiny_families import COMMON, OWN, make_kept, make_stock, make_tokens, shape_of
 
 LAYERS = (0, 2, 3)
@@ -146,7 +146,7 @@ def test_a_pruned_student_is_what_index_by_index_gives(
         assert torch.allclose(student(tokens).logits, expected, atol=1e-4)
         if heads == (HEADS, KV_HEADS):
             return
-        export_hf(student, tiny_tokenizer_dir, tmp_path / "out", "card")
+        export_hf(student, tiny_tokenizer_dir, tmp_path / "out")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         assert torch.allclose(loaded(tokens).logits, expected, atol=1e-4)
     shape = read_shape(tmp_path / "out")
