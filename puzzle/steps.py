@@ -1,9 +1,9 @@
 """A chain of compression steps, 15B to 8B to 4B: each a run of its own, whose teacher is the student of the one before.
 
 Reads a config with ``steps``, each an overlay on the rest of the config; gives one run after the other, because where a
-step's teacher lies is known once the step before is done. A step that names ``constraints`` or ``space`` searches; any
-other prunes, and where it does not say what, only trains: on the language model's loss alone that is Minitron's teacher
-correction. Pure.
+step's teacher lies is known once the step before is done. A step that names ``prune`` prunes (a constraint file there
+is asked for workloads only), one that names ``constraints`` or ``space`` searches, any other only trains: on the
+language model's loss alone that is Minitron's teacher correction. Pure.
 """
 
 from __future__ import annotations
@@ -75,11 +75,10 @@ class Chain:
 
 def _step(number: int, document: CommentedMap, overlay: CommentedMap) -> tuple[str, CommentedMap]:
     merged = overlaid(document, overlay)
-    if "constraints" in overlay or "space" in overlay:
+    if "prune" not in overlay and ("constraints" in overlay or "space" in overlay):
         return f"{number}-search", merged
-    pruned = bool(overlay.get("prune"))
     merged["prune"] = merged.get("prune") or CommentedMap()
-    return f"{number}-{'prune' if pruned else 'train'}", merged
+    return f"{number}-{'prune' if merged['prune'] else 'train'}", merged
 
 
 def _check_places(path: Path, document: CommentedMap, overlays: object) -> None:

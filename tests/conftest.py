@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from puzzle.teacher import Teacher
 
 VOCAB_SIZE = 128
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores, theirs and those they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def make_tiny_llama(tied: bool) -> LlamaForCausalLM:
