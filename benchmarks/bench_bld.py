@@ -234,8 +234,8 @@ constraints: half-memory
 device: cpu
 dtype: bf16
 data: {{sequence_tokens: 128}}
-init: {{start: paper}}
-distill: {{tokens: 2048, batch_size: 2, learning_rate: 1e-4, residual: {residual}}}
+init: {{start: paper, sequences: 8}}
+distill: {{tokens: 1024, batch_size: 2, learning_rate: 1e-4, residual: {residual}}}
 memory_budget_gib: {budget}
 """
 SMALL_BUDGET_GIB = 0.9

@@ -61,9 +61,10 @@ TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
 
 
 def pruned(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
-    """A run of the bundled teacher, or another, up to the pruned student."""
+    """A run of the bundled teacher, or another, up to the pruned student; one folder holds all of a seed's."""
     given = [f"kd.tokens={options.kd_tokens}", *settings, *([f"teacher={teacher}"] if teacher else [])]
-    folder = options.work / artifacts.fingerprint(sorted(given))
+    shared = [one for one in given if not one.startswith(("prune.", "kd."))]
+    folder = options.work / artifacts.fingerprint(sorted(shared))
     config = options.work / f"{folder.name}.yaml"
     options.work.mkdir(parents=True, exist_ok=True)
     config.write_text(CONFIG.format(folder=folder))

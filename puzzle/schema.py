@@ -1,6 +1,6 @@
 """JSON Schema of the files that users write, for editors: completion, descriptions, mistakes while typing.
 
-Computes dictionaries from the models in config.py and what is said of the metrics below; writes nothing. The schema
+Computes dictionaries from the models in config and what is said of the metrics below; writes nothing. The schema
 knows single values; what values mean together (workloads and their bounds, the teacher's sizes) only `puzzle validate`
 knows.
 """

@@ -1,4 +1,4 @@
-"""The YAML files that users write, read into the models of config.py: which file a name means, and every mistake in it.
+"""The YAML files that users write, read into the models of config: which file a name means, and every mistake in it.
 
 YAML 1.2 with ruamel.yaml (``1e-4`` is a number, a duplicate key is an error). Every mistake is reported at once, as
 ``file:line: what is wrong, what is allowed``. Writes nothing.

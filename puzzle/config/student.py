@@ -1,0 +1,197 @@
+"""The student, pruned or put together, distilled, evaluated and exported: sections of the run configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from puzzle.config.fields import PERCENTAGE, Model, Natural, NonNegative, Positive, PositiveFloat, one_or_more
+from puzzle.types import Format
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class TournamentConfig(Model):
+    """The best answers of the search distilled for a short while each: the order that scores predict moves early on.
+
+    Half of them are left out each time, and those that go on are distilled twice as far, until one is left.
+    """
+
+    candidates: Natural = Field(
+        0, description="how many of the best answers compete (constraint file: solutions: {count: …}); 0: no tournament"
+    )
+    tokens: Positive = Field(500_000, description="of GKD until the first comparison; twice as many until each later")
+
+    @field_validator("candidates")
+    @classmethod
+    def _none_or_several(cls, candidates: int) -> int:
+        if candidates == 1:
+            raise ValueError("one candidate alone cannot compete; give at least 2, or 0")
+        return candidates
+
+
+class KdConfig(Model):
+    """GKD. Loss: ``kl_weight * KL(logits) + lm_weight * CE + balance * (cosine_weight * sum over layers of (1 - cos) +
+    mse_weight * sum over layers of the squared error relative to the teacher's square)``.
+
+    ``divergence``: forward is KL(teacher || student), reverse the other way round, jsd their symmetric mean.
+    """
+
+    tokens: Natural = Field(10_000_000, description="0 leaves the student as it was built")
+    max_epochs: PositiveFloat | None = Field(
+        None, description="how often train may be gone through; tokens that take more are refused (default: any)"
+    )
+    batch_size: Positive = Field(8, description="sequences in a step, over all ranks together")
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences that a device takes at a time, summing gradients (default: its whole share)"
+    )
+    learning_rate: PositiveFloat = Field(5e-4, description="at its highest")
+    min_learning_rate: NonNegative = Field(5e-5, description="at the end")
+    warmup_steps: Natural = Field(40, description="until the rate is at its highest")
+    weight_decay: NonNegative = Field(0.1, description="of AdamW")
+    kl_weight: NonNegative = Field(1.0, description="of the divergence between the predictions")
+    divergence: Literal["forward", "reverse", "jsd"] = Field("forward", description="KL(teacher || student) or other")
+    temperature: PositiveFloat = Field(1.0, description="that both models' logits are divided by, in the divergence")
+    cosine_weight: NonNegative = Field(1.0, description="of 1 - cos, summed over the layers")
+    mse_weight: NonNegative = Field(
+        0.0, description="of the squared error relative to the teacher's square, summed over the layers"
+    )
+    match_embedding: bool = Field(False, description="the embedding's output is compared as a layer's is")
+    lm_weight: NonNegative = Field(0.0, description="of the language model's cross-entropy")
+    balance: Literal["fixed", "dynamic"] = Field(
+        "fixed",
+        description="dynamic: the layers' part is scaled to be as large as that of the predictions (as measured at the "
+        "step before)",
+    )
+    signal: Literal["online", "hidden", "sampled"] = Field(
+        "online",
+        description="the teacher beside the student; or what it said before, on disk: its final hidden states "
+        "(exact), or tokens drawn from its predictions (an unbiased estimate of forward KL)",
+    )
+    signal_samples: Positive = Field(64, description="tokens drawn per position")
+    checkpoint_activations: bool = Field(False, description="compute layers again going backward: slower, less memory")
+    checkpoint_steps: Positive = Field(100, description="how often it can be continued from")
+    report_to: Annotated[tuple[Tracker, ...], *one_or_more({"enum": [*get_args(Tracker)]})] | None = Field(
+        None, description="where losses are shown beside kd_log.jsonl (default: tensorboard if it is installed)"
+    )
+
+    @property
+    def compares_layers(self) -> bool:
+        return bool(self.cosine_weight or self.mse_weight)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Not where the language model's loss is alone."""
+        return bool(self.kl_weight) or self.compares_layers
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> KdConfig:
+        if not self.needs_teacher and not self.lm_weight:
+            raise ValueError("all weights are 0; give at least one of kl_weight, cosine_weight, mse_weight, lm_weight")
+        if self.match_embedding and not self.compares_layers:
+            raise ValueError("match_embedding needs a cosine_weight or an mse_weight above 0")
+        if self.balance == "dynamic" and not (self.compares_layers and (self.kl_weight or self.lm_weight)):
+            raise ValueError("balance: dynamic needs a loss of the predictions (kl_weight) and one of the layers")
+        if self.signal != "online" and (self.compares_layers or not self.kl_weight):
+            raise ValueError(f"signal: {self.signal} is of predictions alone; set cosine_weight and mse_weight to 0")
+        if self.signal == "sampled" and self.divergence != "forward":
+            raise ValueError("signal: sampled estimates forward KL alone; set divergence: forward")
+        return self
+
+
+Aggregation = Literal["mean", "l2", "max", "var"]
+LayersBy = Literal["block-importance", "loss", "contiguous"]
+
+
+class ImportanceConfig(Model):
+    """How what is seen of single tokens becomes one number: first over a sequence's tokens, then over sequences."""
+
+    sequence: Aggregation = Field("mean", description="over the tokens of a sequence")
+    batch: Aggregation = Field("l2", description="over the sequences")
+
+
+def _width(given: Any) -> Any:
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return given
+    if isinstance(given, str) and PERCENTAGE.fullmatch(given) and 0 < float(given.rstrip("% ")) <= 100:
+        return given
+    raise ValueError('give a whole number, or a percentage of the teacher\'s: "75%"')
+
+
+Width = Annotated[
+    int | str,
+    BeforeValidator(_width),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{PERCENTAGE.pattern}$"}]}
+    ),
+]
+
+
+def _layers_by(given: Any) -> Any:
+    if given in get_args(LayersBy):
+        return given
+    numbers = isinstance(given, list | tuple) and [isinstance(one, int) and one >= 0 for one in given]
+    if numbers and all(numbers) and len(set(given)) == len(given):
+        return tuple(given)
+    raise ValueError(f"give one of {', '.join(get_args(LayersBy))}, or a list of the layers to drop, numbered from 0")
+
+
+class PruneConfig(Model):
+    """The same sizes in every layer (Minitron, 2407.14679); what is not named stays as the teacher has it.
+
+    ``init.start`` says what becomes of the weights that stay: refitted, or the paper's; ``init.sequences`` on how much.
+    """
+
+    hidden_size: Width | None = Field(None, description="channels of the residual stream: a number, or 75%")
+    intermediate_size: Width | None = Field(None, description="channels of every FFN")
+    num_attention_heads: Width | None = Field(None, description="query heads of every attention")
+    num_key_value_heads: Width | None = Field(None, description="KV heads; they go together with their query heads")
+    num_layers: Width | None = Field(None, description="how many layers stay")
+    layers_by: Annotated[
+        str | tuple[int, ...],
+        BeforeValidator(_layers_by),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"enum": [*get_args(LayersBy)]},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            }
+        ),
+    ] = Field(
+        "block-importance",
+        description="which layers go: those that change the stream least, those whose loss alone is least, the "
+        "contiguous run whose loss is least, or a list of their numbers from 0",
+    )
+    layers_metric: str = Field("kl", description="what loss is: kl, ce_delta, or one of score.tasks, on split score")
+    importance: ImportanceConfig = Field(ImportanceConfig(), description="how channels and heads are ranked")
+
+    @model_validator(mode="after")
+    def _some_layers(self) -> PruneConfig:
+        if self.layers_by in ("loss", "contiguous") and self.num_layers is None:
+            raise ValueError(f"layers_by: {self.layers_by} needs num_layers: how many stay")
+        return self
+
+
+class EvaluateConfig(Model):
+    """At least two sequences: one has no standard error."""
+
+    sequences: Annotated[int, Field(ge=2)] = Field(64, description="how many of report")
+
+
+class ExportConfig(Model):
+    """The formats that the student is written in."""
+
+    targets: Annotated[tuple[Format, ...] | None, *one_or_more({"enum": [*get_args(Format)]})] = Field(
+        None, description="which (default: hf, and those that the runtimes in serve_on read)"
+    )
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"] | None = Field(
+        None, description="of matrices in a GGUF file (default: as the teacher's are stored)"
+    )
