@@ -33,10 +33,12 @@ FIGURES = {
     "ce_gap_nats": "CE gap to the teacher",
     "agreement": "top-1 agreement",
 }
-NOTES = """\
-Standard errors (±) are over sequences of the report split, on which nothing was chosen. Times: what the search
-predicted from the profile; then, measured in the same rounds, the sum of the parts and the whole model. Parts against
-whole says whether times add up; predicted against whole also holds how the machine drifted since the profile."""
+ERRORS = "Standard errors (±) are over sequences of the report split, on which nothing was chosen."
+TIMED = """\
+Times: predicted by the search from the profile; then, measured in the same rounds, the sum of the parts and the whole
+model. Parts against whole says whether times add up; predicted against whole also holds how the machine drifted since
+the profile."""
+TIMED_WHOLE = "Times: estimated by the roofline where it knows the device; then, measured, the whole model."
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Summary:
         """The figures, and what they mean."""
         lines = [f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        return "\n".join([*lines, "", NOTES])
+        times = [] if not self.speed else [TIMED if self.solution else TIMED_WHOLE]
+        return "\n".join([*lines, "", " ".join([ERRORS, *times])])
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
