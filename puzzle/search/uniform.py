@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from puzzle.types import ConfigError, ModelShape
-from puzzle.variants import keep_spec, params, rest_params
+from puzzle.variants import model_params
 
-__all__ = ["UniformGrid", "shape_params", "uniform_shapes"]
+__all__ = ["UniformGrid", "uniform_shapes"]
 
 WITHIN = 0.05  # of the target, either way
 
@@ -27,11 +27,6 @@ class UniformGrid:
     intermediate_sizes: Sequence[int] = ()
     num_attention_heads: Sequence[int] = ()
     num_layers: Sequence[int] = ()
-
-
-def shape_params(shape: ModelShape) -> int:
-    """Parameters of a model of this shape that keeps every block."""
-    return sum(params(keep_spec(shape, site), shape) for site in shape.sites) + rest_params(shape)
 
 
 def uniform_shapes(
@@ -59,10 +54,10 @@ def uniform_shapes(
                 raise ConfigError(f"{name} {value}: give a number of at most {most}, the teacher's{of}")
         choices.append(sorted(set(values)) or [most])
     found = [_pruned(teacher, group, *one) for one in itertools.product(*choices)]
-    distances = {shape: abs(shape_params(shape) - target_params) for shape in found}
+    distances = {shape: abs(model_params(shape) - target_params) for shape in found}
     near = [shape for shape in found if distances[shape] <= within * target_params]
     if not near:
-        nearest = shape_params(min(found, key=distances.__getitem__))
+        nearest = model_params(min(found, key=distances.__getitem__))
         raise ConfigError(
             f"no architecture of the grid has {target_params:,} parameters, {within:.0%} more or less (the nearest "
             f"has {nearest:,}); give more widths or depths, or another target"

@@ -15,7 +15,7 @@ from puzzle.cli import main
 from puzzle.pipeline import stages_of
 from puzzle.run import Run
 from puzzle.stages.common import sequences_of
-from puzzle.teacher import read_tensors
+from puzzle.teacher import load_config, read_tensors
 from puzzle.variants import model_params
 from tests.pipeline.conftest import Project
 
@@ -41,6 +41,8 @@ def test_a_pruning_ends_with_a_plain_checkpoint_and_a_report(
     assert main(["--debug", "run", str(project.config)]) == 0
     run = Run.open(project.config)
     shape = run.student_shape
+    for model in ("initial", "final"):  # what global distillation compares each layer with; lost, it would guess
+        assert load_config(run.student / model).layers_from == list(run.kept_layers)
     exported = run.student / "export" / "hf"
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert isinstance(model, LlamaForCausalLM)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from puzzle.search.uniform import UniformGrid, shape_params, uniform_shapes
+from puzzle.search.uniform import UniformGrid, uniform_shapes
 from puzzle.types import ConfigError, ModelShape
+from puzzle.variants import model_params
 
 SHAPE = ModelShape("llama", 4, 64, 8, 4, 8, 96, 128, 256, tied_embeddings=False)
 LLAMA_8B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, tied_embeddings=False)
@@ -29,7 +30,7 @@ def test_parameters_are_those_of_the_model() -> None:
         )
         with torch.device("meta"):
             model = MistralForCausalLM(config)
-        assert sum(one.numel() for one in model.parameters()) == shape_params(shape)
+        assert sum(one.numel() for one in model.parameters()) == model_params(shape)
 
 
 def test_all_of_the_grid_that_are_near_and_no_other() -> None:
@@ -42,9 +43,9 @@ def test_all_of_the_grid_that_are_near_and_no_other() -> None:
         for a in GRID.num_attention_heads
         for n in GRID.num_layers
     }
-    assert set(found) == {one for one in brute if abs(shape_params(one) - target) <= within * target}
+    assert set(found) == {one for one in brute if abs(model_params(one) - target) <= within * target}
     assert 1 < len(found) < len(brute)
-    distances = [abs(shape_params(one) - target) for one in found]
+    distances = [abs(model_params(one) - target) for one in found]
     assert distances == sorted(distances)
 
 
@@ -55,7 +56,7 @@ def test_the_papers_own_shapes_are_found() -> None:
     assert (found.hidden_size, found.intermediate_size, found.num_layers) == (3072, 9216, 32)
     (found,) = uniform_shapes(LLAMA_8B, UniformGrid(num_layers=range(8, 33, 4)), 4_500_000_000)
     assert found.num_layers == 16
-    assert shape_params(found) == pytest.approx(4.54e9, rel=0.01)
+    assert model_params(found) == pytest.approx(4.54e9, rel=0.01)
 
 
 def test_what_cannot_be_is_said() -> None:
