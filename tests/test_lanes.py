@@ -16,7 +16,7 @@ PACKAGE = Path(puzzle.__file__).parent
 HEAVY = {"torch", "transformers", "accelerate"}
 # each module may import, at its top level, only modules that stand before it
 PURE = """
-    types formats config.fields config.text config.library config.student config.files config.run config yamlfiles
+    types formats style config.fields config.text config.library config.student config.files config.run config yamlfiles
     artifacts variants capabilities space memory_plan export.nemotron_nas
     export.gguf_tokenizer checkpoint data
     data.streamed data.source data.inputs data.encode data.packing schedule forecast ranks training_log

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import artifacts, plans
+from puzzle import artifacts, plans, style
 from puzzle.run import Run
 from puzzle.scoring.design import singles
 from puzzle.scoring.interactions import KINDS, Evaluation, Fit, best_of, cross_validated, spearman
@@ -92,20 +92,16 @@ def _models(found: Sequence[Fit], path: Path) -> list[str]:
 
 def draw(table: pd.DataFrame, found: Sequence[Fit], path: Path) -> None:
     """Predicted against true, both logarithmic: the plain sum and, held out, the best model."""
-    from matplotlib.figure import Figure
-
-    from puzzle.report.figures import ATTENTION, FFN, TEACHER
-
-    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    figure = style.new_figure(6, 5.5)
     axes: Any = figure.subplots()
-    axes.scatter(table.true_nats, table.sum_nats, s=16, color=FFN, label="sum of scores")
+    axes.scatter(table.true_nats, table.sum_nats, s=16, color=style.FFN, label="sum of scores")
     if found:
         best = best_of(found)
         true = [one.kl_nats for one in best.model.evaluations]
         held_out = [value * math.exp(error) for value, error in zip(true, best.log_errors, strict=True)]
-        axes.scatter(true, held_out, s=16, color=ATTENTION, label=f"{best.model.kind}, held out")
+        axes.scatter(true, held_out, s=16, color=style.ATTENTION, label=f"{best.model.kind}, held out")
     ends = [table.true_nats.min(), table.true_nats.max()]
-    axes.plot(ends, ends, color=TEACHER, linewidth=1)
+    axes.plot(ends, ends, color=style.TEACHER, linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("true KL of the architecture, nats per token")
@@ -113,4 +109,4 @@ def draw(table: pd.DataFrame, found: Sequence[Fit], path: Path) -> None:
     axes.set_title("When sums lie")
     axes.legend()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
+    style.save(figure, path)

@@ -1,6 +1,6 @@
 """The picture of a run: architecture layer by layer, quality before and after, the front, predicted against measured.
 
-Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG. Colours: Okabe and Ito's, safe for the colour-blind.
+Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puzzle import style
 from puzzle.report.summary import MODELS, TIMES, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ATTENTION, FFN, TEACHER, ACCENT = "#0072B2", "#E69F00", "#999999", "#D55E00"
 MAX_FRONT_POINTS = 2000
 
 
 def draw(summary: Summary, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = style.new_figure(12, 8)
     axes: Any = figure.subplots(2, 2)
     _architecture(axes[0, 0], summary)
     _quality(axes[0, 1], summary)
     _front(axes[1, 0], summary)
     _times(axes[1, 1], summary)
     figure.suptitle(summary.title)
-    figure.savefig(path, format="png", dpi=120)
+    style.save(figure, path)
 
 
 def _architecture(axes: Axes, summary: Summary) -> None:
@@ -36,17 +34,17 @@ def _architecture(axes: Axes, summary: Summary) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for layer, ((attention, ffn), (left, right)) in enumerate(zip(summary.architecture, summary.widths, strict=True)):
-        axes.barh(layer, -1, color="none", edgecolor=TEACHER, linewidth=0.5)
-        axes.barh(layer, 1, color="none", edgecolor=TEACHER, linewidth=0.5)
-        axes.barh(layer, -left, color=ATTENTION)
-        rows = max(1, math.ceil(right))  # a fused FFN stands for those of several layers
-        axes.barh(layer + (rows - 1) / 2, right / rows, 0.8 + rows - 1, color=FFN)
+        axes.barh(layer, -1, color="none", edgecolor=style.TEACHER, linewidth=0.5)
+        axes.barh(layer, 1, color="none", edgecolor=style.TEACHER, linewidth=0.5)
+        axes.barh(layer, -left, color=style.ATTENTION)
+        rows = max(1, math.ceil(right))  # a fused style.FFN stands for those of several layers
+        axes.barh(layer + (rows - 1) / 2, right / rows, 0.8 + rows - 1, color=style.FFN)
         if len(summary.architecture) <= 40:
             axes.text(-1.03, layer, attention, ha="right", va="center", fontsize=8)
             axes.text(1.03, layer, ffn, ha="left", va="center", fontsize=8)
     axes.set_xlim(-1.6, 1.6)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["1", "½", "0", "½", "1"])
-    axes.set_xlabel("parameters, share of the teacher's: attention (left), FFN (right)")
+    axes.set_xlabel("parameters, share of the teacher's: attention (left), style.FFN (right)")
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
@@ -55,7 +53,7 @@ def _architecture(axes: Axes, summary: Summary) -> None:
 
 def _quality(axes: Axes, summary: Summary) -> None:
     names = MODELS[1:]
-    figures = (("kl_nats", "KL to the teacher", ATTENTION), ("ce_gap_nats", "CE gap to the teacher", FFN))
+    figures = (("kl_nats", "KL to the teacher", style.ATTENTION), ("ce_gap_nats", "CE gap to the teacher", style.FFN))
     for offset, (figure, label, colour) in enumerate(figures):
         values = [summary.quality[name][figure] for name in names]
         places = [index + 0.38 * (offset - 0.5) for index in range(len(names))]
@@ -75,11 +73,11 @@ def _front(axes: Axes, summary: Summary) -> None:
         axes.text(0.5, 0.5, "nothing was searched for: the model was pruned", ha="center", transform=axes.transAxes)
         return
     points = front.thinned(MAX_FRONT_POINTS)
-    axes.step(front.cost[points], front.objective[points], where="post", color=ATTENTION, label="best by score")
+    axes.step(front.cost[points], front.objective[points], where="post", color=style.ATTENTION, label="best by score")
     if front.teacher_cost is not None:
         axes.plot([front.teacher_cost], [0], "*", color="black", markersize=12, label="teacher")
     chosen = ([solution.totals[front.cost_name]], [solution.objective_nats])
-    axes.plot(*chosen, "o", color=ACCENT, label="chosen")
+    axes.plot(*chosen, "o", color=style.CHOSEN, label="chosen")
     axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
     axes.set_ylabel(f"{front.objective_name}, sum of single scores")
     axes.legend()
@@ -99,7 +97,9 @@ def _times(axes: Axes, summary: Summary) -> None:
     if not ratios:
         axes.text(0.5, 0.5, "no workload of this device", ha="center", transform=axes.transAxes)
         return
-    for offset, (label, colour) in enumerate((("predicted from the profile", ATTENTION), ("parts, same rounds", FFN))):
+    for offset, (label, colour) in enumerate(
+        (("predicted from the profile", style.ATTENTION), ("parts, same rounds", style.FFN))
+    ):
         places = [index + 0.4 * (offset - 0.5) for index in range(len(ratios))]
         axes.barh(places, [pair[offset] for pair in ratios], 0.38, color=colour, label=label)
     axes.axvline(1, color="black", linewidth=0.8)

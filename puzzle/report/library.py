@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import artifacts
+from puzzle import artifacts, style
 from puzzle.checkpoint import check_safetensors
 from puzzle.run import Run
 from puzzle.types import MissingMeasurementError
@@ -63,7 +63,6 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     """A heat map of ``loss_end`` by site and variant, on a logarithmic scale; grey: not on offer, or failed."""
     import numpy as np
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     parts = [(part, frame[frame.site.str.endswith(part)]) for part in ("attention", "ffn")]
     panels = [(part, of) for part, of in parts if len(of)] or [("layer", frame)]
@@ -72,16 +71,16 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     norm = LogNorm(known.min(), known.max()) if len(known) else None
     num_layers = max(of.site.nunique() for _, of in panels)
     num_columns = sum(of.variant.nunique() for _, of in panels)
-    figure = Figure(figsize=(3 + 0.6 * num_columns, 2 + 0.28 * num_layers), layout="constrained")
+    figure = style.new_figure(3 + 0.6 * num_columns, 2 + 0.28 * num_layers)
     ratios = [of.variant.nunique() for _, of in panels]
     all_axes: Any = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
     for axes, (part, of) in zip(all_axes, panels, strict=True):
         table = of.pivot(index="site", columns="variant", values="loss_end")[list(dict.fromkeys(of.variant))]
         values = np.ma.masked_invalid(np.asarray(table, float))
-        axes.set_facecolor("#cccccc")
-        image = axes.imshow(values, aspect="auto", norm=norm, cmap="viridis")
+        axes.set_facecolor(style.MISSING)
+        image = axes.imshow(values, aspect="auto", norm=norm, cmap=style.SCALE)
         axes.set_xticks(range(len(table.columns)), list(table.columns), rotation=45, ha="right")
         axes.set_yticks(range(len(table)), [site.split(".")[0] for site in table.index])
         axes.set_title(part)
     figure.colorbar(image, ax=list(all_axes), label="local loss after BLD (share of the teacher's output)")
-    figure.savefig(path, format="png", dpi=120)
+    style.save(figure, path)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puzzle import style
 from puzzle.profiling.correction import Fit
 from puzzle.profiling.table import REST
 from puzzle.run import Run
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 PARTS = ("attention", "ffn", "norm", "head", "other")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito's, safe for the colour-blind
+COLOURS = (style.ATTENTION, style.FFN, style.NORM, style.HEAD, style.OTHER)
 
 
 def profile_frame(run: Run) -> pd.DataFrame:
@@ -66,9 +67,7 @@ def _parts(ms: Mapping[str, float], shape: ModelShape, keep: tuple[Spec, ...]) -
 
 def draw_profile(frame: pd.DataFrame, path: Path) -> None:
     """One bar per point, its parts as shares of the whole, the whole in milliseconds beside it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1.5 + 0.3 * len(frame)), layout="constrained")
+    figure = style.new_figure(9, 1.5 + 0.3 * len(frame))
     axes: Any = figure.subplots()
     labels = [f"{row.phase}, batch {row.batch_size}, {row.context_tokens} tokens" for row in frame.itertuples()]
     left = [0.0] * len(frame)
@@ -82,7 +81,7 @@ def draw_profile(frame: pd.DataFrame, path: Path) -> None:
     axes.set_xlim(0, 1.15)
     axes.set_xlabel("share of the teacher's time in one forward")
     figure.legend(ncols=len(PARTS), loc="outside upper center", fontsize=8)
-    figure.savefig(path, format="png", dpi=120)
+    style.save(figure, path)
 
 
 def fits_text(fits: tuple[Fit, ...]) -> str:

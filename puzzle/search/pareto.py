@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from puzzle import style
 from puzzle.search.problem import Problem
 from puzzle.search.surface import additive
 from puzzle.types import InfeasibleError, Item, PuzzleError, Site, Solution
@@ -265,18 +266,21 @@ def _non_dominated(layers: Sequence[_Layer]) -> _Layer:
 
 def plot(front: Front, path: Path, chosen: Solution | None = None, count: int = 2000) -> None:
     """Writes the front as a PNG, the teacher and the chosen solution marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = style.new_figure(7, 4.5)
     axes = figure.add_subplot()
     points = front.thinned(count)
-    axes.step(front.cost[points], front.objective[points], where="post", label=f"best possible ({len(front):,} points)")
+    axes.step(
+        front.cost[points],
+        front.objective[points],
+        where="post",
+        color=style.ATTENTION,
+        label=f"best possible ({len(front):,} points)",
+    )
     if front.teacher_cost is not None:
         axes.plot([front.teacher_cost], [0.0], "k*", markersize=12, label="teacher")
     if chosen is not None:
-        axes.plot([chosen.totals[front.cost_name]], [chosen.objective_nats], "o", color="tab:red", label="chosen")
+        axes.plot([chosen.totals[front.cost_name]], [chosen.objective_nats], "o", color=style.CHOSEN, label="chosen")
     axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
     axes.set_ylabel(f"{front.objective_name.removesuffix('_nats')}, sum of scores (nats per token)")
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png", dpi=150)
+    style.save(figure, path)

@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from puzzle import style
 from puzzle.search.linear import EXACT, Choice, Effort, minimise
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError
@@ -175,21 +176,18 @@ def plot(found: Surface, path: Path) -> None:
 
     Further costs are in the table only.
     """
-    from matplotlib.figure import Figure
-
     first, second = found.costs[:2]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = style.new_figure(7, 4.5)
     axes = figure.add_subplot()
     drawn = axes.scatter(
         [point.costs[0] for point in found.points],
         [point.objective for point in found.points],
         c=[point.costs[1] for point in found.points],
-        cmap="cividis",
+        cmap=style.SCALE,
         s=24,
     )
     figure.colorbar(drawn, label=f"{second.name} ({second.unit})")
     axes.set_xlabel(f"{first.name} ({first.unit})")
     axes.set_ylabel(f"{found.objective_name.removesuffix('_nats')}, sum of scores (nats per token)")
     axes.set_title(f"{len(found.points)} architectures that no other found equals or beats in all", fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=150)
+    style.save(figure, path)
