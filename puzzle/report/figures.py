@@ -37,14 +37,14 @@ def _architecture(axes: Axes, summary: Summary) -> None:
         axes.barh(layer, -1, color="none", edgecolor=style.TEACHER, linewidth=0.5)
         axes.barh(layer, 1, color="none", edgecolor=style.TEACHER, linewidth=0.5)
         axes.barh(layer, -left, color=style.ATTENTION)
-        rows = max(1, math.ceil(right))  # a fused style.FFN stands for those of several layers
+        rows = max(1, math.ceil(right))  # a fused FFN stands for those of several layers
         axes.barh(layer + (rows - 1) / 2, right / rows, 0.8 + rows - 1, color=style.FFN)
         if len(summary.architecture) <= 40:
             axes.text(-1.03, layer, attention, ha="right", va="center", fontsize=8)
             axes.text(1.03, layer, ffn, ha="left", va="center", fontsize=8)
     axes.set_xlim(-1.6, 1.6)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["1", "½", "0", "½", "1"])
-    axes.set_xlabel("parameters, share of the teacher's: attention (left), style.FFN (right)")
+    axes.set_xlabel("parameters, share of the teacher's: attention (left), FFN (right)")
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
