@@ -187,7 +187,7 @@ def _validate(options: argparse.Namespace) -> None:
         for one in run.each_pick():
             validate(one)
         if run.config.prune is not None:
-            found = change(run.shape, pruned_shape(run.pruning, run.shape))
+            found = "; ".join(change(run.shape, pruned_shape(one.pruning, one.shape)) for one in run.contenders)
         else:
             places, points = len(run.shape.sites), len(run.grid_points)
             found = f"{len(run.items)} items at {places} sites, {points} points of the grid"

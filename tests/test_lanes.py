@@ -27,7 +27,7 @@ PURE = """
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
     search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
-    search.halving search.uniform plans run steps
+    search.halving plans run steps
     report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
     report export.card progress
     data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_export cli

@@ -86,7 +86,7 @@ class Summary:
             architecture=tuple(names if layer in kept else ("skip", "skip") for layer in layers),
             widths=tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
             front=None,
-            standings="",
+            standings=standings(run),
         )
 
     @classmethod

@@ -1,6 +1,6 @@
 """The tournament as a table: each candidate's quality at each comparison, its place there, and who won.
 
-Reads the solution's unit; writes nothing.
+Reads the unit of what it decided; writes nothing.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 
 def standings(run: Run) -> str:
-    """As Markdown; empty where the solution was not chosen in a tournament."""
-    if not run.config.tournament.candidates or not run.solution.exists():
+    """As Markdown; empty where nothing was chosen in a tournament."""
+    if not run.config.tournament.candidates or not run.contest.exists():
         return ""
-    return _table(artifacts.read_unit(run.solution).payload["tournament"])
+    return _table(artifacts.read_unit(run.contest).payload["tournament"])
 
 
 def _table(found: dict[str, Any]) -> str:
     rungs, winner = found["rungs"], found["winner"]
-    head = ["candidate", "sum of scores", *(f"after {rung['tokens']:,} tokens" for rung in rungs)]
+    head = ["candidate", "", *(f"after {rung['tokens']:,} tokens" for rung in rungs)]
     lines = [
-        f"Tournament: candidate {winner + 1} of {len(found['sums'])} won. KL to the teacher on select, nats, and place "
-        "at each comparison:",
+        f"Tournament: candidate {winner + 1} of {len(found['candidates'])} won. KL to the teacher on select, nats, and "
+        "place at each comparison:",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
     ]
-    for one, total in enumerate(found["sums"]):
+    for one, told in enumerate(found["candidates"]):
         name = f"**{one + 1}**" if one == winner else f"{one + 1}"
         cells = [_cell(rung, one) for rung in rungs]
-        lines.append(f"| {' | '.join([name, f'{total:.4f}', *cells])} |")
+        lines.append(f"| {' | '.join([name, told, *cells])} |")
     return "\n".join(lines)
 
 
