@@ -412,6 +412,14 @@ class Run:
         return self.folder / "students" / name
 
     @property
+    def evaluation(self) -> Path:
+        return self.student / "evaluation.json"
+
+    def task(self, name: str) -> Path:
+        """What teacher and student answer to a task of the lm-evaluation-harness."""
+        return self.student / "tasks" / f"{name}.json"
+
+    @property
     def checkpoint(self) -> Path:
         """The student as a Hugging Face folder."""
         return self.student / "export" / "hf"

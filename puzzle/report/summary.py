@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 from puzzle import artifacts, search
 from puzzle.pruning import change, predicted
+from puzzle.report.tasks import ERRORS as TASK_ERRORS
+from puzzle.report.tasks import TaskFigure
+from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
 from puzzle.search import pareto
 from puzzle.space import PARTS
-from puzzle.types import GIB, Site, Solution, Spec
+from puzzle.types import GIB, Site, Solution, Spec, from_json
 from puzzle.variants import is_teacher, keep_spec, params, variant_name
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ class Summary:
     widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
     front: Front | None
     standings: str  # of the tournament; empty where there was none
+    tasks: tuple[TaskFigure, ...]
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -67,7 +71,7 @@ class Summary:
 
     @classmethod
     def _of_pruning(cls, run: Run) -> Summary:
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        evaluation = artifacts.read_unit(run.evaluation).payload
         student, teacher, kept = run.student_shape, run.shape, run.kept_layers
         ffn = "experts" if teacher.moe_layers else f"{student.intermediate_size} channels"
         names = (f"{student.num_attention_heads} heads on {student.num_kv_heads}", ffn)
@@ -87,12 +91,13 @@ class Summary:
             widths=tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
             front=None,
             standings="",
+            tasks=_answered(run),
         )
 
     @classmethod
     def _of_search(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        evaluation = artifacts.read_unit(run.evaluation).payload
         tables = run.read_scores(), run.read_costs()
         found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
         problem = next(one for one in found if at_batch_sizes_of(one, solution))
@@ -114,6 +119,7 @@ class Summary:
             widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
             front=pareto.front(problem, cost),
             standings=standings(run),
+            tasks=_answered(run),
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -125,6 +131,7 @@ class Summary:
         ]
         for name, label in FIGURES.items():
             rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
+        rows += task_rows(self.tasks, MODELS)
         for metric in self.predicted["student"]:
             if metric.endswith(("memory_gib", "kv_cache_gib")):
                 teacher, student = (f"{self.predicted[model][metric]:.4g}" for model in ("teacher", "student"))
@@ -143,8 +150,9 @@ class Summary:
         """The figures, and what they mean."""
         lines = [f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        times = [] if not self.speed else [TIMED if self.solution else TIMED_WHOLE]
-        return "\n".join([*lines, "", " ".join([ERRORS, *times])])
+        notes = [TASK_ERRORS] if self.tasks else []
+        notes += [TIMED if self.solution else TIMED_WHOLE] if self.speed else []
+        return "\n".join([*lines, "", " ".join([ERRORS, *notes])])
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
@@ -158,6 +166,13 @@ def at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
     """Whether the problem is the one that ``solution`` solved: each workload at the batch size it chose."""
     sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
     return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)
+
+
+def _answered(run: Run) -> tuple[TaskFigure, ...]:
+    paths = [run.task(name) for name in run.config.evaluate.tasks]
+    return tuple(
+        from_json(TaskFigure, figure, path) for path in paths for figure in artifacts.read_unit(path).payload["figures"]
+    )
 
 
 def _share(spec: Spec, run: Run) -> float:
