@@ -6,9 +6,9 @@ student; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, search
 from puzzle.pruning import change, predicted
@@ -64,6 +64,7 @@ class Summary:
     front: Front | None
     standings: str  # of the tournament; empty where there was none
     tasks: tuple[TaskFigure, ...]
+    positions: Sequence[Mapping[str, Any]]  # of the student: tokens in sight of a prediction, figures
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -92,6 +93,7 @@ class Summary:
             front=None,
             standings="",
             tasks=_answered(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     @classmethod
@@ -120,6 +122,7 @@ class Summary:
             front=pareto.front(problem, cost),
             standings=standings(run),
             tasks=_answered(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -146,10 +149,22 @@ class Summary:
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
         return rows
 
+    def position_rows(self) -> list[tuple[str, ...]]:
+        """CE of teacher and student, and KL between them, by how many tokens a prediction sees."""
+        return [
+            (
+                f"{at['first']} to {at['last']}",
+                *(_estimate(at[name]) for name in ("teacher_ce_nats", "ce_nats", "kl_nats")),
+            )
+            for at in self.positions
+        ]
+
     def table(self) -> str:
         """The figures, and what they mean."""
         lines = [f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
+        lines += ["", "| tokens in sight | CE, teacher | CE, student | KL |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in self.position_rows()]
         notes = [TASK_ERRORS] if self.tasks else []
         notes += [TIMED if self.solution else TIMED_WHOLE] if self.speed else []
         return "\n".join([*lines, "", " ".join([ERRORS, *notes])])
