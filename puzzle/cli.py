@@ -234,7 +234,7 @@ def _stage(options: argparse.Namespace) -> None:
     if options.stage == "profile":
         _print_profile(run)
     elif options.stage == "evaluate":
-        cli_evaluate.print_figures(run)
+        cli_evaluate.print_figures(run, options.vllm_bench)
     elif options.stage == "export":
         cli_export.print_exports(run)
     elif options.stage == "report":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,23 @@ def add_options(commands: Any) -> None:
     evaluate = commands.choices["evaluate"]
     evaluate.add_argument("--tasks", metavar="A,B", help="of the lm-evaluation-harness, by name")
     evaluate.add_argument("--task-folder", metavar="FOLDER", help="YAML files of tasks of your own")
+    evaluate.add_argument(
+        "--vllm-bench",
+        action="append",
+        default=[],
+        metavar="WORKLOAD.MODEL=FILE",
+        help="what `vllm bench` wrote, of a workload of the constraint file and student or teacher",
+    )
     evaluate.add_argument("--teacher", type=Path, metavar="FOLDER", help="of RUN a model folder: what to set beside it")
 
 
-def print_figures(run: Run) -> None:
+def print_figures(run: Run, benches: Sequence[str]) -> None:
+    """What is known of the run's student, and now of what `vllm bench` measured."""
+    from puzzle.report.served import note_bench
     from puzzle.report.summary import Summary
 
+    for bench in benches:
+        note_bench(run, bench)
     print(Summary.of(run).table())
 
 

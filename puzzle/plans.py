@@ -335,6 +335,8 @@ def plan_report(run: Run) -> list[Planned]:
         "solution": artifacts.content_of(run.student / "initial" if run.config.prune else run.solution),
         **_evaluated(run),
     }
+    if served := {path.stem: artifacts.content_of(path) for path in sorted(run.served.glob("*.json"))}:
+        inputs["served"] = artifacts.fingerprint(served)
     return [Planned(run.student / "report", inputs)]
 
 

@@ -420,6 +420,11 @@ class Run:
         return self.student / "tasks" / f"{name}.json"
 
     @property
+    def served(self) -> Path:
+        """Speeds that others measured, of the student as it is now."""
+        return self.student / "served" / artifacts.content_of(self.student / "final")
+
+    @property
     def checkpoint(self) -> Path:
         """The student as a Hugging Face folder."""
         return self.student / "export" / "hf"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, search
 from puzzle.pruning import change, predicted
+from puzzle.report.served import served_figures
 from puzzle.report.tasks import ERRORS as TASK_ERRORS
 from puzzle.report.tasks import TaskFigure
 from puzzle.report.tasks import rows as task_rows
@@ -41,6 +42,7 @@ TIMED = """\
 Times: predicted by the search from the profile; then, measured in the same rounds, the sum of the parts and the whole
 model. Parts against whole says whether times add up; predicted against whole also holds how the machine drifted since
 the profile."""
+SERVED = "vLLM: what `vllm bench` measured in milliseconds or per second."
 TIMED_WHOLE = "Times: estimated by the roofline where it knows the device; then, measured, the whole model."
 
 
@@ -64,6 +66,7 @@ class Summary:
     front: Front | None
     standings: str  # of the tournament; empty where there was none
     tasks: tuple[TaskFigure, ...]
+    served: Mapping[str, Mapping[str, float]]  # workload.model → metric → what vllm bench measured
     positions: Sequence[Mapping[str, Any]]  # of the student: tokens in sight of a prediction, figures
 
     @classmethod
@@ -93,6 +96,7 @@ class Summary:
             front=None,
             standings="",
             tasks=_answered(run),
+            served=served_figures(run),
             positions=evaluation["quality"]["student"]["positions"],
         )
 
@@ -122,6 +126,7 @@ class Summary:
             front=pareto.front(problem, cost),
             standings=standings(run),
             tasks=_answered(run),
+            served=served_figures(run),
             positions=evaluation["quality"]["student"]["positions"],
         )
 
@@ -147,7 +152,21 @@ class Summary:
                 )
                 predicted = "estimate" if self.solution is None or key in self.solution.estimated else "predicted"
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
-        return rows
+        return [*rows, *self._served_rows()]
+
+    def _served_rows(self) -> list[tuple[str, ...]]:
+        measured = {
+            (f"{workload}.{name}", model): value
+            for (workload, _, model), figures in ((key.rpartition("."), of) for key, of in self.served.items())
+            for name, value in figures.items()
+        }
+        return [
+            (
+                f"{key}: predicted / vLLM",
+                *(_beside(self.predicted.get(model, {}).get(key), measured.get((key, model))) for model in MODELS),
+            )
+            for key in dict.fromkeys(key for key, _ in measured)
+        ]
 
     def position_rows(self) -> list[tuple[str, ...]]:
         """CE of teacher and student, and KL between them, by how many tokens a prediction sees."""
@@ -166,6 +185,7 @@ class Summary:
         lines += ["", "| tokens in sight | CE, teacher | CE, student | KL |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.position_rows()]
         notes = [TASK_ERRORS] if self.tasks else []
+        notes += [SERVED] if self.served else []
         notes += [TIMED if self.solution else TIMED_WHOLE] if self.speed else []
         return "\n".join([*lines, "", " ".join([ERRORS, *notes])])
 
@@ -206,6 +226,12 @@ def _kept_share(run: Run, layer: int) -> tuple[float, float]:
 
 def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+
+
+def _beside(predicted: float | None, measured: float | None) -> str:
+    if measured is None:
+        return ""
+    return f"{'not profiled' if predicted is None else f'{predicted:.2f}'} / {measured:.2f}"
 
 
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:
