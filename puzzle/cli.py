@@ -237,6 +237,7 @@ def _stage(options: argparse.Namespace) -> None:
         cli_evaluate.print_figures(run, options.vllm_bench)
     elif options.stage == "export":
         cli_export.print_exports(run)
+        cli_export.push(run, options)
     elif options.stage == "report":
         print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
     elif options.stage == "fit-costs":

@@ -39,9 +39,9 @@ TORCH = """
     blocks.starts blocks.stream blocks.distill blocks.importance blocks.prune blocks.refit scoring scoring.context
     scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate harness generate export export.folder
     export.shards export.source export.lowering export.hf export.decilm export.gguf export.verify
-    export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill
-    stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student
-    stages.kd stages.tournament stages.generate stages
+    export.publish export.hub profiling.stack profiling.probes profiling.measure speed stages.common stages.starts
+    stages.distill stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune
+    stages.student stages.kd stages.tournament stages.generate stages
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",
