@@ -23,6 +23,9 @@ def add_commands(commands: Any) -> None:
         "--target", action="append", choices=get_args(Format), help="the format; several (default: the config's)"
     )
     export.add_argument("--gguf-type", choices=GGUF_TYPES, help="of matrices in a GGUF file")
+    export.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload it to the Hugging Face hub, as private")
+    export.add_argument("--public", action="store_true", help="upload it for all to see")
+    export.add_argument("--unverified", action="store_true", help="upload it though no runtime has loaded it")
 
     convert = commands.add_parser("convert", help="write a model folder (ours, nemotron-nas) in another format")
     convert.add_argument("model", type=Path, metavar="FOLDER", help="a Hugging Face folder, or one of nemotron-nas")
@@ -64,6 +67,20 @@ def print_exports(run: Run) -> None:
     for unit in plan_export(run):
         _print(artifacts.read_unit(unit.path))
         print(unit.path)
+
+
+def push(run: Run, options: argparse.Namespace) -> None:
+    """Uploads what was exported, where that was asked for."""
+    if options.push_to_hub is None:
+        return
+    from puzzle.export import hub
+    from puzzle.plans import plan_export
+
+    units = plan_export(run)
+    if len(units) > 1:
+        formats = ", ".join(unit.path.name for unit in units)
+        raise ConfigError(f"--push-to-hub takes one format, and there are {formats}; choose with --target")
+    print(hub.push(units[0].path, options.push_to_hub, options.public, options.unverified))
 
 
 def _print(unit: artifacts.Unit) -> None:

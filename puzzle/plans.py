@@ -294,18 +294,47 @@ def plan_evaluate(run: Run) -> list[Planned]:
         **_teacher_and_data(run),
         "initial": artifacts.content_of(run.student / "initial"),
         "final": artifacts.content_of(run.student / "final"),
-        "evaluate": _slice(run, run.config.evaluate.model_dump()),
+        "evaluate": _slice(run, {"sequences": run.config.evaluate.sequences, "positions": True}),
     }
     if run.config.prune is not None:  # a search's student is one for its constraint file
         served = {name: workload.model_dump() for name, workload in run.constraint_file.workloads.items()}
         inputs["workloads"] = artifacts.fingerprint(served)
-    return [Planned(run.student / "evaluation.json", inputs)]
+    return [Planned(run.evaluation, inputs), *_plan_tasks(run)]
+
+
+def _plan_tasks(run: Run) -> list[Planned]:
+    """A unit for each task of the lm-evaluation-harness."""
+    settings = run.config.evaluate
+    folder = None if settings.task_folder is None else _files_in(Path(settings.task_folder))
+    inputs = {
+        "teacher": run.teacher_fingerprint,
+        "final": artifacts.content_of(run.student / "final"),
+        "task": artifacts.fingerprint([folder, settings.task_shots, settings.task_questions, run.config.dtype]),
+    }
+    return [Planned(run.task(name), inputs) for name in settings.tasks]
+
+
+def _files_in(folder: Path) -> list[tuple[str, str]]:
+    """Names and fingerprints."""
+    if not folder.is_dir():
+        raise ConfigError(f"evaluate.task_folder: {folder} is no folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(file.relative_to(folder).as_posix(), artifacts.file_fingerprint(file)) for file in files]
+
+
+def _evaluated(run: Run) -> dict[str, str]:
+    """What is known of the student's worth."""
+    tasks = {unit.path.stem: artifacts.content_of(unit.path) for unit in _plan_tasks(run)}
+    return {
+        "evaluation": artifacts.content_of(run.evaluation),
+        **({"tasks": artifacts.fingerprint(tasks)} if tasks else {}),
+    }
 
 
 def plan_export(run: Run) -> list[Planned]:
     inputs = {
         "final": artifacts.content_of(run.student / "final"),
-        "evaluation": artifacts.content_of(run.student / "evaluation.json"),
+        **_evaluated(run),
         "tokenizer": checkpoint.tokenizer_fingerprint(run.teacher),
         "recipe": artifacts.fingerprint(run.recipe),
     }
@@ -324,8 +353,10 @@ def export_formats(run: Run) -> Sequence[Format]:
 def plan_report(run: Run) -> list[Planned]:
     inputs = {
         "solution": artifacts.content_of(run.student / "initial" if run.config.prune else run.solution),
-        "evaluation": artifacts.content_of(run.student / "evaluation.json"),
+        **_evaluated(run),
     }
+    if served := {path.stem: artifacts.content_of(path) for path in sorted(run.served.glob("*.json"))}:
+        inputs["served"] = artifacts.fingerprint(served)
     return [Planned(run.student / "report", inputs)]
 
 

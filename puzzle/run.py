@@ -437,6 +437,19 @@ class Run:
         return self.solution if self.config.prune is None else self.student / "winner.json"
 
     @property
+    def evaluation(self) -> Path:
+        return self.student / "evaluation.json"
+
+    def task(self, name: str) -> Path:
+        """What teacher and student answer to a task of the lm-evaluation-harness."""
+        return self.student / "tasks" / f"{name}.json"
+
+    @property
+    def served(self) -> Path:
+        """Speeds that others measured, of the student as it is now."""
+        return self.student / "served" / artifacts.content_of(self.student / "final")
+
+    @property
     def checkpoint(self) -> Path:
         """The student as a Hugging Face folder."""
         return self.student / "export" / "hf"

@@ -115,6 +115,13 @@ def _check_export(run: Run) -> None:
         check_tokenizer(run.teacher)
 
 
+def _check_tasks(run: Run) -> None:
+    if run.config.evaluate.tasks:
+        from puzzle.harness import Harness
+
+        Harness(run.config.evaluate)
+
+
 def _check_constraints(run: Run) -> None:
     scores = [
         Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
@@ -187,6 +194,7 @@ FILES: tuple[Check, ...] = (
 )
 SETTINGS: tuple[Check, ...] = (
     (False, lambda run: run.constraint_file),
+    (False, _check_tasks),
     (True, _check_sequences),
 )
 SEARCH: tuple[Check, ...] = (

@@ -16,6 +16,7 @@ from puzzle.config.fields import PERCENTAGE, Model, Natural, NonNegative, Positi
 from puzzle.types import Format
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # names files, too
 
 
 class TournamentConfig(Model):
@@ -218,6 +219,14 @@ class EvaluateConfig(Model):
     """At least two sequences: one has no standard error."""
 
     sequences: Annotated[int, Field(ge=2)] = Field(64, description="how many of report")
+    tasks: Annotated[tuple[TaskName, ...], *one_or_more({"type": "string"})] = Field(
+        (), description="of the lm-evaluation-harness (pip install 'puzzle-nas[eval]'): tasks or groups, by name"
+    )
+    task_folder: str | None = Field(None, description="YAML files of tasks of your own")
+    task_shots: Natural | None = Field(None, description="examples before each question (default: as the task says)")
+    task_questions: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="only the first so many of each task (default: all)"
+    )
 
 
 class ExportConfig(Model):

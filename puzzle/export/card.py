@@ -40,8 +40,8 @@ _LOADING: Mapping[Format, str] = {
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 ```
 
 Where layers differ from one another, the checkpoint carries its own modelling code; with `puzzle-nas` installed,

@@ -176,7 +176,8 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
         paths = (export_dir, reference, result_file)
         # -I: neither PYTHONPATH, nor the working folder, nor the script's own folder is on the path.
         child = Path(__file__).with_name(RUNTIMES[runtime].child)
-        command = [str(python or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
+        here = python.absolute() if python and python.exists() else python  # another folder is gone to; links stay
+        command = [str(here or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
         # As many threads as here, so that sums are taken in the same order; a private cache for the copied code.
         command.append(str(torch.get_num_threads()))
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -6,17 +6,21 @@ student; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, search
 from puzzle.pruning import change, predicted
+from puzzle.report.served import served_figures
+from puzzle.report.tasks import ERRORS as TASK_ERRORS
+from puzzle.report.tasks import TaskFigure
+from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
 from puzzle.search import pareto
 from puzzle.space import PARTS
-from puzzle.types import GIB, Site, Solution, Spec
+from puzzle.types import GIB, Site, Solution, Spec, from_json
 from puzzle.variants import is_teacher, keep_spec, params, variant_name
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ TIMED = """\
 Times: predicted by the search from the profile; then, measured in the same rounds, the sum of the parts and the whole
 model. Parts against whole says whether times add up; predicted against whole also holds how the machine drifted since
 the profile."""
+SERVED = "vLLM: what `vllm bench` measured in milliseconds or per second."
 TIMED_WHOLE = "Times: estimated by the roofline where it knows the device; then, measured, the whole model."
 
 
@@ -60,6 +65,9 @@ class Summary:
     widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
     front: Front | None
     standings: str  # of the tournament; empty where there was none
+    tasks: tuple[TaskFigure, ...]
+    served: Mapping[str, Mapping[str, float]]  # workload.model → metric → what vllm bench measured
+    positions: Sequence[Mapping[str, Any]]  # of the student: tokens in sight of a prediction, figures
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -67,7 +75,7 @@ class Summary:
 
     @classmethod
     def _of_pruning(cls, run: Run) -> Summary:
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        evaluation = artifacts.read_unit(run.evaluation).payload
         student, teacher, kept = run.student_shape, run.shape, run.kept_layers
         ffn = "experts" if teacher.moe_layers else f"{student.intermediate_size} channels"
         names = (f"{student.num_attention_heads} heads on {student.num_kv_heads}", ffn)
@@ -87,12 +95,15 @@ class Summary:
             widths=tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
             front=None,
             standings=standings(run),
+            tasks=_answered(run),
+            served=served_figures(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     @classmethod
     def _of_search(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        evaluation = artifacts.read_unit(run.evaluation).payload
         tables = run.read_scores(), run.read_costs()
         found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
         problem = next(one for one in found if at_batch_sizes_of(one, solution))
@@ -114,6 +125,9 @@ class Summary:
             widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
             front=pareto.front(problem, cost),
             standings=standings(run),
+            tasks=_answered(run),
+            served=served_figures(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -125,6 +139,7 @@ class Summary:
         ]
         for name, label in FIGURES.items():
             rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
+        rows += task_rows(self.tasks, MODELS)
         for metric in self.predicted["student"]:
             if metric.endswith(("memory_gib", "kv_cache_gib")):
                 teacher, student = (f"{self.predicted[model][metric]:.4g}" for model in ("teacher", "student"))
@@ -137,14 +152,42 @@ class Summary:
                 )
                 predicted = "estimate" if self.solution is None or key in self.solution.estimated else "predicted"
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
-        return rows
+        return [*rows, *self._served_rows()]
+
+    def _served_rows(self) -> list[tuple[str, ...]]:
+        measured = {
+            (f"{workload}.{name}", model): value
+            for (workload, _, model), figures in ((key.rpartition("."), of) for key, of in self.served.items())
+            for name, value in figures.items()
+        }
+        return [
+            (
+                f"{key}: predicted / vLLM",
+                *(_beside(self.predicted.get(model, {}).get(key), measured.get((key, model))) for model in MODELS),
+            )
+            for key in dict.fromkeys(key for key, _ in measured)
+        ]
+
+    def position_rows(self) -> list[tuple[str, ...]]:
+        """CE of teacher and student, and KL between them, by how many tokens a prediction sees."""
+        return [
+            (
+                f"{at['first']} to {at['last']}",
+                *(_estimate(at[name]) for name in ("teacher_ce_nats", "ce_nats", "kl_nats")),
+            )
+            for at in self.positions
+        ]
 
     def table(self) -> str:
         """The figures, and what they mean."""
         lines = [f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        times = [] if not self.speed else [TIMED if self.solution else TIMED_WHOLE]
-        return "\n".join([*lines, "", " ".join([ERRORS, *times])])
+        lines += ["", "| tokens in sight | CE, teacher | CE, student | KL |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in self.position_rows()]
+        notes = [TASK_ERRORS] if self.tasks else []
+        notes += [SERVED] if self.served else []
+        notes += [TIMED if self.solution else TIMED_WHOLE] if self.speed else []
+        return "\n".join([*lines, "", " ".join([ERRORS, *notes])])
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
@@ -158,6 +201,13 @@ def at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
     """Whether the problem is the one that ``solution`` solved: each workload at the batch size it chose."""
     sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
     return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)
+
+
+def _answered(run: Run) -> tuple[TaskFigure, ...]:
+    paths = [run.task(name) for name in run.config.evaluate.tasks]
+    return tuple(
+        from_json(TaskFigure, figure, path) for path in paths for figure in artifacts.read_unit(path).payload["figures"]
+    )
 
 
 def _share(spec: Spec, run: Run) -> float:
@@ -176,6 +226,12 @@ def _kept_share(run: Run, layer: int) -> tuple[float, float]:
 
 def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+
+
+def _beside(predicted: float | None, measured: float | None) -> str:
+    if measured is None:
+        return ""
+    return f"{'not profiled' if predicted is None else f'{predicted:.2f}'} / {measured:.2f}"
 
 
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:
