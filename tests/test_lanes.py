@@ -48,6 +48,7 @@ ALONE = {
     "export.verify_torch",
     "export.verify_llama_cpp",
     "export.verify_mlx",
+    "export.verify_vllm",
     "export.configuration_decilm",
     "profiling.vllm_child",
     "__main__",

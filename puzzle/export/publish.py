@@ -35,6 +35,7 @@ CHECKED_IN: Mapping[Format, tuple[str, ...]] = {  # those of verify.RUNTIMES tha
     "gguf": ("torch", "llama.cpp"),
     "mlx": ("torch", "mlx-lm"),
 }
+ON_REQUEST: Mapping[Format, tuple[str, ...]] = {"nemotron-nas": ("vllm",)}  # too heavy to be started unasked
 CARD, VERDICTS = "README.md", "verification/verdicts.json"
 LOOSE = (CARD, VERDICTS)  # of a published export, what later verifications change
 ARCHITECTURE = "architecture.json"
