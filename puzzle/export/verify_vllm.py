@@ -10,6 +10,7 @@ taken in chunks, a continued one on top of its KV cache; what is compared are lo
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_INSTALLED = 3
+PLUGINS = "vllm.general_plugins"
 NUM_NEW_TOKENS = 64
 CHUNK_TOKENS = 16  # shorter than the reference's rows
 CACHE_BYTES = 2**30
@@ -55,11 +57,15 @@ def tables(engine: Any, prompts: Any, num_new: int = 1) -> list[tuple[Any, list[
 
 
 def main(export_dir: str, reference_file: str, result_file: str, _num_threads: str) -> None:
+    model_type = json.loads((Path(export_dir) / "config.json").read_text())["model_type"]
+    if model_type == "puzzle" and not importlib.metadata.entry_points(group=PLUGINS, name="puzzle"):
+        print(f"no plugin of vLLM's for model_type {model_type}", file=sys.stderr)
+        sys.exit(NOT_INSTALLED)
     reference = load_file(reference_file)
     tokens, logits = reference["input_ids"], reference["logits"].astype(np.float64)
     engine = vllm.LLM(
         export_dir,
-        trust_remote_code=True,  # of nemotron-nas the config class
+        trust_remote_code=model_type == "nemotron-nas",  # the code of its config class
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=tokens.shape[1] + NUM_NEW_TOKENS + 1,

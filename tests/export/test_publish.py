@@ -152,7 +152,8 @@ def test_other_runtimes_are_said_to_be_unverified_or_to_refuse() -> None:
     lines = unverified("nemotron-nas", SHAPE, LAYERS, ["torch"])
     assert lines[0].startswith("vllm: cannot load it: vllm refuses attention skip at layer 0")
     assert lines[2] == "tensorrt-llm: not verified (loads every block of it, by what is known)"
-    assert unverified("hf", SHAPE, LAYERS, ["transformers"]) == ()
+    (line,) = unverified("hf", SHAPE, LAYERS, ["transformers"])
+    assert line == "vllm-plugin: not verified (loads every block of it, by what is known)"
 
 
 @pytest.mark.parametrize(
