@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from puzzle.run import Run
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0")
-RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm")
+RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm", "vllm", "vllm-plugin")
 
 
 def add_commands(commands: Any) -> None:
@@ -36,7 +36,8 @@ def add_commands(commands: Any) -> None:
 
     verify = commands.add_parser("verify", help="check in a clean process that an export loads as it should")
     verify.add_argument("export", type=Path, metavar="EXPORT", help="a folder that export or convert wrote")
-    verify.add_argument("--runtime", action="append", choices=RUNTIMES, help="several (default: all that read it)")
+    which = "several (default: all that read it, but for vLLM)"
+    verify.add_argument("--runtime", action="append", choices=RUNTIMES, help=which)
     verify.add_argument("--python", type=Path, help="the interpreter of the environment that the runtime is in")
     verify.set_defaults(command=_verify)
 
@@ -102,12 +103,16 @@ def _verify(options: argparse.Namespace) -> None:
     if "format" not in unit.payload:
         raise ConfigError(f"{folder}: no export; give what `puzzle export` or `convert` wrote")
     artifacts.check_contents(folder)
-    readable = publish.CHECKED_IN[unit.payload["format"]]
-    runtimes = options.runtime or readable
+    usual = publish.CHECKED_IN[unit.payload["format"]]
+    readable = (*usual, *publish.ON_REQUEST.get(unit.payload["format"], ()))
+    runtimes = options.runtime or usual
     if foreign := [runtime for runtime in runtimes if runtime not in readable]:
         raise ConfigError(
             f"--runtime {foreign[0]}: it does not read {unit.payload['format']}; what does: {', '.join(readable)}"
         )
+    for line in unit.payload["others"]:
+        if line.startswith(tuple(f"{runtime}: cannot load it" for runtime in runtimes)):
+            raise ConfigError(f"{folder}: {line}")
     verdicts = [verify(folder, runtime, options.python) for runtime in runtimes]
     publish.note_verdicts(folder, verdicts, unit.payload["others"])
     print("\n".join(verdict.line() for verdict in verdicts))

@@ -41,13 +41,14 @@ TORCH = """
     export.shards export.source export.lowering export.hf export.decilm export.gguf export.verify
     export.publish export.hub profiling.stack profiling.probes profiling.measure speed stages.common stages.starts
     stages.distill stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune
-    stages.student stages.kd stages.tournament stages.generate stages
+    stages.student stages.kd stages.tournament stages.generate stages vllm_plugin vllm_plugin.model
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",
     "export.verify_torch",
     "export.verify_llama_cpp",
     "export.verify_mlx",
+    "export.verify_vllm",
     "export.configuration_decilm",
     "profiling.vllm_child",
     "__main__",
