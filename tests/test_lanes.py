@@ -28,8 +28,8 @@ PURE = """
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
     search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
     search.halving search.uniform plans run steps
-    report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
-    report export.card progress
+    report.table report.tournament report.summary report.library report.profile report.pruning report.additivity
+    report.contents report.svg report.charts report.sections report.page report export.card progress
     data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """
