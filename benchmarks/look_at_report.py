@@ -50,19 +50,18 @@ def layers(driver: webdriver.Chrome) -> list[str]:
     return [bar.get_attribute("data-told") for bar in driver.find_elements(By.CSS_SELECTOR, "#strip [data-site]")]
 
 
-def use(driver: webdriver.Chrome) -> dict[str, Any]:
-    """Clicks, presses keys and points; what came of it."""
+def use(driver: webdriver.Chrome, data: dict[str, Any]) -> dict[str, Any]:
+    """Clicks, presses keys and points; what came of it. ``data``: what the page's script draws from."""
     found: dict[str, Any] = {}
     output = driver.find_element(By.CSS_SELECTOR, ".selected output")
     first, dots = layers(driver), driver.find_elements(By.CSS_SELECTOR, "#front [data-point]")
-    points = json.loads(driver.find_element(By.ID, "data").get_attribute("textContent"))
     place = len(dots) // 4
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", dots[place])
     ActionChains(driver).move_to_element(dots[place]).click().perform()
     checked = driver.find_element(By.CSS_SELECTOR, "#front [aria-checked=true]")
-    picked = points["points"][int(checked.get_attribute("data-point"))]
-    assert output.text == picked["said"] != points["points"][points["chosen"]]["said"], output.text
-    names = [points["blocks"][block][0] for block in picked["blocks"]]
+    picked = data["points"][int(checked.get_attribute("data-point"))]
+    assert output.text == picked["said"] != data["points"][data["chosen"]]["said"], output.text
+    names = [data["blocks"][block][0] for block in picked["blocks"]]
     shown = layers(driver)
     assert all(f": {name}, " in told for name, told in zip(names, shown, strict=True)), shown
     assert shown != first
@@ -73,7 +72,7 @@ def use(driver: webdriver.Chrome) -> dict[str, Any]:
     found["arrow key"] = output.text
     driver.find_element(By.CSS_SELECTOR, ".selected button").click()
     assert layers(driver) == first
-    chart = driver.find_element(By.CSS_SELECTOR, "#choices .frame")
+    chart = driver.find_element(By.CSS_SELECTOR, "#choices .frame, #choices .bar")
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
     ActionChains(driver).move_to_element(chart).perform()
     told = driver.find_element(By.CSS_SELECTOR, ".tip")
@@ -111,7 +110,9 @@ def main() -> None:
             driver.get("about:blank")
             driver.get_log("performance")  # of the browser's own first page
             driver.get(options.report.resolve().as_uri())
-            found = use(driver) if driver.find_elements(By.ID, "front") else {}
+            data = json.loads(driver.find_element(By.ID, "data").get_attribute("textContent"))
+            choice = data is not None and data["chosen"] is not None and len(data["points"]) > 4
+            found = use(driver, data) if choice else {}
             for scheme in ("light", "dark"):
                 for name, width in WIDTHS.items():
                     picture(driver, options.pictures / f"{scheme}-{name}.png", scheme, width)

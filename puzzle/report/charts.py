@@ -40,7 +40,10 @@ CURVE_POINTS = 300
 
 def in_order(trade: Trade) -> list[Point]:
     """The points that can be clicked on, the chosen one among them, by cost."""
-    return sorted([*trade.points, *([trade.chosen] if trade.chosen else [])], key=lambda point: point.cost)
+    if trade.chosen is None:
+        return list(trade.points)
+    others = [point for point in trade.points if point.blocks != trade.chosen.blocks]
+    return sorted([*others, trade.chosen], key=lambda point: point.cost)
 
 
 def start_of(trade: Trade) -> Point:
@@ -82,7 +85,7 @@ def front(trade: Trade) -> str:
     teacher = trade.teacher_cost
     values = [point.objective for point in points]
     x = Scale.over([*costs, *([teacher] if teacher is not None else [])], left, right)
-    y = Scale.over([*values, 0.0], bottom, top)
+    y = Scale.over([0.0, max(values) or 1.0, *values], bottom, top)
     drawn = [
         x_axis(x, top, bottom, trade.cost_name + (f", {trade.cost_unit}" if trade.cost_unit else "")),
         y_axis(y, left, right, quality_name(trade)),

@@ -110,9 +110,7 @@ def _keys(summary: Summary) -> list[tuple[str, str, str]]:
     memory = next((name for name in summary.predicted["student"] if name.endswith("memory_gib")), None)
     if memory is not None:
         before, after = (summary.predicted[model][memory] for model in ("teacher", "student"))
-        keys.append(
-            (memory, f"{figure(after)} GiB", f"{after / before:.0%} of the teacher’s {figure(before)}, predicted")
-        )
+        keys.append((memory, figure(after), f"{after / before:.0%} of the teacher’s {figure(before)}, predicted"))
     for workload, of in summary.speed.items():
         slow, fast = (of[model]["whole"]["output_tok_per_s"] for model in ("teacher", "student"))
         keys.append(
@@ -167,17 +165,22 @@ def _number(value: float | None) -> str:
     return "" if value is None else figure(value)
 
 
-def _front(trade: Trade) -> str:
+def _front_words(trade: Trade) -> str:
+    if trade.num_points == 1:
+        return "Only one architecture is worth choosing; its layers are below."
     drawn = "all" if len(trade.points) == trade.num_points else len(trade.points)
     told = (
         f"Nothing on offer is better in both than one of these {trade.num_points:,} architectures ({drawn} of them "
         "drawn). What one loses is the sum of its variants’ own scores, before global distillation. Pick one to see "
         "its layers below."
     )
-    if trade.end[0] < trade.points[0].cost:
-        told += (
-            f" Cheaper ones go on to {figure(trade.end[0])} {trade.cost_unit}, where {figure(trade.end[1])} is lost."
-        )
+    cost, loss = trade.end
+    if cost < trade.points[0].cost:
+        told += f" Cheaper ones go on to {figure(cost)} {trade.cost_unit}, where {figure(loss)} is lost."
+    return told
+
+
+def _front(trade: Trade) -> str:
     points = charts.in_order(trade)
     start = charts.start_of(trade)
     totals = "".join(
@@ -200,7 +203,7 @@ def _front(trade: Trade) -> str:
     marked = points.index(trade.chosen) if trade.chosen is not None else None
     said = ("Chosen: " if trade.chosen is not None else "") + charts.said(start, trade)
     return f"""\
-{_figure(escaped(told), charts.front(trade), _front_key(trade))}
+{_figure(escaped(_front_words(trade)), charts.front(trade), _front_key(trade))}
 <div class="selected"><output aria-live="polite">{escaped(said)}</output><dl>{totals}</dl>
 <button type="button" disabled>Back to the chosen one</button>
 <p class="get" hidden>To have it searched for: <code></code></p></div>

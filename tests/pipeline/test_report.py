@@ -1,4 +1,4 @@
-"""`puzzle report` on a finished run, on one that has hardly begun, on one without an answer, and beside a comparison."""
+"""`puzzle report` on a finished run, one that has hardly begun, one without an answer, and beside a comparison."""
 
 from __future__ import annotations
 
