@@ -175,8 +175,8 @@ def _run(options: argparse.Namespace) -> None:
         if before is not None:
             pipeline.take_over_data(run, before)
         pipeline.run_all(run, options.redo)
-        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
-        print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
+        _print_report(run)
+        print(f"checkpoints {run.student / 'export'}")
         before = run
 
 
@@ -228,6 +228,12 @@ def _stage(options: argparse.Namespace) -> None:
     if options.stage in ("rescore", "search"):
         cli_search.search(run, options.stage, options.redo)
         return
+    if options.stage == "report":
+        if left := pipeline.report(run):
+            print(f"not there yet: {', '.join(one.stage for one in left)}; the page says what there is\n{run.report}")
+        else:
+            _print_report(run)
+        return
     pipeline.run_stage(run, options.stage, options.redo)
     if not Ranks.current().first:
         return
@@ -238,8 +244,6 @@ def _stage(options: argparse.Namespace) -> None:
     elif options.stage == "export":
         cli_export.print_exports(run)
         cli_export.push(run, options)
-    elif options.stage == "report":
-        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
     elif options.stage == "fit-costs":
         from puzzle.report import profile
 
@@ -249,11 +253,18 @@ def _stage(options: argparse.Namespace) -> None:
     elif options.stage == "tournament":
         from puzzle.report.tournament import standings
 
-        print(standings(run) or "no tournament: set tournament: {candidates: 4} in the config")
+        table = standings(run)
+        print(table.markdown() if table else "no tournament: set tournament: {candidates: 4} in the config")
     elif options.stage == "additivity":
         from puzzle.report import additivity
 
         print(additivity.report(run))
+
+
+def _print_report(run: Run) -> None:
+    from puzzle.report.summary import Summary
+
+    print(f"{Summary.of(run).markdown()}\npage        {run.report}")
 
 
 def _print_generated(run: Run) -> None:

@@ -27,6 +27,7 @@ from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
     from puzzle.progress import Progress
+    from puzzle.report.contents import Left
     from puzzle.search.problem import Problem
 
 
@@ -57,7 +58,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("kd", ("build", "prune"), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify checkpoints that others load"),
-    Stage("report", ("export",), plans.plan_report, "draw the result"),
+    Stage("report", ("export",), plans.plan_report, "write what was found as one page"),
 )
 IMPORTANCE = Stage(
     "importance", ("data",), plans.plan_importance, "measure what layers, heads and channels do to the residual stream"
@@ -115,6 +116,26 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
             _forget(stage.plan(run))
         ranks.wait(run.folder, name)
         _make(run, stage, ranks)
+
+
+def report(run: Run) -> tuple[Left, ...]:
+    """Writes the page of the run anew, from whatever is there; the stages that are not finished."""
+    from puzzle.report import write_page
+    from puzzle.report.contents import Left
+
+    left = []
+    for stage in stages_of(run)[:-1]:
+        states = unit_states(run, stage)
+        if missing_or_stale := [state for state in states if state != "done"]:
+            stale = missing_or_stale.count("stale")
+            left.append(Left(stage.name, len(missing_or_stale) - stale, stale, len(states)))
+    if not left:
+        run_stage(run, "report", redo=True)
+        return ()
+    with _working_on(run) as ranks:
+        if ranks.first:
+            write_page(run, left)
+    return tuple(left)
 
 
 def take_over_data(run: Run, earlier: Run) -> None:

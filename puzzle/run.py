@@ -458,6 +458,16 @@ class Run:
     def events(self) -> Path:
         return self.folder / "events.jsonl"
 
+    @property
+    def report(self) -> Path:
+        """The page that was written last; each finished student has its own beside it."""
+        return self.folder / "report.html"
+
+    @property
+    def comparison(self) -> Path:
+        """What `puzzle compare` found last, under these limits and on these tables."""
+        return self.folder / "comparisons" / f"{self.unrefined.solution_id}.json"
+
     def solutions(self) -> tuple[Solution, ...]:
         """What was found for the constraint file, best first."""
         payload = artifacts.read_unit(self.solution).payload

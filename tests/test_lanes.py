@@ -28,8 +28,9 @@ PURE = """
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
     search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
     search.halving plans run steps
-    report.tournament report.tasks report.served report.summary report.figures report.library report.profile
-    report.pruning report.additivity report export.card progress
+    report.table report.tournament report.tasks report.served report.summary report.library report.profile
+    report.pruning report.additivity
+    report.contents report.svg report.charts report.sections report.page report export.card progress
     data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_evaluate cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """

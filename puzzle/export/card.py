@@ -114,7 +114,7 @@ def run_card(run: Run, target: Format) -> str:
         ]
     )  # fmt: skip
     figures = summary.table() + "\n\nA 95 % interval is ± 1.96 standard errors.\n"
-    drawn = _drawing(summary.architecture, summary.widths)
+    drawn = _drawing(summary.design.names, summary.design.shares)
     return _card(
         run.teacher_name, Licence.of(run.teacher), target, "finetune", figures + "\n## Layers\n\n" + drawn, made
     )

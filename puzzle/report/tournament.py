@@ -8,34 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
+from puzzle.report.table import Table
 from puzzle.types import mean_and_error
 
 if TYPE_CHECKING:
     from puzzle.run import Run
 
 
-def standings(run: Run) -> str:
-    """As Markdown; empty where nothing was chosen in a tournament."""
+def standings(run: Run) -> Table | None:
+    """None where nothing was chosen in a tournament."""
     if not run.config.tournament.candidates or not run.contest.exists():
-        return ""
+        return None
     return _table(artifacts.read_unit(run.contest).payload["tournament"])
 
 
-def _table(found: dict[str, Any]) -> str:
+def _table(found: dict[str, Any]) -> Table:
     rungs, winner = found["rungs"], found["winner"]
-    head = ["candidate", "", *(f"after {rung['tokens']:,} tokens" for rung in rungs)]
-    lines = [
+    return Table(
+        ("candidate", "", *(f"after {rung['tokens']:,} tokens" for rung in rungs)),
+        tuple(
+            (str(one + 1), told, *(_cell(rung, one) for rung in rungs)) for one, told in enumerate(found["candidates"])
+        ),
         f"Tournament: candidate {winner + 1} of {len(found['candidates'])} won. KL to the teacher on select, nats, and "
         "place at each comparison:",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
-    for one, told in enumerate(found["candidates"]):
-        name = f"**{one + 1}**" if one == winner else f"{one + 1}"
-        cells = [_cell(rung, one) for rung in rungs]
-        lines.append(f"| {' | '.join([name, told, *cells])} |")
-    return "\n".join(lines)
+        winner,
+    )
 
 
 def _cell(rung: dict[str, Any], candidate: int) -> str:

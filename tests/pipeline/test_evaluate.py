@@ -132,7 +132,7 @@ def test_what_vllm_bench_measured_stands_beside_what_was_predicted(
     assert re.search(r"\| chat.e2e_ms: predicted / vLLM \| .* / 9.50 \|  \|  \|", out)
     assert "chat.output_tok_per_s: predicted / vLLM" in out and "what `vllm bench` measured" in out
     assert main(["--debug", "report", str(copy.config), "--redo"]) == 0
-    assert " / 1.25 |" in (Run.open(copy.config).student / "report" / "report.md").read_text()
+    assert " / 1.25</td>" in Run.open(copy.config).report.read_text()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_pruning_ends_with_a_plain_checkpoint_and_a_report(
     assert (model.config.hidden_size, model.config.num_attention_heads, model.config.num_hidden_layers) == (24, 3, 1)
     assert sum(parameter.numel() for parameter in model.parameters()) == model_params(shape)
     assert "trust_remote_code" not in (exported / "README.md").read_text()
-    report = (run.student / "report" / "report.md").read_text()
+    report = run.report.read_text()
     assert "hidden size 32 → 24" in report
     assert "chat.memory_gib, predicted" in report
     capsys.readouterr()
