@@ -29,7 +29,7 @@ PURE = """
     search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
     search.halving search.uniform plans run steps
     report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
-    report export.card progress
+    report.words report export.card progress
     data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """

@@ -6,6 +6,7 @@ Reads a :class:`~puzzle.report.summary.Summary`; writes one PNG.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ MAX_FRONT_POINTS = 2000
 def draw(summary: Summary, path: Path) -> None:
     figure = style.new_figure(12, 8)
     axes: Any = figure.subplots(2, 2)
-    _architecture(axes[0, 0], summary)
+    draw_architecture(axes[0, 0], summary.architecture, summary.widths)
     _quality(axes[0, 1], summary)
     _front(axes[1, 0], summary)
     _times(axes[1, 1], summary)
@@ -29,22 +30,22 @@ def draw(summary: Summary, path: Path) -> None:
     style.save(figure, path)
 
 
-def _architecture(axes: Axes, summary: Summary) -> None:
+def draw_architecture(axes: Axes, names: Sequence[tuple[str, str]], widths: Sequence[tuple[float, float]]) -> None:
     """One row a layer: attention to the left, FFN to the right, each as large as its share of the teacher's block."""
     from matplotlib.ticker import MaxNLocator
 
-    for layer, ((attention, ffn), (left, right)) in enumerate(zip(summary.architecture, summary.widths, strict=True)):
+    for layer, ((attention, ffn), (left, right)) in enumerate(zip(names, widths, strict=True)):
         axes.barh(layer, -1, color="none", edgecolor=style.TEACHER, linewidth=0.5)
         axes.barh(layer, 1, color="none", edgecolor=style.TEACHER, linewidth=0.5)
         axes.barh(layer, -left, color=style.ATTENTION)
-        rows = max(1, math.ceil(right))  # a fused style.FFN stands for those of several layers
+        rows = max(1, math.ceil(right))  # a fused FFN stands for those of several layers
         axes.barh(layer + (rows - 1) / 2, right / rows, 0.8 + rows - 1, color=style.FFN)
-        if len(summary.architecture) <= 40:
+        if len(names) <= 40:
             axes.text(-1.03, layer, attention, ha="right", va="center", fontsize=8)
             axes.text(1.03, layer, ffn, ha="left", va="center", fontsize=8)
     axes.set_xlim(-1.6, 1.6)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["1", "½", "0", "½", "1"])
-    axes.set_xlabel("parameters, share of the teacher's: attention (left), style.FFN (right)")
+    axes.set_xlabel("parameters, share of the teacher's: attention (left), FFN (right)")
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
