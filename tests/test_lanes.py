@@ -30,7 +30,8 @@ PURE = """
     search.halving search.uniform plans run steps
     report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
     report.words report export.card progress
-    data.tokenise pipeline validate rivals cli_options cli_search cli_explain cli_export cli
+    data.tokenise pipeline notebook.html notebook.strip notebook.solution notebook.front notebook.sliders
+    notebook.widget notebook validate rivals cli_options cli_search cli_explain cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
