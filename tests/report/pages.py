@@ -140,7 +140,10 @@ def contents_of(num_layers: int = 8, name: str = "a-teacher", variants: int = 7)
         ),
         exports=("hf: transformers: passed",),
         recipe=Recipe(
-            (("config.yaml", "run: runs/demo\n"), ("limit.yaml", "constraints: {}\n")), (("python", "3.11"),), ()
+            "limit.yaml",
+            (("config.yaml", "run: runs/demo\n"), ("limit.yaml", "constraints: {}\n")),
+            (("python", "3.11"),),
+            (),
         ),
     )
 
