@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puzzle import cli_explain, cli_export, cli_search
+from puzzle import cli_evaluate, cli_explain, cli_export, cli_search
 from puzzle.cli_options import open_run, open_runs, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli_search.add_commands(commands)
     cli_explain.add_commands(commands)
+    cli_evaluate.add_options(commands)
     cli_export.add_commands(commands)
 
     show = commands.add_parser("show", help="print a table of the run")
@@ -187,7 +188,7 @@ def _validate(options: argparse.Namespace) -> None:
         for one in run.each_pick():
             validate(one)
         if run.config.prune is not None:
-            found = change(run.shape, pruned_shape(run.pruning, run.shape))
+            found = "; ".join(change(run.shape, pruned_shape(one.pruning, one.shape)) for one in run.contenders)
         else:
             places, points = len(run.shape.sites), len(run.grid_points)
             found = f"{len(run.items)} items at {places} sites, {points} points of the grid"
@@ -217,6 +218,9 @@ def _print_status(run: Run) -> None:
 def _stage(options: argparse.Namespace) -> None:
     from puzzle import pipeline
 
+    if options.stage == "evaluate" and cli_evaluate.is_model(options.run):
+        cli_evaluate.evaluate_folder(options)
+        return
     run = open_run(options)
     if options.stage == "refine":
         cli_search.refine(options)
@@ -235,8 +239,11 @@ def _stage(options: argparse.Namespace) -> None:
         return
     if options.stage == "profile":
         _print_profile(run)
+    elif options.stage == "evaluate":
+        cli_evaluate.print_figures(run, options.vllm_bench)
     elif options.stage == "export":
         cli_export.print_exports(run)
+        cli_export.push(run, options)
     elif options.stage == "fit-costs":
         from puzzle.report import profile
 

@@ -64,7 +64,10 @@ IMPORTANCE = Stage(
     "importance", ("data",), plans.plan_importance, "measure what layers, heads and channels do to the residual stream"
 )
 PRUNE = Stage(
-    "prune", ("importance",), plans.plan_prune, "make every layer as narrow, and the model as shallow, as asked"
+    "prune",
+    ("importance", "tournament"),
+    plans.plan_prune,
+    "make every layer as narrow, and the model as shallow, as asked",
 )
 ON_REQUEST: tuple[Stage, ...] = (  # of a search; `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
@@ -74,13 +77,19 @@ ON_REQUEST: tuple[Stage, ...] = (  # of a search; `puzzle run` leaves them out
 )
 TRUTH = Stage("truth", ("distill",), lambda _: [], "evaluate whole architectures", True)
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST, PRUNE)}
-PRUNING = ("data", "importance", "prune", "kd", "evaluate", "export", "report")
+PRUNING: tuple[Stage, ...] = (
+    BY_NAME["data"],
+    IMPORTANCE,
+    replace(BY_NAME["tournament"], needs=("importance",)),
+    PRUNE,
+    *(BY_NAME[name] for name in ("kd", "evaluate", "export", "report")),
+)
 State = Literal["done", "stale", "missing"]
 
 
 def stages_of(run: Run) -> tuple[Stage, ...]:
     """What `puzzle run` does, in order."""
-    return STAGES if run.config.prune is None else tuple(BY_NAME[name] for name in PRUNING)
+    return STAGES if run.config.prune is None else PRUNING
 
 
 def _all_of(run: Run) -> dict[str, Stage]:

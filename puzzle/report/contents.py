@@ -185,7 +185,7 @@ class Contents:
             trained=_told(lambda: _trained(run)) if searches else None,
             steps=_told(lambda: _steps(run)),
             compared=_told(lambda: _compared(run)) if searches else None,
-            standings=standings(run) if searches else None,
+            standings=standings(run),
             exports=_exports(run),
             recipe=_recipe(run),
         )
@@ -205,7 +205,8 @@ def _need(stage: str, *units: plans.Planned) -> None:
 
 def _subtitle(run: Run) -> str:
     if run.config.prune is not None:
-        return f"pruned: {change(run.shape, pruned_shape(run.pruning, run.shape))}"
+        known = run.settled
+        return f"pruned: {change(run.shape, pruned_shape(run.pruning, run.shape))}" if known else "to be pruned"
     return f"compressed within {run.limits_name}"
 
 
@@ -217,6 +218,7 @@ def _summary(run: Run) -> Summary:
 def _design(run: Run) -> Design:
     if run.config.prune is not None:
         _need("importance", *plans.plan_importance(run))
+        _need("tournament", *plans.plan_tournament(run))
     elif not run.solution.exists():
         raise MissingMeasurementError("no architecture was chosen yet; run `puzzle search RUN`")
     return Design.of(run)

@@ -6,17 +6,21 @@ student; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, search
 from puzzle.pruning import change, predicted
+from puzzle.report.served import served_figures
 from puzzle.report.table import Table
+from puzzle.report.tasks import ERRORS as TASK_ERRORS
+from puzzle.report.tasks import TaskFigure
+from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
 from puzzle.space import PARTS
-from puzzle.types import GIB, Site, Solution, Spec
+from puzzle.types import GIB, Site, Solution, Spec, from_json
 from puzzle.variants import is_teacher, keep_spec, params, variant_name
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ TIMED = """\
 Times: predicted by the search from the profile; then, measured in the same rounds, the sum of the parts and the whole
 model. Parts against whole says whether times add up; predicted against whole also holds how the machine drifted since
 the profile."""
+SERVED = "vLLM: what `vllm bench` measured in milliseconds or per second."
 TIMED_WHOLE = "Times: estimated by the roofline where it knows the device; then, measured, the whole model."
 
 
@@ -90,6 +95,9 @@ class Summary:
     speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
     design: Design
     standings: Table | None  # of the tournament, if there was one
+    tasks: tuple[TaskFigure, ...]
+    served: Mapping[str, Mapping[str, float]]  # workload.model → metric → what vllm bench measured
+    positions: Sequence[Mapping[str, Any]]  # of the student: tokens in sight of a prediction, figures
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -97,7 +105,7 @@ class Summary:
 
     @classmethod
     def _of_pruning(cls, run: Run) -> Summary:
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        evaluation = artifacts.read_unit(run.evaluation).payload
         teacher, student = run.shape, run.student_shape
         return cls(
             title=f"{run.teacher_name}: {change(teacher, student)}",
@@ -111,13 +119,16 @@ class Summary:
             stored_dtype=run.stored_dtype,
             speed=evaluation["speed"],
             design=Design.of(run),
-            standings=None,
+            standings=standings(run),
+            tasks=_answered(run),
+            served=served_figures(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     @classmethod
     def _of_search(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
+        evaluation = artifacts.read_unit(run.evaluation).payload
         problem = problem_of(run, solution)
         keep = [item.id for item in run.items if is_teacher(item)]
         return cls(
@@ -130,6 +141,9 @@ class Summary:
             speed=evaluation["speed"],
             design=Design.of(run),
             standings=standings(run),
+            tasks=_answered(run),
+            served=served_figures(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -141,6 +155,7 @@ class Summary:
         ]
         for name, label in FIGURES.items():
             rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
+        rows += task_rows(self.tasks, MODELS)
         for metric in self.predicted["student"]:
             if metric.endswith(("memory_gib", "kv_cache_gib")):
                 teacher, student = (f"{self.predicted[model][metric]:.4g}" for model in ("teacher", "student"))
@@ -153,16 +168,43 @@ class Summary:
                 )
                 predicted = "estimate" if self.solution is None or key in self.solution.estimated else "predicted"
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
-        return rows
+        return [*rows, *self._served_rows()]
+
+    def _served_rows(self) -> list[tuple[str, ...]]:
+        measured = {
+            (f"{workload}.{name}", model): value
+            for (workload, _, model), figures in ((key.rpartition("."), of) for key, of in self.served.items())
+            for name, value in figures.items()
+        }
+        return [
+            (
+                f"{key}: predicted / vLLM",
+                *(_beside(self.predicted.get(model, {}).get(key), measured.get((key, model))) for model in MODELS),
+            )
+            for key in dict.fromkeys(key for key, _ in measured)
+        ]
+
+    def by_position(self) -> Table:
+        """CE of teacher and student, and KL between them, by how many tokens a prediction sees."""
+        names = ("teacher_ce_nats", "ce_nats", "kl_nats")
+        return Table(
+            ("tokens in sight", "CE, teacher", "CE, student", "KL"),
+            tuple(
+                (f"{at['first']} to {at['last']}", *(_estimate(at[name]) for name in names)) for at in self.positions
+            ),
+        )
 
     def table(self) -> str:
         """The figures, and what they mean."""
-        return f"{Table(('', *MODELS), tuple(self.rows())).markdown()}\n\n{self.notes}"
+        tables = (Table(("", *MODELS), tuple(self.rows())), self.by_position())
+        return "\n\n".join([*(table.markdown() for table in tables), self.notes])
 
     @property
     def notes(self) -> str:
-        times = [] if not self.speed else [TIMED if self.solution else TIMED_WHOLE]
-        return " ".join([ERRORS, *times])
+        more = [TASK_ERRORS] if self.tasks else []
+        more += [SERVED] if self.served else []
+        more += [TIMED if self.solution else TIMED_WHOLE] if self.speed else []
+        return " ".join([ERRORS, *more])
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
@@ -184,6 +226,13 @@ def at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
     return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)
 
 
+def _answered(run: Run) -> tuple[TaskFigure, ...]:
+    paths = [run.task(name) for name in run.config.evaluate.tasks]
+    return tuple(
+        from_json(TaskFigure, figure, path) for path in paths for figure in artifacts.read_unit(path).payload["figures"]
+    )
+
+
 def _share(spec: Spec, run: Run) -> float:
     """Parameters of the variant over those of the teacher's block."""
     keep = type(spec)("keep")
@@ -200,6 +249,12 @@ def _kept_share(run: Run, layer: int) -> tuple[float, float]:
 
 def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+
+
+def _beside(predicted: float | None, measured: float | None) -> str:
+    if measured is None:
+        return ""
+    return f"{'not profiled' if predicted is None else f'{predicted:.2f}'} / {measured:.2f}"
 
 
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:

@@ -1,6 +1,6 @@
 """The tournament as a table: each candidate's quality at each comparison, its place there, and who won.
 
-Reads the solution's unit; writes nothing.
+Reads the unit of what it decided; writes nothing.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ if TYPE_CHECKING:
 
 
 def standings(run: Run) -> Table | None:
-    """None where the solution was not chosen in a tournament."""
-    if not run.config.tournament.candidates or not run.solution.exists():
+    """None where nothing was chosen in a tournament."""
+    if not run.config.tournament.candidates or not run.contest.exists():
         return None
-    return _table(artifacts.read_unit(run.solution).payload["tournament"])
+    return _table(artifacts.read_unit(run.contest).payload["tournament"])
 
 
 def _table(found: dict[str, Any]) -> Table:
     rungs, winner = found["rungs"], found["winner"]
     return Table(
-        ("candidate", "sum of scores", *(f"after {rung['tokens']:,} tokens" for rung in rungs)),
+        ("candidate", "", *(f"after {rung['tokens']:,} tokens" for rung in rungs)),
         tuple(
-            (str(one + 1), f"{total:.4f}", *(_cell(rung, one) for rung in rungs))
-            for one, total in enumerate(found["sums"])
+            (str(one + 1), told, *(_cell(rung, one) for rung in rungs)) for one, told in enumerate(found["candidates"])
         ),
-        f"Tournament: candidate {winner + 1} of {len(found['sums'])} won. KL to the teacher on select, nats, and place "
-        "at each comparison:",
+        f"Tournament: candidate {winner + 1} of {len(found['candidates'])} won. KL to the teacher on select, nats, and "
+        "place at each comparison:",
         winner,
     )
 

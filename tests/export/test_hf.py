@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_code_files_import_torch_and_transformers_only() -> None:
 
 def test_mixed_export_passes_in_a_clean_process(student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path) -> None:
     write_reference(saved(student, mixed_export), tmp_path / "reference.safetensors")
-    verdict = verified(mixed_export, tmp_path / "reference.safetensors")
+    python = Path(os.path.relpath(sys.executable))
+    verdict = verify(mixed_export, "transformers", python, tmp_path / "reference.safetensors")
     assert verdict.line().startswith(f"transformers {transformers.__version__}: passed, logits within")
 
 

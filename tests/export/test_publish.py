@@ -99,6 +99,22 @@ def test_verify_again_and_what_is_damaged(
     assert "no export" in capsys.readouterr().err
 
 
+def test_vllm_is_asked_on_request_and_not_for_what_it_is_known_to_refuse(
+    tiny_tokenizer_dir: Path, tmp_path: Path, checked: dict[str, Verdict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, blocks in (("good", BLOCKS[3:4]), ("bad", BLOCKS[:1])):
+        folder = saved(make_student(blocks), tmp_path / name)
+        shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+        assert main(["--debug", "convert", str(folder), str(tmp_path / name), "--target", "nemotron-nas"]) == 0
+    assert "- vllm: not verified (loads every block" in (tmp_path / "good" / "README.md").read_text()
+    checked["vllm"] = verdict("vllm", 1e-5)
+    assert main(["verify", str(tmp_path / "good"), "--runtime", "vllm"]) == 0
+    text = (tmp_path / "good" / "README.md").read_text()
+    assert "- vllm 1.0: passed" in text and "- torch 1.0: passed" in text and "vllm: not verified" not in text
+    assert main(["verify", str(tmp_path / "bad"), "--runtime", "vllm"]) == 2
+    assert "bad: vllm: cannot load it: vllm refuses attention skip at layer 0" in capsys.readouterr().err
+
+
 def test_what_does_not_load_is_not_published(
     model: Path, tmp_path: Path, checked: dict[str, Verdict], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +152,8 @@ def test_other_runtimes_are_said_to_be_unverified_or_to_refuse() -> None:
     lines = unverified("nemotron-nas", SHAPE, LAYERS, ["torch"])
     assert lines[0].startswith("vllm: cannot load it: vllm refuses attention skip at layer 0")
     assert lines[2] == "tensorrt-llm: not verified (loads every block of it, by what is known)"
-    assert unverified("hf", SHAPE, LAYERS, ["transformers"]) == ()
+    (line,) = unverified("hf", SHAPE, LAYERS, ["transformers"])
+    assert line == "vllm-plugin: not verified (loads every block of it, by what is known)"
 
 
 @pytest.mark.parametrize(
