@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from puzzle.config import ConstraintFile as ConstraintFile
 from puzzle.config import RunConfig as RunConfig
+from puzzle.notebook import open_run as open_run
 from puzzle.run import Run as Run
 from puzzle.types import ConfigError as ConfigError
 from puzzle.types import CorruptFileError as CorruptFileError

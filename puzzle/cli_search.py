@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import capabilities, config, yamlfiles
 from puzzle.cli_options import open_run, with_run
+from puzzle.report.words import figure, headline, status
 from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 
 if TYPE_CHECKING:
@@ -121,34 +122,12 @@ def _measured(found: Sequence[float | None], sign: str = "") -> str:
 
 def print_solutions(run: Run) -> None:
     for rank, solution in enumerate(run.solutions(), start=1):
-        print(f"solution {rank}: {_headline(solution)}")
+        print(f"solution {rank}: {headline(solution)}")
         for name, value in solution.totals.items():
-            print(f"  {name:<28}{_figure(value)}" + ("  (estimate)" if name in solution.estimated else ""))
+            print(f"  {name:<28}{figure(value)}" + ("  (estimate)" if name in solution.estimated else ""))
     for line in capabilities.told(capabilities.offer(run.items, run.constraint_file.serve_on, run.shape).refused):
         print(f"not on offer: {line}")
     print(run.solution / "architecture.json")
-
-
-def _headline(solution: Solution) -> str:
-    name = solution.objective_name or "kl_nats"
-    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
-    quality = f"{solution.objective_nats:.4f}{error} {'nats' if name.endswith('_nats') else name} predicted"
-    if solution.minimised is None:
-        return f"{quality} ({_status(solution)}, bound {solution.bound_nats:.4f})"
-    cost = f"{solution.minimised} {_figure(solution.totals[solution.minimised])}"
-    return f"{cost} ({_status(solution)}, bound {_figure(solution.cost_bound or 0.0)}), {quality}"
-
-
-def _status(solution: Solution) -> str:
-    """``optimal``, or how far it may be from that and why the solver stopped."""
-    if solution.status == "optimal":
-        return solution.status
-    gap = "" if solution.gap is None else f", gap {solution.gap:.2%}"
-    return f"the solver's time was up: best found{gap}" if solution.timed_out else f"{solution.status}{gap}"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 0.01 else f"{value:,.4f}".rstrip("0").rstrip(".")
 
 
 def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
@@ -193,10 +172,10 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
         rows.append(
             {
                 **row,
-                "status": _status(answer),
+                "status": status(answer),
                 f"{answer.objective_name} predicted": f"{answer.objective_nats:.4f}{error}",
                 **{
-                    f"{name} reached": _figure(answer.totals[name]) + (" (estimate)" * (name in answer.estimated))
+                    f"{name} reached": figure(answer.totals[name]) + (" (estimate)" * (name in answer.estimated))
                     for name in shown
                     if name != answer.objective_name
                 },

@@ -57,7 +57,8 @@ class Run:
     """``folder`` holds everything the run writes; ``constraints`` is the constraint file's path, if there is one.
 
     ``context_file``: the architecture.json of a partly compressed model that changes are scored on, not the teacher.
-    ``pick``: of a constraint file with lists of values, which of its searches (fan_out.py).
+    ``pick``: of a constraint file with lists of values, which of its searches (fan_out.py). ``limits``: in the place
+    of such a file, what it would hold.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Run:
     constraints: Path | None
     context_file: Path | None = None
     pick: int | None = None
+    limits: ConstraintFile | None = None
 
     @classmethod
     def open(
@@ -87,8 +89,8 @@ class Run:
         settings = yamlfiles.load(RunConfig, path, overrides)
         folder = where if where.is_dir() else Path(settings.run)
         named = constraints or settings.constraints
-        limits = None if named is None else yamlfiles.locate("constraints", named)
-        return cls(folder, settings, limits, context_file, pick)
+        file = None if named is None else yamlfiles.locate("constraints", named)
+        return cls(folder, settings, file, context_file, pick)
 
     # --- what the run rests on -------------------------------------------------------------------------------------
 
@@ -263,6 +265,8 @@ class Run:
     @cached_property
     def picks(self) -> tuple[Pick, ...]:
         """The searches that the constraint file asks for: one, unless it has lists of values."""
+        if self.limits is not None:
+            return picks(self.limits)
         return picks(yamlfiles.load(ConstraintFile, self.constraints) if self.constraints else NO_LIMITS)
 
     @cached_property
@@ -275,7 +279,7 @@ class Run:
                 f"one of them: --pick 1 ({self.picks[0]}) to --pick {count} ({self.picks[-1]})"
             )
         if not 1 <= (self.pick or 1) <= count:
-            raise ConfigError(f"--pick {self.pick}: {self.constraints} asks for {count} searches, numbered from 1")
+            raise ConfigError(f"--pick {self.pick}: {count} searches are asked for, numbered from 1")
         return self.picks[(self.pick or 1) - 1].file
 
     def each_pick(self) -> tuple[Run, ...]:
@@ -292,7 +296,9 @@ class Run:
 
     @property
     def _limits_stem(self) -> str:
-        return self.constraints.stem if self.constraints else "no limits"
+        if self.constraints:
+            return self.constraints.stem
+        return "no limits" if self.limits is None else "given limits"
 
     @cached_property
     def teacher_fingerprint(self) -> str:

@@ -6,7 +6,9 @@ what is less than the teacher's is drawn narrower in the same colour, never in a
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +33,29 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
+    path.write_bytes(png(figure))
+
+
+def png(figure: Figure) -> bytes:
     for axes in figure.axes:
         if not axes.images:  # a heat map keeps its frame
             axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=DPI)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure that a notebook shows as a PNG, whichever backend matplotlib has."""
+
+    figure: Figure
+
+    def _repr_png_(self) -> bytes:
+        return png(self.figure)
+
+    def save(self, path: Path | str) -> None:
+        save(self.figure, Path(path))
 
 
 def css() -> tuple[str, str]:

@@ -67,6 +67,11 @@ def parse(kind: type[File], text: str, name: Path) -> File:
     return validated(kind, name, parse_mapping(text, name))
 
 
+def of_mapping(kind: type[File], given: Mapping[str, Any], name: Path) -> File:
+    """:func:`load` of what a file called ``name`` would hold."""
+    return validated(kind, name, CommentedMap(given))
+
+
 def validated(kind: type[File], path: Path, document: CommentedMap, overrides: Sequence[str] = ()) -> File:
     """What was read of ``path``, as a ``kind``; ConfigError lists every mistake."""
     for override in overrides:
@@ -143,11 +148,15 @@ def _check_content(document: CommentedMap, path: Path) -> None:
 
 def dump(config: BaseModel) -> str:
     """The model as YAML that :func:`load` reads back to an equal model."""
+    return as_yaml(config.model_dump(mode="json"))
+
+
+def as_yaml(document: Mapping[str, Any]) -> str:
     out = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 2**31  # a long line that is folded at two spaces reads back with one
-    yaml.dump(config.model_dump(mode="json"), out)
+    yaml.dump(dict(document), out)
     return out.getvalue()
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "alternatives_text",
     "explain",
     "kept",
+    "prices",
     "text",
 ]
 
@@ -87,8 +88,13 @@ class Explanation:
 
 def explain(problem: Problem, chosen: Sequence[str], share: Fraction = SHARE) -> Explanation:
     """Of the best choice of a problem. ``share``: of a bound that it is moved by, rounded to one digit."""
-    rows = tuple(_story(problem, chosen, row, _step(row, share)) for row in problem.rows)
+    rows = prices(problem, chosen, share)
     return Explanation(float(problem.objective_of(chosen)), problem.objective_name, rows, kept(problem, chosen))
+
+
+def prices(problem: Problem, chosen: Sequence[str], share: Fraction = SHARE) -> tuple[RowStory, ...]:
+    """Of every bound what it costs the best choice of a problem, in the order of the rows."""
+    return tuple(_story(problem, chosen, row, _step(row, share)) for row in problem.rows)
 
 
 def changes(problem: Problem, before: Iterable[str], after: Iterable[str]) -> tuple[Change, ...]:
@@ -147,18 +153,15 @@ def _cheapest_first(found: Iterable[Forced]) -> tuple[Forced, ...]:
 
 
 def _story(problem: Problem, chosen: Sequence[str], row: Row, step: Fraction) -> RowStory:
-    value = row.quantity.value(chosen)
     others = tuple(other for other in problem.rows if other is not row)
-    slacks = [value - row.lower] if row.lower is not None else []
-    slacks += [row.upper - value] if row.upper is not None else []
     looser = _solve(replace(problem, rows=(*others, _moved(row, step))), chosen)
     tighter = _solve(replace(problem, rows=(*others, _moved(row, -step))), chosen)
     without = _solve(replace(problem, rows=others), chosen)
     assert without is not None, "the answer itself is one"
     return RowStory(
         row,
-        value,
-        min(slacks),
+        row.quantity.value(chosen),
+        row.slack(chosen),
         _difference(problem, chosen, without) or 0.0,
         step,
         _difference(problem, chosen, looser),

@@ -20,7 +20,7 @@ from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise, relative_
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import InfeasibleError, OutOfTimeError, Solution
 
-__all__ = ["Found", "best_of", "solve"]
+__all__ = ["Found", "best_of", "solution_of", "solve"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ def solve(
     count: int = 1,
     min_difference: float = 0.2,
     effort: Effort = EXACT,
+    start: Sequence[str] | None = None,
 ) -> Found:
     """The ``count`` best mutually different answers over all ``problems`` (same items and sites, other batch sizes).
 
     Ties go to the problem named first. InfeasibleError, with the nearest values that can hold, if no problem has one.
     ``effort``: its time is shared out evenly over all solves to come; what it leaves open is the solution's status
-    "feasible", with its bound and gap. OutOfTimeError if it ends before anything is found.
+    "feasible", with its bound and gap. OutOfTimeError if it ends before anything is found. ``start``: a choice to begin
+    with, e.g. the answer under neighbouring bounds.
     """
     started = monotonic()
     cuts: list[Cut] = []
@@ -51,7 +53,7 @@ def solve(
     while len(solutions) < count:
         to_come = len(open_problems) * (count - len(solutions)) + (problems[0].cost is not None)
         answers = [
-            (problem, _answer(problem, cuts, effort.shared(monotonic() - started, to_come - number)))
+            (problem, _answer(problem, cuts, effort.shared(monotonic() - started, to_come - number), start))
             for number, problem in enumerate(open_problems)
         ]
         answered = [(problem, choice) for problem, choice in answers if isinstance(choice, Choice)]
@@ -69,7 +71,7 @@ def solve(
         if problem.cost is not None:
             left = effort.shared(monotonic() - started, to_come - len(answers))
             best = _best_at_that_cost(problem, problem.cost, best, cuts, left)
-        solutions.append(_solution(problem, best, bound, inputs))
+        solutions.append(solution_of(problem, best, bound, inputs))
         cuts.append(_difference_cut(problem, best, min_difference))
     if not solutions and late:
         raise late[0][1]
@@ -83,9 +85,11 @@ def solve(
     return Found(tuple(solutions), note)
 
 
-def _answer(problem: Problem, cuts: Sequence[Cut], effort: Effort) -> Choice | OutOfTimeError | None:
+def _answer(
+    problem: Problem, cuts: Sequence[Cut], effort: Effort, start: Sequence[str] | None
+) -> Choice | OutOfTimeError | None:
     try:
-        return minimise(problem, problem.minimised, problem.rows, cuts, effort)
+        return minimise(problem, problem.minimised, problem.rows, cuts, effort, start)
     except OutOfTimeError as error:
         return error
 
@@ -114,7 +118,8 @@ def best_of(problems: Sequence[Problem]) -> tuple[Problem, Choice]:
     return min(answered, key=lambda pair: pair[1].total)
 
 
-def _solution(problem: Problem, choice: Choice, bound: Fraction, inputs: Mapping[str, str]) -> Solution:
+def solution_of(problem: Problem, choice: Choice, bound: Fraction, inputs: Mapping[str, str]) -> Solution:
+    """The record of a choice that keeps every bound; none ranks below ``bound``."""
     broken = problem.violations(choice.chosen)
     assert not broken, f"the answer breaks {broken}"
     cost, reached = problem.cost, min(bound, problem.rank(choice.total))

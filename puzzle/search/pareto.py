@@ -21,16 +21,17 @@ from puzzle import style
 from puzzle.search.problem import Problem
 from puzzle.search.surface import additive
 from puzzle.types import InfeasibleError, Item, PuzzleError, Site, Solution
-from puzzle.variants import is_teacher
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    from matplotlib.figure import Figure
 
-__all__ = ["Front", "front", "plot"]
+__all__ = ["Front", "draw", "front", "plot", "quality_label"]
 
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int32]
 MAX_POINTS = 5_000_000
+FEW_POINTS = 60  # up to which each is marked
 GRID_BITS = 50  # sums of whole multiples of 2^-50 of the largest sum are exact in a float, in whatever order
 
 
@@ -108,15 +109,14 @@ def front(problem: Problem, cost_name: str) -> Front:
         without = " without a conflict" if problem.conflicts else ""
         raise InfeasibleError(f"no choice of items covers every site exactly once{without}")
     (last,) = steps[-1]
-    by_keeping = [item.id for item in problem.items if is_teacher(item)]
-    all_kept = sum(len(problem.by_id[item_id].sites) for item_id in by_keeping) == len(problem.sites)
+    teacher = problem.teacher
     return Front(
         cost_name=cost_name,
         cost_unit=quantity.unit,
         objective_name=problem.objective_name,
         cost=last.cost * cost_step + quantity.constant,
         objective=last.objective * objective_step,
-        teacher_cost=float(quantity.value(by_keeping)) if all_kept else None,
+        teacher_cost=None if teacher is None else float(quantity.value(teacher)),
         _item_ids=tuple(item.id for item in problem.items),
         _steps=steps,
     )
@@ -264,8 +264,13 @@ def _non_dominated(layers: Sequence[_Layer]) -> _Layer:
     return _Layer(cost[kept], objective[kept], *parents)
 
 
-def plot(front: Front, path: Path, chosen: Solution | None = None, count: int = 2000) -> None:
-    """Writes the front as a PNG, the teacher and the chosen solution marked."""
+def plot(front: Front, path: Path) -> None:
+    """Writes the front as a PNG."""
+    style.save(draw(front), path)
+
+
+def draw(front: Front, chosen: Solution | None = None, count: int = 2000) -> Figure:
+    """The front, the teacher and the chosen solution marked."""
     figure = style.new_figure(7, 4.5)
     axes = figure.add_subplot()
     points = front.thinned(count)
@@ -274,6 +279,7 @@ def plot(front: Front, path: Path, chosen: Solution | None = None, count: int = 
         front.objective[points],
         where="post",
         color=style.ATTENTION,
+        marker="." if len(points) <= FEW_POINTS else None,
         label=f"best possible ({len(front):,} points)",
     )
     if front.teacher_cost is not None:
@@ -281,6 +287,12 @@ def plot(front: Front, path: Path, chosen: Solution | None = None, count: int = 
     if chosen is not None:
         axes.plot([chosen.totals[front.cost_name]], [chosen.objective_nats], "o", color=style.CHOSEN, label="chosen")
     axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
-    axes.set_ylabel(f"{front.objective_name.removesuffix('_nats')}, sum of scores (nats per token)")
+    axes.set_ylabel(quality_label(front.objective_name))
     axes.legend()
-    style.save(figure, path)
+    return figure
+
+
+def quality_label(objective_name: str) -> str:
+    """Of an axis."""
+    unit = " (nats per token)" if objective_name.endswith("_nats") else ""
+    return f"{objective_name.removesuffix('_nats')}, sum of scores{unit}"

@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from puzzle.types import ConfigError, Conflict, Item, Site
+from puzzle.variants import is_teacher
 
 __all__ = ["Chosen", "Measure", "Problem", "Quantity", "Row"]
 
@@ -75,6 +76,13 @@ class Row:
         total = self.quantity.linear(chosen)
         return (lower is None or lower <= total) and (upper is None or total <= upper)
 
+    def slack(self, chosen: Iterable[str]) -> Fraction:
+        """How far the value is from the nearer bound, in the quantity's unit; below 0 where it breaks it."""
+        value = self.quantity.value(chosen)
+        below = [value - self.lower] if self.lower is not None else []
+        above = [self.upper - value] if self.upper is not None else []
+        return min(below + above)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -111,6 +119,13 @@ class Problem:
     @cached_property
     def by_id(self) -> Mapping[str, Item]:
         return {item.id: item for item in self.items}
+
+    @property
+    def teacher(self) -> Chosen | None:
+        """The choice that leaves the teacher as it is; None where that is not on offer."""
+        keeping = [item for item in self.items if is_teacher(item)]
+        covered = sum(len(item.sites) for item in keeping)
+        return self.in_order(item.id for item in keeping) if covered == len(self.sites) else None
 
     @property
     def minimised(self) -> Mapping[str, float]:

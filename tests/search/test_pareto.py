@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from search_factories import all_choices, make_costs, make_file, make_items, make_problem, make_scores
 
+from puzzle import style
 from puzzle.search import pareto_front, search
 from puzzle.search.mip import solve
-from puzzle.search.pareto import Front, front, plot
+from puzzle.search.pareto import Front, draw, front, plot
 from puzzle.search.problem import Problem, Quantity
 from puzzle.space import SearchSpace
 from puzzle.types import ConfigError, Conflict, Costs, InfeasibleError, Item, ModelShape
@@ -165,7 +166,7 @@ def test_plot_writes_a_png_with_and_without_a_chosen_point(shape: ModelShape, tm
     whole = pareto_front(shape, items, scores, Costs(), make_file(), "params")
     (solution,) = search(shape, items, scores, (), make_file(constraints={"params": "70%"}), {})
     plot(whole, tmp_path / "bare.png")
-    plot(whole, tmp_path / "marked.png", solution)
+    style.save(draw(whole, solution), tmp_path / "marked.png")
     bare, marked = ((tmp_path / name).read_bytes() for name in ("bare.png", "marked.png"))
     assert bare.startswith(b"\x89PNG")
     assert marked.startswith(b"\x89PNG")

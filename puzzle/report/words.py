@@ -1,0 +1,27 @@
+"""A solution of the search in words, as the command line and notebooks tell it. Reads a Solution; writes nothing."""
+
+from __future__ import annotations
+
+from puzzle.types import Solution
+
+
+def headline(solution: Solution) -> str:
+    name = solution.objective_name or "kl_nats"
+    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
+    quality = f"{solution.objective_nats:.4f}{error} {'nats' if name.endswith('_nats') else name} predicted"
+    if solution.minimised is None:
+        return f"{quality} ({status(solution)}, bound {solution.bound_nats:.4f})"
+    cost = f"{solution.minimised} {figure(solution.totals[solution.minimised])}"
+    return f"{cost} ({status(solution)}, bound {figure(solution.cost_bound or 0.0)}), {quality}"
+
+
+def status(solution: Solution) -> str:
+    """``optimal``, or how far it may be from that and why the solver stopped."""
+    if solution.status == "optimal":
+        return solution.status
+    gap = "" if solution.gap is None else f", gap {solution.gap:.2%}"
+    return f"the solver's time was up: best found{gap}" if solution.timed_out else f"{solution.status}{gap}"
+
+
+def figure(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 0.01 else f"{value:,.4f}".rstrip("0").rstrip(".")
