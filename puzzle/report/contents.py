@@ -201,6 +201,8 @@ def _told(gather: Callable[[], Found]) -> Found | Absent:
 def _need(stage: str, *units: plans.Planned) -> None:
     if not all(unit.path.exists() for unit in units):
         raise MissingMeasurementError(f"not there yet; run `puzzle {stage} RUN`")
+    if any(artifacts.changed_inputs(unit.path, unit.inputs) for unit in units):
+        raise MissingMeasurementError(f"what is there was made from other inputs; run `puzzle {stage} RUN --redo`")
 
 
 def _subtitle(run: Run) -> str:
