@@ -246,7 +246,7 @@ def heat_map(name: str, found: HeatMap, rows: Sequence[Sequence[float | None]], 
     """
     num_layers = len(found.chosen)
     left = LETTER * max(map(len, found.variants)) + 16
-    wide = max(4.0, min(36.0, (WIDTH - left - 6) / num_layers))
+    wide = max(4.0, min(30.0, (WIDTH - left - 6) / num_layers))
     high, top, gap = 22.0, 4.0, 1.0 if wide >= 8 else 0.0
     scale = HeatScale.over(rows, logarithmic)
     cells: dict[str, list[str]] = {}
@@ -272,19 +272,19 @@ def heat_map(name: str, found: HeatMap, rows: Sequence[Sequence[float | None]], 
         for layer in range(0, num_layers, every)
     ]
     drawn.append(words(left - 8, bottom + 14, "layer", "tick", "end"))
-    drawn += _legend(left, bottom + 26, scale, f"{unit}, logarithmic" if scale.logarithmic else unit)
+    drawn += _legend(left, bottom + 26, scale)
     sizes = f'data-left="{left:.1f}" data-top="{top:g}" data-wide="{wide:.3f}" data-high="{high:g}"'
-    width = left + max(num_layers * wide + 6, 16 * len(style.SCALE_STEPS) + LETTER * (len(unit) + 28))
+    width = left + max(num_layers * wide + 6, 230)
     told = (
         f"{found.part}, {unit}, by variant and layer, from {figure(scale.low)} to {figure(scale.high)}; a table follows"
     )
     return chart(f"map-{name}", (width, bottom + 46), told, "".join(drawn) + f'<g data-cells="{name}" {sizes}/>')
 
 
-def _legend(x: float, y: float, scale: HeatScale, unit: str) -> list[str]:
-    drawn = [rectangle(x + 13 * step, y, 13, 9, f"heat-{step}") for step in range(len(style.SCALE_STEPS))]
-    end = x + 13 * len(style.SCALE_STEPS)
-    return [*drawn, words(end + 8, y + 9, f"{figure(scale.low)} to {figure(scale.high)} {unit}", "tick")]
+def _legend(x: float, y: float, scale: HeatScale) -> list[str]:
+    drawn = [rectangle(x + 12 * step, y, 12, 9, f"heat-{step}") for step in range(len(style.SCALE_STEPS))]
+    told = f"{figure(scale.low)} to {figure(scale.high)}{', logarithmic' if scale.logarithmic else ''}"
+    return [*drawn, words(x + 12 * len(style.SCALE_STEPS) + 8, y + 9, told, "tick")]
 
 
 # --- rows of dots: times, losses, baselines -----------------------------------------------------------------------

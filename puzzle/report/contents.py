@@ -19,6 +19,7 @@ from puzzle.report.library import library_frame
 from puzzle.report.summary import Design, Summary, problem_of
 from puzzle.report.table import Table
 from puzzle.report.tournament import standings
+from puzzle.run import DEFAULT_SPACE
 from puzzle.search import pareto
 from puzzle.search.compare import Compared
 from puzzle.types import InfeasibleError, Item, MissingMeasurementError, ModelShape, PuzzleError, Solution, from_json
@@ -146,8 +147,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``files``: name and text of what to save; ``versions`` and seconds per stage as pairs to print."""
+    """``files``: name and text of what to save; ``constraints``: the name of the constraint file, if there is one."""
 
+    constraints: str
     files: tuple[tuple[str, str], ...]
     versions: tuple[tuple[str, str], ...]
     seconds: tuple[tuple[str, float], ...]
@@ -199,6 +201,8 @@ def _told(gather: Callable[[], Found]) -> Found | Absent:
 def _need(stage: str, *units: plans.Planned) -> None:
     if not all(unit.path.exists() for unit in units):
         raise MissingMeasurementError(f"not there yet; run `puzzle {stage} RUN`")
+    if any(artifacts.changed_inputs(unit.path, unit.inputs) for unit in units):
+        raise MissingMeasurementError(f"what is there was made from other inputs; run `puzzle {stage} RUN --redo`")
 
 
 def _subtitle(run: Run) -> str:
@@ -265,9 +269,12 @@ def _exports(run: Run) -> tuple[str, ...]:
 
 
 def _recipe(run: Run) -> Recipe:
-    files = [("config.yaml", yamlfiles.dump(run.config))]
-    if run.constraints is not None:
-        files.append((run.constraints.name, run.constraints.read_text(encoding="utf-8")))
+    inputs = [] if run.constraints is None else [run.constraints]
+    if run.config.prune is None:
+        inputs.append(yamlfiles.locate("space", run.config.space or DEFAULT_SPACE))
+        inputs.append(yamlfiles.locate("grid", run.config.profile.grid))
+    files = [(path.name, path.read_text(encoding="utf-8")) for path in inputs]
+    constraints = "" if run.constraints is None else run.constraints.name
     known = artifacts.read_json(run.folder / "env.json") if (run.folder / "env.json").exists() else {}
     versions = {**known.get("versions", {}), "system": known.get("system", "")}
     seconds: dict[str, float] = {}
@@ -275,7 +282,8 @@ def _recipe(run: Run) -> Recipe:
         if event["event"] == "finished" and event["stage"] != "report":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     pairs = tuple((name, str(text)) for name, text in versions.items() if text)
-    return Recipe(tuple(files), pairs, tuple(seconds.items()))
+    config = ("config.yaml", yamlfiles.dump(run.config))
+    return Recipe(constraints, (config, *files), pairs, tuple(seconds.items()))
 
 
 # --- the search -------------------------------------------------------------------------------------------------

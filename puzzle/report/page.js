@@ -12,6 +12,9 @@
     tip.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - tip.offsetWidth - 8))}px`;
     tip.style.top = `${y + tip.offsetHeight + 24 > innerHeight ? y - tip.offsetHeight - 12 : y + 16}px`;
   };
+  addEventListener("beforeprint", () => {
+    for (const one of document.querySelectorAll("#reproduce details")) one.open = true;
+  });
   const hush = () => { tip.hidden = true; };
   const inside = (svg, event) => new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
 
@@ -73,7 +76,6 @@
     const values = panel.querySelectorAll("dd");
     point.totals.forEach((text, index) => { values[index].textContent = text; });
     panel.querySelector("code").textContent = point.get;
-    panel.querySelector(".get").hidden = place === data.chosen;
     back.disabled = place === data.chosen || data.chosen === null;
   };
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from importlib import resources
 
 import puzzle.report.charts as charts
 from puzzle import style
 from puzzle.report.contents import Contents, Search, Trade
-from puzzle.report.sections import drawn, longest, sections_of, unfinished
+from puzzle.report.sections import drawn, longest, sections_of, to_get, unfinished
 from puzzle.report.summary import Design
 from puzzle.report.svg import escaped, figure
 
@@ -98,18 +97,10 @@ def _data(contents: Contents) -> str:
                 "totals": [
                     f"{figure(value)} {unit}" for (_, unit), value in zip(trade.told, point.totals, strict=True)
                 ],
-                "get": f"constraints: {{{trade.cost_name}: {_at_least(point.cost)}}}",
+                "get": to_get(point, trade),
             }
             for point in points
         ],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _at_least(value: float) -> str:
-    """In seven digits, rounded up: a limit that the value itself keeps."""
-    if value <= 0:
-        return "0"
-    unit = 10.0 ** (math.floor(math.log10(value)) - 6)
-    return f"{math.ceil(value / unit) * unit:.7g}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import puzzle.report.charts as charts
-from puzzle.report.contents import Absent, Contents, HeatMap, Left, Reached, Recipe, Search, Trade, Trained
+from puzzle.report.contents import Absent, Contents, HeatMap, Left, Point, Reached, Recipe, Search, Trade, Trained
 from puzzle.report.summary import MODELS, Design, Summary
 from puzzle.report.svg import diamond, escaped, figure, star
 from puzzle.report.table import Table
@@ -92,6 +92,7 @@ def _summary(summary: Summary) -> str:
     return (
         f'<dl class="keys">{"".join(_key(*one) for one in _keys(summary))}</dl>{_table(table)}'
         f'<p class="note">{escaped(summary.notes)}</p><ul class="note">{meaning}</ul>'
+        + _hidden("Quality by how many tokens a prediction has in sight", _table(summary.by_position()))
         + _hidden("By how many tokens a prediction sees", _table(summary.by_position()))
     )
 
@@ -206,9 +207,22 @@ def _front(trade: Trade) -> str:
     return f"""\
 {_figure(escaped(_front_words(trade)), charts.front(trade), _front_key(trade))}
 <div class="selected"><output aria-live="polite">{escaped(said)}</output><dl>{totals}</dl>
-<button type="button" disabled>Back to the chosen one</button>
-<p class="get" hidden>To have it searched for: <code></code></p></div>
+<p class="get">To have it searched for: <code>{escaped(to_get(start, trade))}</code></p>
+<button type="button" disabled>Back to the chosen one</button></div>
 {_hidden("The points as a table", _table(Table(head, rows, "", marked)))}"""
+
+
+def to_get(point: Point, trade: Trade) -> str:
+    """The line of a constraint file that a point of the front answers."""
+    return f"constraints: {{{trade.cost_name}: {_at_least(point.cost)}}}"
+
+
+def _at_least(value: float) -> str:
+    """In seven digits, rounded up: a limit that the value itself keeps."""
+    if value <= 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 6)
+    return f"{math.ceil(value / unit) * unit:.7g}"
 
 
 def _front_key(trade: Trade) -> str:
@@ -259,12 +273,12 @@ def _maps(found: Search) -> str:
     quality = charts.quality_unit(trade) if isinstance(trade, Trade) else "nats"
     told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer there.</p>"
     drawn = []
-    score = "Score: what the model loses with this variant alone in place"
-    choice = "Choice: the share of the points drawn above that take it"
+    score = f"Score: {quality} lost with this variant alone in place"
+    choice = "Choice: share of the points above that take it"
     for place, one in enumerate(found.maps):
         kinds = [
             ("score", score, one.scores, quality, True),
-            ("cost", f"Cost: what it adds to {cost}", one.costs, unit, False),
+            ("cost", f"Cost: {unit} of {cost}", one.costs, unit, False),
             ("choice", choice, one.taken, "of the points", False),
         ]
         part = "FFN" if one.part == "ffn" else one.part.capitalize()
@@ -356,11 +370,11 @@ def _baselines(compared: Sequence[Compared], trade: Trade | Absent | None) -> st
     rows = tuple(
         (
             one.name, _number(one.objective), _true(one.measured),
-            *(_number(one.totals.get(name)) for name in metrics), one.note,
+            *(_number(one.totals.get(name)) for name in metrics), one.note or "–",
         )
         for one in compared
     )  # fmt: skip
-    head = ("", f"{objective}, predicted", "true", *metrics, "")
+    head = ("", f"{objective}, predicted", "true", *metrics, "remark")
     marks = [('<circle cx="7" cy="7" r="5" class="dot first"/>', "predicted")]
     marks += [(diamond(7, 7, 6, "dot second"), "true, ± standard error")] if measured else []
     chart = charts.baselines(compared, objective)
@@ -375,12 +389,9 @@ def _true(values: Sequence[float]) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    files = "".join(
-        _hidden(name, f"<pre>{escaped(text)}</pre>", opened=place == 0)
-        for place, (name, text) in enumerate(recipe.files)
-    )
+    files = "".join(_hidden(name, f"<pre>{escaped(text)}</pre>") for name, text in recipe.files)
     versions = ", ".join(f"{name} {text}" for name, text in recipe.versions)
-    constraints = f" --constraints {recipe.files[1][0]}" if len(recipe.files) > 1 else ""
+    constraints = f" --constraints {recipe.constraints}" if recipe.constraints else ""
     seconds = Table(("stage", "seconds"), tuple((stage, f"{value:,.1f}") for stage, value in recipe.seconds))
     taken = _hidden("How long it took", _table(seconds)) if recipe.seconds else ""
     commands = "\n".join(f"puzzle {command} config.yaml{constraints}" for command in ("run", "report"))
@@ -415,5 +426,5 @@ def _figure(told: str, chart: str, below: str = "", fits: bool = True) -> str:
     return f'<figure{kind}><figcaption>{told}</figcaption><div class="scroll">{chart}</div>{below}</figure>'
 
 
-def _hidden(title: str, text: str, opened: bool = False) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escaped(title)}</summary>{text}</details>"
+def _hidden(title: str, text: str) -> str:
+    return f"<details><summary>{escaped(title)}</summary>{text}</details>"

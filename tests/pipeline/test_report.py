@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from puzzle.cli import main
@@ -65,9 +63,12 @@ def test_where_nothing_keeps_the_limits_there_is_a_front_and_no_answer(copy: Pro
     assert 'id="strip"' in run.report.read_text()
 
 
-def test_a_stale_stage_is_named(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(copy.run / "students")
-    assert main(["--debug", "report", str(copy.config), "--set", "score.sequences=3"]) == 0
+def test_what_is_stale_is_named_and_left_out(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ["--set", "score.sequences=3", "--set", "evaluate.sequences=3"]
+    assert main(["--debug", "report", str(copy.config), *changed]) == 0
     page = Run.open(copy.config).report.read_text()
     assert "score: 4 of 4 stale – <code>puzzle score RUN --redo</code>" in page
-    assert "not there yet: score" in capsys.readouterr().out
+    for stage in ("score", "evaluate"):
+        assert f"made from other inputs; run <code>puzzle {stage} RUN --redo</code>" in page
+    assert 'id="front"' not in page and 'id="strip"' in page
+    assert "not there yet: score, evaluate" in capsys.readouterr().out

@@ -96,6 +96,9 @@ def summary_of(solution: Solution, design: Design, problem: Problem, name: str) 
         speed={"chat": {"teacher": timed(1.0), "student": timed(0.7)}},
         design=design,
         standings=None,
+        tasks=(),
+        served={},
+        positions=[{"first": 1, "last": 63, **quality(0.1), "teacher_ce_nats": {"mean": 2.4, "standard_error": 0.1}}],
     )
 
 
@@ -140,7 +143,10 @@ def contents_of(num_layers: int = 8, name: str = "a-teacher", variants: int = 7)
         ),
         exports=("hf: transformers: passed",),
         recipe=Recipe(
-            (("config.yaml", "run: runs/demo\n"), ("limit.yaml", "constraints: {}\n")), (("python", "3.11"),), ()
+            "limit.yaml",
+            (("config.yaml", "run: runs/demo\n"), ("limit.yaml", "constraints: {}\n")),
+            (("python", "3.11"),),
+            (),
         ),
     )
 
