@@ -177,6 +177,17 @@ def test_uniform_means_the_same_sizes(
     assert model_type == ("puzzle" if last["ffn"] == SKIP else "llama")
 
 
+@pytest.mark.parametrize(("family", "expected"), [("ministral", "ministral"), ("qwen3", "puzzle")])
+def test_windows_in_some_layers_are_plain_where_readers_know_of_them(
+    family: str, expected: str, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    window = {"attention": {"kind": "window", "window_tokens": 5}, "ffn": KEEP}
+    stock = make_stock(family, layer_types=["full_attention"] * 4, sliding_window=None)
+    model = make_family_student(stock, [{"attention": KEEP, "ffn": KEEP}, window] * 2)
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == expected
+
+
 def test_all_linear_is_not_uniform(tiny_llama: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
     export_hf(make_student(tiny_llama, [{"attention": LINEAR, "ffn": LINEAR}] * 4), teacher_dir, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "puzzle"
@@ -234,13 +245,15 @@ def test_every_field_can_fail() -> None:
 def test_reference_of_a_bf16_model_is_in_fp32(student: PuzzleForCausalLM, tmp_path: Path) -> None:
     model = copy.deepcopy(student).to(torch.bfloat16)
     folder = saved(model, tmp_path / "bf16")
-    write_reference(folder, tmp_path / "reference.safetensors", batch_size=3, num_tokens=5)
+    write_reference(folder, tmp_path / "reference.safetensors", batch_size=3, num_tokens=5, num_greedy=4)
     tensors = load_file(tmp_path / "reference.safetensors")
     assert tensors["logits"].dtype == torch.float32
     assert tensors["logits"].shape == (3, 5, 128)
     whole = load_model(folder, Compute(torch.device("cpu"), bf16=False))
     with torch.no_grad():  # one layer at a time, or all of it
         assert torch.equal(whole(tensors["input_ids"]).logits, tensors["logits"])
+        row = torch.cat([tensors["input_ids"][0], tensors["greedy_ids"]])[None]
+        assert torch.equal(whole(row).logits[0, 4:-1].argmax(-1), tensors["greedy_ids"])
 
 
 def test_refusals_say_what_to_do(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
