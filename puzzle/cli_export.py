@@ -114,7 +114,7 @@ def _verify(options: argparse.Namespace) -> None:
         if line.startswith(tuple(f"{runtime}: cannot load it" for runtime in runtimes)):
             raise ConfigError(f"{folder}: {line}")
     verdicts = [verify(folder, runtime, options.python) for runtime in runtimes]
+    print("\n".join(verdict.line() for verdict in verdicts))  # first: the folder may be one that cannot be written
     publish.note_verdicts(folder, verdicts, unit.payload["others"])
-    print("\n".join(verdict.line() for verdict in verdicts))
     if failed := [verdict.runtime for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"{folder}: does not load as it should in {', '.join(failed)}")
