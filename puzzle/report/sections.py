@@ -93,7 +93,6 @@ def _summary(summary: Summary) -> str:
         f'<dl class="keys">{"".join(_key(*one) for one in _keys(summary))}</dl>{_table(table)}'
         f'<p class="note">{escaped(summary.notes)}</p><ul class="note">{meaning}</ul>'
         + _hidden("Quality by how many tokens a prediction has in sight", _table(summary.by_position()))
-        + _hidden("By how many tokens a prediction sees", _table(summary.by_position()))
     )
 
 
