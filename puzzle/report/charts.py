@@ -274,7 +274,7 @@ def heat_map(name: str, found: HeatMap, rows: Sequence[Sequence[float | None]], 
     drawn.append(words(left - 8, bottom + 14, "layer", "tick", "end"))
     drawn += _legend(left, bottom + 26, scale)
     sizes = f'data-left="{left:.1f}" data-top="{top:g}" data-wide="{wide:.3f}" data-high="{high:g}"'
-    width = left + max(num_layers * wide + 6, 230)
+    width = left + max(num_layers * wide + 6, 246)
     told = (
         f"{found.part}, {unit}, by variant and layer, from {figure(scale.low)} to {figure(scale.high)}; a table follows"
     )
@@ -283,7 +283,7 @@ def heat_map(name: str, found: HeatMap, rows: Sequence[Sequence[float | None]], 
 
 def _legend(x: float, y: float, scale: HeatScale) -> list[str]:
     drawn = [rectangle(x + 12 * step, y, 12, 9, f"heat-{step}") for step in range(len(style.SCALE_STEPS))]
-    told = f"{figure(scale.low)} to {figure(scale.high)}{', logarithmic' if scale.logarithmic else ''}"
+    told = f"{scale.low:.3g} to {scale.high:.3g}{', log' if scale.logarithmic else ''}"
     return [*drawn, words(x + 12 * len(style.SCALE_STEPS) + 8, y + 9, told, "tick")]
 
 

@@ -186,7 +186,7 @@ def _front(trade: Trade) -> str:
     points = charts.in_order(trade)
     start = charts.start_of(trade)
     totals = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{figure(value)} {escaped(unit)}</dd></div>"
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(measured(value, unit))}</dd></div>"
         for (name, unit), value in zip(trade.told, start.totals, strict=True)
     )
     rows = tuple(
@@ -210,6 +210,11 @@ def _front(trade: Trade) -> str:
 <p class="get">To have it searched for: <code>{escaped(to_get(start, trade))}</code></p>
 <button type="button" disabled>Back to the chosen one</button></div>
 {_hidden("The points as a table", _table(Table(head, rows, "", marked)))}"""
+
+
+def measured(value: float, unit: str) -> str:
+    """A count says by its name what is counted."""
+    return figure(value) if unit == "parameters" else f"{figure(value)} {unit}"
 
 
 def to_get(point: Point, trade: Trade) -> str:
@@ -271,10 +276,10 @@ def _maps(found: Search) -> str:
     trade = found.trade
     cost, unit = (trade.cost_name, trade.cost_unit) if isinstance(trade, Trade) else ("cost", "")
     quality = charts.quality_unit(trade) if isinstance(trade, Trade) else "nats"
-    told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer there.</p>"
+    told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer.</p>"
     drawn = []
-    score = f"Score: {quality} lost with this variant alone in place"
-    choice = "Choice: share of the points above that take it"
+    score = f"Score: {quality} lost with this variant alone"
+    choice = "Choice: share of the points above"
     for place, one in enumerate(found.maps):
         kinds = [
             ("score", score, one.scores, quality, True),
