@@ -146,6 +146,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What other ways to choose come to, the search's own first; ``objective``: by which score."""
+
+    objective: str
+    found: tuple[Compared, ...]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """``files``: name and text of what to save; ``constraints``: the name of the constraint file, if there is one."""
 
@@ -167,7 +175,7 @@ class Contents:
     search: Search | Absent | None
     trained: tuple[Trained, ...] | Absent | None
     steps: tuple[Mapping[str, Any], ...] | Absent
-    compared: tuple[Compared, ...] | Absent | None
+    compared: Comparison | Absent | None
     standings: Table | None
     exports: tuple[str, ...]
     recipe: Recipe
@@ -233,11 +241,10 @@ def _steps(run: Run) -> tuple[Mapping[str, Any], ...]:
     return tuple(steps)
 
 
-def _compared(run: Run) -> tuple[Compared, ...]:
+def _compared(run: Run) -> Comparison:
     if not run.comparison.exists():
         raise MissingMeasurementError("nothing was compared yet; run `puzzle compare RUN --true`, then this report")
-    found = artifacts.read_unit(run.comparison).payload["compared"]
-    return tuple(from_json(Compared, one, run.comparison) for one in found)
+    return from_json(Comparison, artifacts.read_unit(run.comparison).payload, run.comparison)
 
 
 def _trained(run: Run) -> tuple[Trained, ...]:
@@ -269,11 +276,11 @@ def _exports(run: Run) -> tuple[str, ...]:
 
 
 def _recipe(run: Run) -> Recipe:
-    inputs = [] if run.constraints is None else [run.constraints]
+    inputs = {} if run.constraints is None else {"constraints": run.constraints}
     if run.config.prune is None:
-        inputs.append(yamlfiles.locate("space", run.config.space or DEFAULT_SPACE))
-        inputs.append(yamlfiles.locate("grid", run.config.profile.grid))
-    files = [(path.name, path.read_text(encoding="utf-8")) for path in inputs]
+        inputs["space"] = yamlfiles.locate("space", run.config.space or DEFAULT_SPACE)
+        inputs["grid"] = yamlfiles.locate("grid", run.config.profile.grid)
+    files = [(f"{key}: {path.name}", path.read_text(encoding="utf-8")) for key, path in inputs.items()]
     constraints = "" if run.constraints is None else run.constraints.name
     known = artifacts.read_json(run.folder / "env.json") if (run.folder / "env.json").exists() else {}
     versions = {**known.get("versions", {}), "system": known.get("system", "")}

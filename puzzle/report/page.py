@@ -14,7 +14,7 @@ from importlib import resources
 import puzzle.report.charts as charts
 from puzzle import style
 from puzzle.report.contents import Contents, Search, Trade
-from puzzle.report.sections import drawn, longest, measured, sections_of, to_get, unfinished
+from puzzle.report.sections import amount, drawn, longest, sections_of, to_get, unfinished
 from puzzle.report.summary import Design
 from puzzle.report.svg import escaped
 
@@ -94,7 +94,7 @@ def _data(contents: Contents) -> str:
             {
                 "blocks": point.blocks,
                 "said": ("Chosen: " if point is trade.chosen else "") + charts.said(point, trade),
-                "totals": [measured(value, unit) for (_, unit), value in zip(trade.told, point.totals, strict=True)],
+                "totals": [amount(value, unit) for (_, unit), value in zip(trade.told, point.totals, strict=True)],
                 "get": to_get(point, trade),
             }
             for point in points

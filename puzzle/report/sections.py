@@ -11,11 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import puzzle.report.charts as charts
-from puzzle.report.contents import Absent, Contents, HeatMap, Left, Point, Reached, Recipe, Search, Trade, Trained
+from puzzle.report.contents import (
+    Absent,
+    Comparison,
+    Contents,
+    HeatMap,
+    Left,
+    Point,
+    Reached,
+    Recipe,
+    Search,
+    Trade,
+    Trained,
+)
 from puzzle.report.summary import MODELS, Design, Summary
 from puzzle.report.svg import diamond, escaped, figure, star
 from puzzle.report.table import Table
-from puzzle.search.compare import Compared
 from puzzle.types import mean_and_error
 
 Found = TypeVar("Found")
@@ -38,7 +49,7 @@ def sections_of(contents: Contents) -> list[tuple[str, str, str]]:
         ("choices", "What every layer had to choose from", _part(searched, _maps)),
         ("times", "Times", _part(contents.summary, _times)),
         ("distillation", "Distillation", _distillation(contents)),
-        ("baselines", "Simpler ways to choose", _part(contents.compared, lambda found: _baselines(found, trade))),
+        ("baselines", "Simpler ways to choose", _part(contents.compared, _baselines)),
         ("tournament", "Tournament", "" if contents.standings is None else _table(contents.standings)),
         ("checkpoints", "Checkpoints", _list(contents.exports)),
         ("reproduce", "Do it again", _recipe(contents.recipe)),
@@ -92,7 +103,6 @@ def _summary(summary: Summary) -> str:
     return (
         f'<dl class="keys">{"".join(_key(*one) for one in _keys(summary))}</dl>{_table(table)}'
         f'<p class="note">{escaped(summary.notes)}</p><ul class="note">{meaning}</ul>'
-        + _hidden("Quality by how many tokens a prediction has in sight", _table(summary.by_position()))
         + _hidden("By how many tokens a prediction sees", _table(summary.by_position()))
     )
 
@@ -186,7 +196,7 @@ def _front(trade: Trade) -> str:
     points = charts.in_order(trade)
     start = charts.start_of(trade)
     totals = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(measured(value, unit))}</dd></div>"
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(amount(value, unit))}</dd></div>"
         for (name, unit), value in zip(trade.told, start.totals, strict=True)
     )
     rows = tuple(
@@ -212,7 +222,7 @@ def _front(trade: Trade) -> str:
 {_hidden("The points as a table", _table(Table(head, rows, "", marked)))}"""
 
 
-def measured(value: float, unit: str) -> str:
+def amount(value: float, unit: str) -> str:
     """A count says by its name what is counted."""
     return figure(value) if unit == "parameters" else f"{figure(value)} {unit}"
 
@@ -363,27 +373,28 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> str:
     return _figure(told, charts.curve(steps))
 
 
-def _baselines(compared: Sequence[Compared], trade: Trade | Absent | None) -> str:
-    objective = trade.objective_name if isinstance(trade, Trade) else "kl_nats"
-    measured = any(one.measured for one in compared)
+def _baselines(comparison: Comparison) -> str:
+    found = [one for one in comparison.found if one.objective is not None or one.measured]
+    evaluated = any(one.measured for one in found)
     told = "What others would have chosen under the same limits" + (
         ": as the scores predict it, and as it truly is on the report split, before global distillation."
-        if measured
+        if evaluated
         else ", as the scores predict it. <code>puzzle compare RUN --true</code> evaluates each."
     )
-    metrics = list(dict.fromkeys(name for one in compared for name in one.totals))
+    metrics = list(dict.fromkeys(name for one in found for name in one.totals))
     rows = tuple(
         (
-            one.name, _number(one.objective), _true(one.measured),
-            *(_number(one.totals.get(name)) for name in metrics), one.note or "–",
+            one.name, _number(one.objective), *([_true(one.measured)] if evaluated else []),
+            *(_number(one.totals.get(name)) for name in metrics),
         )
-        for one in compared
+        for one in found
     )  # fmt: skip
-    head = ("", f"{objective}, predicted", "true", *metrics, "remark")
+    head = ("", f"{comparison.objective}, predicted", *(["true"] if evaluated else []), *metrics)
     marks = [('<circle cx="7" cy="7" r="5" class="dot first"/>', "predicted")]
-    marks += [(diamond(7, 7, 6, "dot second"), "true, ± standard error")] if measured else []
-    chart = charts.baselines(compared, objective)
-    return _figure(told, chart, _key_of(marks) if chart else "") + _table(Table(head, rows, "", 0))
+    marks += [(diamond(7, 7, 6, "dot second"), "true, ± standard error")] if evaluated else []
+    figure = _figure(told, charts.baselines(found, comparison.objective), _key_of(marks)) if found else ""
+    notes = [f"{one.name}: {one.note}" for one in comparison.found if one.note]
+    return figure + _table(Table(head, rows, "", 0)) + _list(notes)
 
 
 def _true(values: Sequence[float]) -> str:
