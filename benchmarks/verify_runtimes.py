@@ -1,6 +1,8 @@
 """Does a runtime compute what the student does? A random student with every kind of variant that the runtime takes,
 first and last layer included, one of each other family that it reads, and the bundled teacher are written for it, in
-fp32, and checked in the runtime's own environment.
+fp32, and checked in the runtime's own environment: logits, 64 greedy tokens and, where the tokenizer is part of the
+format, the tokens of the bundled held-out text. For llama.cpp the teacher is written as Q8_0, too, and its CE on that
+text is told.
 
     python benchmarks/verify_runtimes.py mlx-lm --python /venvs/mlx/bin/python
     python benchmarks/verify_runtimes.py llama.cpp --python /venvs/llama/bin/python     # needs puzzle-nas[gguf] here
@@ -24,19 +26,25 @@ from typing import Any
 
 import torch
 from environment import environment
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 from puzzle import build
 from puzzle.checkpoint import DEMO_TEACHER
+from puzzle.config import SourceConfig
+from puzzle.data.source import documents
+from puzzle.export.gguf import GgufType
 from puzzle.export.publish import FORMATS
 from puzzle.export.source import Source
-from puzzle.export.verify import REFERENCE, verify, write_reference
+from puzzle.export.verify import REFERENCE, Verdict, verify, write_reference
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.teacher import load_tokenizer
 from puzzle.types import Format
 
 Blocks = list[tuple[dict[str, Any], dict[str, Any]]]
 
 RESULTS = Path(__file__).parent / "results"
+SEQUENCES, TOKENS, TEXT_CHARACTERS, NUM_GREEDY = 16, 256, 200_000, 64
 KEEP, SKIP, LINEAR = {"kind": "keep"}, {"kind": "skip"}, {"kind": "linear"}
 GQA, GQA_1 = {"kind": "gqa", "num_kv_heads": 2}, {"kind": "gqa", "num_kv_heads": 1}
 NARROW = {"kind": "narrow", "intermediate_size": 40}
@@ -84,13 +92,12 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What a runtime is given. ``num_greedy``: tokens made greedily, which it must make, too."""
+    """What a runtime is given."""
 
     target: Format
     blocks: Blocks
     hidden_size: int = 64
     num_tokens: int = 24
-    num_greedy: int = 0
     others: Mapping[str, Blocks] = field(default_factory=dict)
 
     def students(self) -> Mapping[str, Blocks]:
@@ -103,8 +110,8 @@ OTHERS = {**dict.fromkeys(("mistral", "ministral", "qwen2", "qwen3", "gemma3_tex
 CASES = {
     "mlx-lm": Case("mlx", BLOCKS),
     "llama.cpp": Case("gguf", BLOCKS),
-    "vllm": Case("nemotron-nas", STOCK_VLLM, 128, 200, 64),
-    "vllm-plugin": Case("hf", PLUGIN, 128, 200, 64, OTHERS),
+    "vllm": Case("nemotron-nas", STOCK_VLLM, 128, 200),
+    "vllm-plugin": Case("hf", PLUGIN, 128, 200, OTHERS),
 }
 
 
@@ -136,23 +143,53 @@ def make_student(folder: Path, family: str, layers: Blocks, hidden_size: int) ->
         shutil.copy(file, folder)
 
 
+def held_out() -> tuple[str, torch.Tensor]:
+    """The bundled text of the report split; its first tokens in sequences."""
+    own = [str(document.content) for document in documents(SourceConfig(path="demo")) if document.split == "report"]
+    text = "\n".join(own)[:TEXT_CHARACTERS]
+    ids = load_tokenizer(DEMO_TEACHER)(text, add_special_tokens=False).input_ids
+    return text, torch.tensor(ids[: SEQUENCES * TOKENS]).view(SEQUENCES, TOKENS)
+
+
+def checked(label: str, model: Path, out: Path, options: argparse.Namespace, gguf_type: GgufType = "F32") -> Verdict:
+    """Prints what the runtime makes of the model as it is written for it."""
+    case, (text, tokens) = CASES[options.runtime], held_out()
+    FORMATS[case.target](Source.open(model), model, out, gguf_type)
+    if case.target != "gguf" or model != DEMO_TEACHER:  # only there a CE is asked for
+        tokens = torch.randint(0, 2048, (2, case.num_tokens), generator=torch.Generator().manual_seed(0))
+    write_reference(model, out / REFERENCE, gguf_type == "F32", model, tokens, text, NUM_GREEDY)
+    verdict = verify(out, options.runtime, options.python)
+    reference = load_file(out / REFERENCE)
+    print(f"{label}: {verdict.line()}", flush=True)
+    if "tokens_of_text_unlike" in verdict.differences:
+        unlike = verdict.differences["tokens_of_text_unlike"]
+        print(f"  {len(reference['text_ids']):,} tokens of held-out text: {unlike:.0f} others")
+    if "ce_change_nats" in verdict.differences and model == DEMO_TEACHER:
+        logits, ids = reference["logits"][:, :-1], reference["input_ids"][:, 1:]
+        ce = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+        change = verdict.differences["ce_change_nats"]
+        print(f"  CE on {ids.numel():,} of its tokens: {ce + change:.4f} nats ({change:+.4f} against {ce:.4f})")
+    return verdict
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runtime", choices=[*CASES])
     parser.add_argument("--python", type=Path, help="of the environment that the runtime is in")
     parser.add_argument("--save", action="store_true", help="write the result file")
     options = parser.parse_args()
-    case, verdicts = CASES[options.runtime], {}
+    case = CASES[options.runtime]
     with tempfile.TemporaryDirectory() as name:
-        models = {f"{family}, every variant": Path(name) / family for family in case.students()}
+        verdicts = {}
         for family, blocks in case.students().items():
             make_student(Path(name) / family, family, blocks, case.hidden_size)
-        for label, model in {**models, "bundled teacher": DEMO_TEACHER}.items():
-            out = Path(name) / f"out-{model.name}"
-            FORMATS[case.target](Source.open(model), model, out, "F32")
-            write_reference(model, out / REFERENCE, True, model, 2, case.num_tokens, case.num_greedy)
-            verdicts[label] = verify(out, options.runtime, options.python)
-            print(f"{label}: {verdicts[label].line()}", flush=True)
+            label = f"{family}, every variant"
+            verdicts[label] = checked(label, Path(name) / family, Path(name) / f"out-{family}", options)
+        label = "bundled teacher"
+        verdicts[label] = checked(label, DEMO_TEACHER, Path(name) / "out-teacher", options)
+        if case.target == "gguf":
+            label += ", Q8_0"
+            verdicts[label] = checked(label, DEMO_TEACHER, Path(name) / "out-q8", options, "Q8_0")
     if options.save:
         found = {label: verdict.differences for label, verdict in verdicts.items()}
         version = next(iter(verdicts.values())).version

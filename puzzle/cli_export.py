@@ -32,6 +32,9 @@ def add_commands(commands: Any) -> None:
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder")
     convert.add_argument("--target", choices=get_args(Format), required=True, help="the format")
     convert.add_argument("--gguf-type", choices=GGUF_TYPES, help="of matrices in a GGUF file (default: as they are)")
+    convert.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer and licence go along (default: the model's)"
+    )
     convert.set_defaults(command=_convert)
 
     verify = commands.add_parser("verify", help="check in a clean process that an export loads as it should")
@@ -49,12 +52,12 @@ def _convert(options: argparse.Namespace) -> None:
 
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
-    source = Source.open(options.model)
+    source, tokenizer_dir = Source.open(options.model), options.tokenizer or options.model
     name = options.model.resolve().name
-    card = converted_card(name, Licence.of(options.model), options.target, source.shape, source.layers)
+    card = converted_card(name, Licence.of(tokenizer_dir), options.target, source.shape, source.layers)
 
     def write(aside: Path) -> dict[str, Any]:
-        return publish.fill(aside, source, options.target, options.model, card, options.gguf_type)
+        return publish.fill(aside, source, options.target, tokenizer_dir, card, options.gguf_type)
 
     unit = artifacts.publish_folder(options.output, {}, write, loose=publish.LOOSE)
     _print(unit)
@@ -114,7 +117,7 @@ def _verify(options: argparse.Namespace) -> None:
         if line.startswith(tuple(f"{runtime}: cannot load it" for runtime in runtimes)):
             raise ConfigError(f"{folder}: {line}")
     verdicts = [verify(folder, runtime, options.python) for runtime in runtimes]
+    print("\n".join(verdict.line() for verdict in verdicts))  # first: the folder may be one that cannot be written
     publish.note_verdicts(folder, verdicts, unit.payload["others"])
-    print("\n".join(verdict.line() for verdict in verdicts))
     if failed := [verdict.runtime for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"{folder}: does not load as it should in {', '.join(failed)}")

@@ -68,7 +68,7 @@ def main(export_dir: str, reference_file: str, result_file: str, _num_threads: s
         trust_remote_code=model_type == "nemotron-nas",  # the code of its config class
         skip_tokenizer_init=True,
         dtype="float32",
-        max_model_len=tokens.shape[1] + NUM_NEW_TOKENS + 1,
+        max_model_len=max(tokens.shape[1] + NUM_NEW_TOKENS, len(reference.get("greedy_ids", ()))) + 1,
         max_num_seqs=len(tokens),
         max_num_batched_tokens=max(CHUNK_TOKENS, len(tokens)),
         kv_cache_memory_bytes=CACHE_BYTES,
@@ -78,9 +78,10 @@ def main(export_dir: str, reference_file: str, result_file: str, _num_threads: s
     )
     expected = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     whole = np.stack([values for values, _ in tables(engine, tokens)])
-    ((cached, made),) = tables(engine, tokens[:1], NUM_NEW_TOKENS)
+    count = int(reference["num_greedy"]) if "num_greedy" in reference else NUM_NEW_TOKENS
+    ((cached, made),) = tables(engine, tokens[:1], count)
     ((plain, _),) = tables(engine, [[*tokens[0], *made[:-1]]])
-    greedy = [*reference["greedy_ids"]] if "greedy_ids" in reference else plain[-len(made) :].argmax(-1)
+    greedy = reference["greedy_ids"][-count:] if "greedy_ids" in reference else plain[-count:].argmax(-1)
     differences = {
         "max_logit_difference": float(np.abs(whole - expected).max()),
         "chunked_difference": float(np.abs(cached - plain).max()),

@@ -45,6 +45,13 @@ class Limit:
     def label(self) -> str:
         return f"{self.name} {SIGNS[self.side]}"
 
+    def on_grid(self, value: float) -> float:
+        """The nearest of the slider's values that asks for no more."""
+        steps = (value - self.start) / self.step
+        up, down = math.ceil(steps - 1e-9), math.floor(steps + 1e-9)
+        found = self.start + self.step * {"max": up, "min": down, "eq": round(steps)}[self.side]
+        return round(found) if self.whole else found
+
     def row(self, problem: Problem, value: float) -> Row:
         """The bound at ``value``, as clear of it as a constraint file with that number would be."""
         quantity = problem.quantity(self.name)
@@ -157,16 +164,11 @@ def _limit(problems: Sequence[Problem], row: Row) -> Limit:
     beyond = BEYOND * (most - least)
     least = min(max(0.0, least - beyond) if side == "max" and least >= 0 else least, start)
     most = max(most + beyond if side == "min" else most, start)
-    digits = max(0, -math.floor(math.log10(step)))
+    # the browser keeps a slider to its steps from the least value on, and the file's value is to be one of them
+    down, up = math.ceil((start - least) / step), math.ceil((most - start) / step)
+    down -= start - down * step < 0
     return Limit(
-        quantity.name,
-        side,
-        quantity.unit,
-        start,
-        round(math.floor(least / step) * step, digits),
-        round(math.ceil(most / step) * step, digits),
-        step,
-        quantity.whole,
+        quantity.name, side, quantity.unit, start, start - down * step, start + up * step, step, quantity.whole
     )
 
 

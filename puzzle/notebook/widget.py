@@ -19,12 +19,12 @@ from puzzle import style
 from puzzle.notebook.front import ParetoFront
 from puzzle.notebook.html import STYLE, details, note, paragraph, table
 from puzzle.notebook.sliders import QUICK, Limit, Sliders, price_words
-from puzzle.notebook.solution import SolutionView, unit_of
+from puzzle.notebook.solution import SolutionView
 from puzzle.notebook.strip import svg
-from puzzle.report.words import figure, status
+from puzzle.report.words import figure, quality, status
 from puzzle.search.explain import RowStory
 from puzzle.search.linear import EXACT, Effort
-from puzzle.search.pareto import quality_label
+from puzzle.search.pareto import Front, quality_label
 from puzzle.types import InfeasibleError, OutOfTimeError
 
 __all__ = ["Explorer"]
@@ -32,6 +32,7 @@ __all__ = ["Explorer"]
 MOST_POINTS = 1000  # of the front in the picture
 REST_S = 0.4  # without a move, after which a slider counts as at rest
 HINT = "Click on a point of the front to compare with it."
+STEEP = 0.12  # of the range of the cost
 GRID = "rgba(128, 128, 128, .22)"
 CSS = f"""\
 <style>
@@ -59,6 +60,7 @@ class Explorer:
         self._headline, self._message = widgets.HTML(), widgets.HTML()
         self._strips, self._figures = widgets.HTML(), widgets.HTML()
         self.controls = [_slider(limit) for limit in self.sliders.limits]
+        self._labels = [widgets.HTML() for _ in self.controls]
         self._told = [widgets.HTML() for _ in self.controls]
         self._go = widgets.Button(icon="arrow-right", layout={"display": "none"})
         self._keep = widgets.Button(description="Keep for comparison", icon="thumb-tack")
@@ -78,17 +80,19 @@ class Explorer:
 
     def _layout(self) -> Any:
         rows: list[Any] = []
-        for limit, control, told in zip(self.sliders.limits, self.controls, self._told, strict=True):
-            label = paragraph(f"{limit.label} … {limit.unit}")
-            rows.append(widgets.VBox([widgets.HTML(label), control, told]))
+        for label, control, told in zip(self._labels, self.controls, self._told, strict=True):
+            rows.append(widgets.VBox([label, control, told]))
         buttons = widgets.HBox([self._keep, self._drop], layout={"flex_flow": "row wrap"})
         left = widgets.VBox(
             [self._headline, *rows, self._message, self._go, buttons],
             layout={"flex": "1 1 340px", "min_width": "300px"},
         )
         right = widgets.VBox([self.figure], layout={"flex": "2 1 460px", "min_width": "380px"})
-        top = widgets.HBox([left, right], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
-        view = widgets.VBox([widgets.HTML(STYLE + CSS), top, self._strips, self._figures])
+        side_by_side = {"flex_flow": "row wrap", "align_items": "flex-start"}
+        self._strips.layout = {"flex": "1 1 560px", "min_width": "420px", "margin": "0 24px 0 0"}
+        top = widgets.HBox([left, right], layout=side_by_side)
+        bottom = widgets.HBox([self._strips, self._figures], layout=side_by_side)
+        view = widgets.VBox([widgets.HTML(STYLE + CSS), top, bottom])
         view.add_class("puzzle")
         return view
 
@@ -115,7 +119,7 @@ class Explorer:
             self.chosen = self.sliders.solve(self.values, start, effort)
         except (InfeasibleError, OutOfTimeError) as error:
             trouble, near = str(error), self.sliders.nearest(self.values, moved)
-            self._nearest = None if near is None else (moved, near)
+            self._nearest = None if near is None else (moved, self.sliders.limits[moved].on_grid(near))
         took = time.perf_counter() - begin
         if effort == EXACT and self.chosen is not None and not trouble:
             self._stories = self.sliders.prices(self.chosen)
@@ -124,7 +128,7 @@ class Explorer:
     def _to_nearest(self, _: object) -> None:
         if self._nearest is not None:
             index, value = self._nearest
-            self.controls[index].value = round(value) if self.sliders.limits[index].whole else value
+            self.controls[index].value = value
 
     def _clicked(self, _: object, points: Any, __: object) -> None:
         if points.point_inds:
@@ -142,6 +146,8 @@ class Explorer:
             index, value = self._nearest
             self._go.description = f"to the nearest that fits: {self.sliders.limits[index].label} {figure(value)}"
         self._headline.value = self._told_of_chosen(trouble, took)
+        for limit, value, label in zip(self.sliders.limits, self.values, self._labels, strict=True):
+            label.value = paragraph(f"{limit.label} {figure(value)} {limit.unit}")
         for index, told in enumerate(self._told):
             told.value = "" if trouble else paragraph(self._told_of_limit(index), "faint")
         self._draw_comparison(stale=bool(trouble))
@@ -149,14 +155,11 @@ class Explorer:
     def _told_of_chosen(self, trouble: str, took: float) -> str:
         if self.chosen is None:
             return paragraph("no architecture yet", "strong")
-        solution = self.chosen.solution
-        error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
-        name = solution.objective_name
-        quality = f"{name.removesuffix('_nats')} {solution.objective_nats:.4f}{error} {unit_of(name)}"
+        found = quality(self.chosen.solution)
         if trouble:
-            return paragraph(quality, "strong") + paragraph("the last that fitted", "faint")
-        state = f"predicted; {status(solution)}, found in {1000 * took:.0f} ms"
-        return paragraph(quality, "strong") + paragraph(state, "faint")
+            return paragraph(found, "strong") + paragraph("the last that fitted", "faint")
+        state = f"predicted; {status(self.chosen.solution)}, found in {1000 * took:.0f} ms"
+        return paragraph(found, "strong") + paragraph(state, "faint")
 
     def _told_of_limit(self, index: int) -> str:
         if self.chosen is None:
@@ -178,9 +181,7 @@ class Explorer:
         parts = []
         for name, view in shown:
             others = [other.blocks for label, other in shown if label != name]
-            parts.append(
-                paragraph(f"{name}: {view.solution.objective_nats:.4f} {unit_of(view.solution.objective_name)}")
-            )
+            parts.append(paragraph(f"{name}: {quality(view.solution)}"))
             parts.append(svg(view.blocks, name, *others))
         parts.append(paragraph(HINT if compared is None else "Outlined: where the two differ.", "faint"))
         self._strips.value = f'<div style="opacity:{0.4 if stale else 1}">{"".join(parts)}</div>'
@@ -210,11 +211,19 @@ def _slider(limit: Limit) -> Any:
         min=least,
         max=most,
         step=step,
-        readout_format=",d" if limit.whole else ".4g",
-        description_allow_html=False,
+        readout=False,  # the label says more
         tooltip=f"{limit.label} ({limit.unit})",
         layout={"width": "96%"},
     )
+
+
+def _heights(front: Front) -> tuple[float, float]:
+    """What the picture shows of the front: not its steep end, where hardly anything is left; a double click does."""
+    first, last = float(front.cost[0]), float(front.cost[-1])
+    shown = front.best_within(first + STEEP * (last - first))
+    top = float(front.objective[shown or 0]) or float(front.objective[0]) or 1.0
+    low = min(0.0, float(front.objective[-1]))
+    return low - 0.05 * (top - low), top
 
 
 def _figure(front: ParetoFront) -> Any:
@@ -256,6 +265,6 @@ def _figure(front: ParetoFront) -> Any:
         showlegend=True,
         legend={"x": 1, "xanchor": "right", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
         xaxis={**axis, "title": {"text": f"{of.cost_name} ({of.cost_unit})"}},
-        yaxis={**axis, "title": {"text": quality_label(of.objective_name)}, "rangemode": "tozero"},
+        yaxis={**axis, "title": {"text": quality_label(of.objective_name)}, "range": _heights(of)},
     )
     return made

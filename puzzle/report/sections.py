@@ -103,7 +103,7 @@ def _summary(summary: Summary) -> str:
     return (
         f'<dl class="keys">{"".join(_key(*one) for one in _keys(summary))}</dl>{_table(table)}'
         f'<p class="note">{escaped(summary.notes)}</p><ul class="note">{meaning}</ul>'
-        + _hidden("By how many tokens a prediction sees", _table(summary.by_position()))
+        + _hidden("Quality by how many tokens a prediction has in sight", _table(summary.by_position()))
     )
 
 

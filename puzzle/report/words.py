@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from puzzle.types import Solution
 
+QUALITIES = {"kl_nats": "KL", "ce_delta_nats": "CE gap", "hidden_distance": "hidden distance"}
+
 
 def headline(solution: Solution) -> str:
     name = solution.objective_name or "kl_nats"
@@ -24,4 +26,13 @@ def status(solution: Solution) -> str:
 
 
 def figure(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 0.01 else f"{value:,.4f}".rstrip("0").rstrip(".")
+    """Four significant digits, or four after the point where that is more."""
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:,.4f}".rstrip("0").rstrip(".")
+
+
+def quality(solution: Solution) -> str:
+    """The sum of scores with its standard error and unit."""
+    name = solution.objective_name or "kl_nats"
+    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
+    unit = " nats per token" if name.endswith("_nats") else ""
+    return f"{QUALITIES.get(name, name)} {solution.objective_nats:.4f}{error}{unit}"

@@ -32,6 +32,8 @@ def test_there_is_a_slider_for_each_constraint_and_one_for_the_fronts_cost(make_
     for limit in sliders.limits:
         assert limit.least <= limit.start <= limit.most
         assert 50 < (limit.most - limit.least) / limit.step < 500
+        for value in (limit.start, limit.most, limit.least):  # the browser keeps it to steps
+            assert limit.on_grid(value) == pytest.approx(value, rel=1e-12)
     free = sliders.solve(sliders.start, effort=EXACT)
     assert free.problem.rows[2].slack(free.solution.items) >= 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from puzzle.artifacts import read_unit
+from puzzle.artifacts import MARKER, read_unit
 from puzzle.cli import main
 from puzzle.export import publish
 from puzzle.export.verify import RUNTIMES, Verdict
@@ -159,3 +160,14 @@ def test_what_the_hub_says_is_said_in_words(
     assert main(["export", str(copy.config), "--push-to-hub", "me/student"]) == 2
     assert f"--push-to-hub: me/student is {message}" in capsys.readouterr().err
     assert not hub.uploaded
+
+
+def test_an_export_from_before_formats_were_units_is_stale(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Run.open(copy.config).checkpoint
+    (folder / MARKER).rename(folder.parent / MARKER)  # where it was then
+    assert main(["--debug", "status", str(copy.config)]) == 0
+    assert re.search(r"^export +1 stale", capsys.readouterr().out, re.M)
+    assert main(["export", str(copy.config)]) == 6
+    assert "was made from other inputs (changed: layout); run again with --redo export" in capsys.readouterr().err
+    assert main(["--debug", "export", str(copy.config), "--redo"]) == 0
+    assert (folder / MARKER).is_file()
