@@ -11,19 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import puzzle.report.charts as charts
-from puzzle.report.contents import (
-    Absent,
-    Comparison,
-    Contents,
-    HeatMap,
-    Left,
-    Point,
-    Reached,
-    Recipe,
-    Search,
-    Trade,
-    Trained,
-)
+import puzzle.report.front as front
+from puzzle.report.contents import Comparison, Contents, Left, Recipe, Trained
+from puzzle.report.searched import Absent, HeatMap, Point, Reached, Search, Trade
 from puzzle.report.summary import MODELS, Design, Summary
 from puzzle.report.svg import diamond, escaped, figure, star
 from puzzle.report.table import Table
@@ -60,7 +50,7 @@ def drawn(contents: Contents) -> Design | Absent:
     """The chosen architecture; where nothing was chosen, the point of the front that is picked at first."""
     trade = contents.search.trade if isinstance(contents.search, Search) else None
     if isinstance(contents.design, Absent) and isinstance(trade, Trade):
-        return charts.design_of(charts.start_of(trade), trade)
+        return front.design_of(front.start_of(trade), trade)
     return contents.design
 
 
@@ -193,8 +183,8 @@ def _front_words(trade: Trade) -> str:
 
 
 def _front(trade: Trade) -> str:
-    points = charts.in_order(trade)
-    start = charts.start_of(trade)
+    points = front.in_order(trade)
+    start = front.start_of(trade)
     totals = "".join(
         f"<div><dt>{escaped(name)}</dt><dd>{escaped(amount(value, unit))}</dd></div>"
         for (name, unit), value in zip(trade.told, start.totals, strict=True)
@@ -213,9 +203,9 @@ def _front(trade: Trade) -> str:
         "limits kept",
     )
     marked = points.index(trade.chosen) if trade.chosen is not None else None
-    said = ("Chosen: " if trade.chosen is not None else "") + charts.said(start, trade)
+    said = ("Chosen: " if trade.chosen is not None else "") + front.said(start, trade)
     return f"""\
-{_figure(escaped(_front_words(trade)), charts.front(trade), _front_key(trade))}
+{_figure(escaped(_front_words(trade)), front.front(trade), _front_key(trade))}
 <div class="selected"><output aria-live="polite">{escaped(said)}</output><dl>{totals}</dl>
 <p class="get">To have it searched for: <code>{escaped(to_get(start, trade))}</code></p>
 <button type="button" disabled>Back to the chosen one</button></div>
@@ -277,7 +267,7 @@ def _strip(design: Design, trade: Trade | Absent | None) -> str:
         for layer, ((attention, ffn), (left, right)) in enumerate(zip(design.names, design.shares, strict=True))
     )
     table = Table(("layer", "attention", "of the teacher’s", "FFN", "of the teacher’s"), rows, named)
-    return _figure(told, charts.strip(design, longest(design, trade), spoken), fits=False) + _hidden(
+    return _figure(told, front.strip(design, longest(design, trade), spoken), fits=False) + _hidden(
         "The layers as a table", _table(table)
     )
 
@@ -285,7 +275,7 @@ def _strip(design: Design, trade: Trade | Absent | None) -> str:
 def _maps(found: Search) -> str:
     trade = found.trade
     cost, unit = (trade.cost_name, trade.cost_unit) if isinstance(trade, Trade) else ("cost", "")
-    quality = charts.quality_unit(trade) if isinstance(trade, Trade) else "nats"
+    quality = front.quality_unit(trade) if isinstance(trade, Trade) else "nats"
     told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer.</p>"
     drawn = []
     score = f"Score: {quality} lost with this variant alone"

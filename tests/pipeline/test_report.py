@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from puzzle.cli import main
-from puzzle.report.contents import Absent, Comparison, Contents, Search, Trade
+from puzzle.report.contents import Comparison, Contents
+from puzzle.report.searched import Absent, Search, Trade
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
 

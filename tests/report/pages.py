@@ -6,8 +6,9 @@ import random
 from dataclasses import replace
 from fractions import Fraction
 
-from puzzle.report.charts import in_order
-from puzzle.report.contents import Absent, Comparison, Contents, Left, Recipe, Search, Trade, Trained, searched
+from puzzle.report.contents import Comparison, Contents, Left, Recipe, Trained
+from puzzle.report.front import in_order
+from puzzle.report.searched import Absent, Search, Trade, searched
 from puzzle.report.summary import MODELS, Design, Summary
 from puzzle.report.table import Table
 from puzzle.search.compare import Compared

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.report.charts import HeatScale
-from puzzle.report.contents import FRONT_POINTS, REACH, Trade, searched
+from puzzle.report.searched import FRONT_POINTS, REACH, Trade, searched
 from puzzle.report.svg import Scale, figure
 from tests.report.pages import problem_of, shape_of, solution_of
 

@@ -15,9 +15,10 @@ import pytest
 from matplotlib.colors import to_hex
 
 from puzzle import style
-from puzzle.report.charts import in_order
-from puzzle.report.contents import Absent, Comparison, Contents, Search, Trade
+from puzzle.report.contents import Comparison, Contents
+from puzzle.report.front import in_order
 from puzzle.report.page import page
+from puzzle.report.searched import Absent, Search, Trade
 from puzzle.report.summary import Design
 from puzzle.report.table import Table
 from puzzle.search.compare import Compared
