@@ -155,15 +155,15 @@ def _compared(run: Run) -> Comparison:
 
 
 def _trained(run: Run) -> tuple[Trained, ...]:
-    frame = library_frame(run)
+    frame = library_frame(run).astype({"loss_start": float, "loss_end": float})
     frame = frame[(frame.loss_start > 0) & (frame.loss_end > 0)]
     frame = frame.assign(part=[site.split(".")[1] if "." in site else "layer" for site in frame.site])
     return tuple(
         Trained(
             str(part),
             str(variant),
-            float(np.exp(np.log(of.loss_start.astype(float)).mean())),
-            float(np.exp(np.log(of.loss_end.astype(float)).mean())),
+            float(np.exp(np.log(of.loss_start).mean())),
+            float(np.exp(np.log(of.loss_end).mean())),
             float(of.loss_end.min()),
             float(of.loss_end.max()),
             len(of),

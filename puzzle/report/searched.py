@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from puzzle.search import pareto
+from puzzle.search.metrics import METRICS
 from puzzle.types import Item, ModelShape, PuzzleError, Site, Solution
 from puzzle.variants import is_teacher, keep_spec, params, variant_name
 
@@ -126,17 +127,18 @@ def searched(problem: Problem, shape: ModelShape, solution: Solution | None) -> 
 
 
 def _cost_name(problem: Problem) -> str:
-    """The first thing that is limited and adds up, else memory, else parameters."""
+    """What is minimised, else the first cost that is limited, else memory, else parameters: one that adds up."""
     sums = [one.name for one in problem.quantities if one.numerator is None and one.coefficients]
-    limited = [row.quantity.name for row in problem.rows if row.quantity.name != problem.objective_name]
-    wanted = [*limited, *(name for name in sums if name.endswith("memory_gib")), "params"]
+    asked = [] if problem.cost is None else [problem.cost.name]
+    asked += [row.quantity.name for row in problem.rows if row.quantity.name.rpartition(".")[2] in METRICS]
+    wanted = [*asked, *(name for name in sums if name.endswith("memory_gib")), "params"]
     return next(name for name in wanted if name in sums)
 
 
 def _shown(front: Front, objective: float | None) -> Sequence[int]:
     """Places of the points to draw, evenly along the cost: down to ``REACH`` times what was chosen, both ends in."""
-    near = np.flatnonzero(front.objective <= REACH * objective) if objective else np.arange(len(front))
-    first = int(near[0]) if len(near) else 0
+    near = front.objective <= (REACH * objective if objective and objective > 0 else math.inf)
+    first = int(np.argmax(near))  # of none, the first of all
     wanted = np.linspace(front.cost[first], front.cost[-1], FRONT_POINTS)
     places = np.searchsorted(front.cost, wanted).clip(first, len(front) - 1)
     return [int(place) for place in np.unique(places)]
