@@ -263,7 +263,8 @@ def _figure(front: ParetoFront) -> Any:
         plot_bgcolor="rgba(0,0,0,0)",
         hovermode="closest",
         showlegend=True,
-        legend={"x": 1, "xanchor": "right", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
+        legend={"x": 1, "xanchor": "right", "y": 0.92, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": style.OTHER, "remove": ["select2d", "lasso2d", "autoScale2d"]},
         xaxis={**axis, "title": {"text": f"{of.cost_name} ({of.cost_unit})"}},
         yaxis={**axis, "title": {"text": quality_label(of.objective_name)}, "range": _heights(of)},
     )
