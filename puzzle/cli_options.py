@@ -34,14 +34,14 @@ def with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def open_run(options: argparse.Namespace) -> Run:
     from puzzle.run import Run
 
-    return Run.open(options.run, _overrides(options), options.constraints, options.on, options.pick)
+    return Run.open(options.run, overrides(options), options.constraints, options.on, options.pick)
 
 
 def open_runs(options: argparse.Namespace) -> Iterator[tuple[str, Run]]:
     """The run, under an empty name; or of a chain, name and run of one step after the other, as they can be known."""
     from puzzle.steps import Chain
 
-    chain = Chain.open(options.run, _overrides(options))
+    chain = Chain.open(options.run, overrides(options))
     if chain is None:
         yield "", open_run(options)
         return
@@ -56,7 +56,9 @@ def open_runs(options: argparse.Namespace) -> Iterator[tuple[str, Run]]:
         print(f"{', '.join(waiting)}: known when the step before is done")
 
 
-def _overrides(options: argparse.Namespace) -> list[str]:
+def overrides(options: argparse.Namespace) -> list[str]:
+    """``a.b=value`` for each flag that stands for a value of the config, after those of --set."""
+    tasks = vars(options).get("tasks")
     flags = {
         "device": options.device,
         "memory_budget_gib": options.memory_budget,
@@ -64,6 +66,8 @@ def _overrides(options: argparse.Namespace) -> list[str]:
         "refine.evaluations": vars(options).get("evaluations"),
         "refine.seed": vars(options).get("refine_seed"),
         "export.targets": vars(options).get("target"),
+        "evaluate.tasks": tasks and f"[{tasks}]",
+        "evaluate.task_folder": vars(options).get("task_folder"),
         "export.gguf_type": vars(options).get("gguf_type"),
         "additivity.architectures": vars(options).get("architectures"),
     }

@@ -74,6 +74,16 @@ def sequence_means(values: Tensor, batch: Batch) -> Tensor:
     return (values * counted).cpu().double().sum(1) / counted.cpu().double().sum(1).clamp_min(1)
 
 
+def tokens_in_sight(batch: Batch) -> Tensor:
+    """(B, T-1): how many tokens the prediction of each but the first may look at; within its document, if given."""
+    length = batch.ids.shape[1] - 1
+    places = torch.arange(length, device=batch.ids.device).expand(len(batch), length)
+    if batch.documents is None:
+        return places + 1
+    before = batch.documents[:, :-1].contiguous()
+    return places + 1 - torch.searchsorted(before, before)
+
+
 def prediction_weights(batch: Batch) -> Tensor:
     """(B, T) fp32: 1 at positions whose next token counts; the last one's is not in the batch and counts as it does."""
     if batch.counted is None:

@@ -27,6 +27,7 @@ from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
     from puzzle.progress import Progress
+    from puzzle.report.contents import Left
     from puzzle.search.problem import Problem
 
 
@@ -57,13 +58,16 @@ STAGES: tuple[Stage, ...] = (
     Stage("kd", ("build", "prune"), plans.plan_kd, "distil the student globally", True),
     Stage("evaluate", ("kd",), plans.plan_evaluate, "compare teacher and student on the report split"),
     Stage("export", ("evaluate",), plans.plan_export, "write and verify checkpoints that others load"),
-    Stage("report", ("export",), plans.plan_report, "draw the result"),
+    Stage("report", ("export",), plans.plan_report, "write what was found as one page"),
 )
 IMPORTANCE = Stage(
     "importance", ("data",), plans.plan_importance, "measure what layers, heads and channels do to the residual stream"
 )
 PRUNE = Stage(
-    "prune", ("importance",), plans.plan_prune, "make every layer as narrow, and the model as shallow, as asked"
+    "prune",
+    ("importance", "tournament"),
+    plans.plan_prune,
+    "make every layer as narrow, and the model as shallow, as asked",
 )
 ON_REQUEST: tuple[Stage, ...] = (  # of a search; `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),
@@ -73,13 +77,19 @@ ON_REQUEST: tuple[Stage, ...] = (  # of a search; `puzzle run` leaves them out
 )
 TRUTH = Stage("truth", ("distill",), lambda _: [], "evaluate whole architectures", True)
 BY_NAME = {stage.name: stage for stage in (*STAGES, *ON_REQUEST, PRUNE)}
-PRUNING = ("data", "importance", "prune", "kd", "evaluate", "export", "report")
+PRUNING: tuple[Stage, ...] = (
+    BY_NAME["data"],
+    IMPORTANCE,
+    replace(BY_NAME["tournament"], needs=("importance",)),
+    PRUNE,
+    *(BY_NAME[name] for name in ("kd", "evaluate", "export", "report")),
+)
 State = Literal["done", "stale", "missing"]
 
 
 def stages_of(run: Run) -> tuple[Stage, ...]:
     """What `puzzle run` does, in order."""
-    return STAGES if run.config.prune is None else tuple(BY_NAME[name] for name in PRUNING)
+    return STAGES if run.config.prune is None else PRUNING
 
 
 def _all_of(run: Run) -> dict[str, Stage]:
@@ -106,6 +116,26 @@ def run_stage(run: Run, name: str, redo: bool = False) -> None:
             _forget(stage.plan(run))
         ranks.wait(run.folder, name)
         _make(run, stage, ranks)
+
+
+def report(run: Run) -> tuple[Left, ...]:
+    """Writes the page of the run anew, from whatever is there; the stages that are not finished."""
+    from puzzle.report import write_page
+    from puzzle.report.contents import Left
+
+    left = []
+    for stage in stages_of(run)[:-1]:
+        states = unit_states(run, stage)
+        if missing_or_stale := [state for state in states if state != "done"]:
+            stale = missing_or_stale.count("stale")
+            left.append(Left(stage.name, len(missing_or_stale) - stale, stale, len(states)))
+    if not left:
+        run_stage(run, "report", redo=True)
+        return ()
+    with _working_on(run) as ranks:
+        if ranks.first:
+            write_page(run, left)
+    return tuple(left)
 
 
 def take_over_data(run: Run, earlier: Run) -> None:

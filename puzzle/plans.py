@@ -16,6 +16,7 @@ from puzzle.capabilities import FORMAT_OF
 from puzzle.config import ImportanceConfig
 from puzzle.data.inputs import data_inputs, source_fingerprint
 from puzzle.data.packing import num_windows
+from puzzle.pruning import num_dropped
 from puzzle.scoring.sampling import undecided
 from puzzle.types import ConfigError, Format, Item
 from puzzle.variants import has_weights, is_teacher, made_of, shape_id, variant_name
@@ -123,22 +124,35 @@ def plan_importance(run: Run) -> list[Planned]:
     settings = [run.config.init.sequences, how.model_dump()]
     units = [Planned(run.importance, {**_teacher_and_data(run), "init": _slice(run, settings)})]
     if run.config.prune is not None and run.config.prune.layers_by in ("loss", "contiguous"):
-        units.append(Planned(run.drops, scored_from(run, [], estimated=False)))
+        paths = dict.fromkeys(one.drops for one in run.contenders if num_dropped(one.pruning, one.shape))
+        units += [Planned(path, scored_from(run, [], estimated=False)) for path in paths]
     return units
 
 
 def pruning_fingerprint(run: Run) -> str:
-    return _slice(run, [run.pruning.model_dump(), run.config.init.model_dump()])
+    """Of what is asked for; of combinations of sizes, with what chooses between them."""
+    asked = run.config.prune
+    assert asked is not None
+    if asked.grid is not None:
+        return _slice(run, [asked.model_dump(), run.config.init.model_dump(), _tournament_settings(run)])
+    return _slice(run, [asked.model_dump(exclude={"grid"}), run.config.init.model_dump()])
 
 
 def plan_prune(run: Run) -> list[Planned]:
+    return [Planned(run.student / "initial", prune_inputs(run) | _winner(run))]
+
+
+def prune_inputs(run: Run) -> dict[str, str]:
     scored = [artifacts.content_of(unit.path) for unit in plan_importance(run)]
-    inputs = {
+    return {
         **_teacher_and_data(run),
         "importance": artifacts.fingerprint(scored),
         "prune": pruning_fingerprint(run),
     }
-    return [Planned(run.student / "initial", inputs)]
+
+
+def _winner(run: Run) -> dict[str, str]:
+    return {"winner": artifacts.content_of(run.contest)} if run.config.tournament.candidates else {}
 
 
 def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
@@ -225,11 +239,17 @@ def refine_inputs(run: Run) -> dict[str, str]:
 
 
 def plan_tournament(run: Run) -> list[Planned]:
-    return [Planned(run.solution, tournament_inputs(run))] if run.config.tournament.candidates else []
+    if not run.config.tournament.candidates:
+        return []
+    return [Planned(run.contest, tournament_inputs(run) if run.config.prune is None else prune_inputs(run))]
+
+
+def _tournament_settings(run: Run) -> list[Any]:
+    return [run.config.tournament.model_dump(), _kd_settings(run), run.num_sequences("select")]
 
 
 def tournament_inputs(run: Run) -> dict[str, str]:
-    settings = [run.config.tournament.model_dump(), _kd_settings(run), run.num_sequences("select")]
+    settings = _tournament_settings(run)
     found = [artifacts.content_of(one.solution) for one in (run.uncontested, run.unrefined)]
     return {
         **(refine_inputs(run) if run.config.refine.evaluations else search_inputs(run)),
@@ -274,18 +294,47 @@ def plan_evaluate(run: Run) -> list[Planned]:
         **_teacher_and_data(run),
         "initial": artifacts.content_of(run.student / "initial"),
         "final": artifacts.content_of(run.student / "final"),
-        "evaluate": _slice(run, run.config.evaluate.model_dump()),
+        "evaluate": _slice(run, {"sequences": run.config.evaluate.sequences, "positions": True}),
     }
     if run.config.prune is not None:  # a search's student is one for its constraint file
         served = {name: workload.model_dump() for name, workload in run.constraint_file.workloads.items()}
         inputs["workloads"] = artifacts.fingerprint(served)
-    return [Planned(run.student / "evaluation.json", inputs)]
+    return [Planned(run.evaluation, inputs), *_plan_tasks(run)]
+
+
+def _plan_tasks(run: Run) -> list[Planned]:
+    """A unit for each task of the lm-evaluation-harness."""
+    settings = run.config.evaluate
+    folder = None if settings.task_folder is None else _files_in(Path(settings.task_folder))
+    inputs = {
+        "teacher": run.teacher_fingerprint,
+        "final": artifacts.content_of(run.student / "final"),
+        "task": artifacts.fingerprint([folder, settings.task_shots, settings.task_questions, run.config.dtype]),
+    }
+    return [Planned(run.task(name), inputs) for name in settings.tasks]
+
+
+def _files_in(folder: Path) -> list[tuple[str, str]]:
+    """Names and fingerprints."""
+    if not folder.is_dir():
+        raise ConfigError(f"evaluate.task_folder: {folder} is no folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(file.relative_to(folder).as_posix(), artifacts.file_fingerprint(file)) for file in files]
+
+
+def _evaluated(run: Run) -> dict[str, str]:
+    """What is known of the student's worth."""
+    tasks = {unit.path.stem: artifacts.content_of(unit.path) for unit in _plan_tasks(run)}
+    return {
+        "evaluation": artifacts.content_of(run.evaluation),
+        **({"tasks": artifacts.fingerprint(tasks)} if tasks else {}),
+    }
 
 
 def plan_export(run: Run) -> list[Planned]:
     inputs = {
         "final": artifacts.content_of(run.student / "final"),
-        "evaluation": artifacts.content_of(run.student / "evaluation.json"),
+        **_evaluated(run),
         "tokenizer": checkpoint.tokenizer_fingerprint(run.teacher),
         "recipe": artifacts.fingerprint(run.recipe),
     }
@@ -304,8 +353,10 @@ def export_formats(run: Run) -> Sequence[Format]:
 def plan_report(run: Run) -> list[Planned]:
     inputs = {
         "solution": artifacts.content_of(run.student / "initial" if run.config.prune else run.solution),
-        "evaluation": artifacts.content_of(run.student / "evaluation.json"),
+        **_evaluated(run),
     }
+    if served := {path.stem: artifacts.content_of(path) for path in sorted(run.served.glob("*.json"))}:
+        inputs["served"] = artifacts.fingerprint(served)
     return [Planned(run.student / "report", inputs)]
 
 

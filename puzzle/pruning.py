@@ -6,6 +6,7 @@ teacher's groups and H'/K' query heads in each. The size of a head stays, and wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from puzzle.search.constraints import workloads
 from puzzle.search.metrics import Setting, known_quantities
 from puzzle.space import hardware_multiple
 from puzzle.types import ConfigError, ModelShape
-from puzzle.variants import keep_spec, site_item
+from puzzle.variants import keep_spec, model_params, site_item
 
 
 def num_dropped(settings: PruneConfig, shape: ModelShape) -> int:
@@ -117,6 +118,40 @@ def _size(name: str, asked: int | str | None, most: int, multiple: int = 1) -> i
     if asked > most:
         raise ConfigError(f"prune.{name} is {asked}, but the teacher has {most}; give at most that, or leave it out")
     return asked
+
+
+def combinations(settings: PruneConfig, shape: ModelShape, count: int) -> tuple[PruneConfig, ...]:
+    """At most ``count`` of the grid, the nearest to its ``params`` first; the settings alone where there is no grid.
+
+    Combinations that no student of the family can have are left out, and so are those of sizes that came before.
+    ConfigError where none is left.
+    """
+    grid = settings.grid
+    if grid is None:
+        return (settings,)
+    of_shape: dict[ModelShape, PruneConfig] = {}
+    refused: ConfigError | None = None
+    for sizes in itertools.product(*grid.axes.values()):
+        one = settings.model_copy(update={"grid": None, **dict(zip(grid.axes, sizes, strict=True))})
+        try:
+            of_shape.setdefault(pruned_shape(one, shape), one)
+        except ConfigError as error:
+            refused = error
+    if not of_shape:
+        assert refused is not None
+        raise refused
+    if grid.params is None:
+        return tuple(of_shape.values())[:count]
+    target = _size("grid.params", grid.params, model_params(shape))
+    distances = {one: abs(model_params(one) - target) for one in of_shape}
+    near = sorted((one for one in of_shape if distances[one] <= grid.within * target), key=distances.__getitem__)
+    if not near:
+        nearest = model_params(min(of_shape, key=distances.__getitem__))
+        raise ConfigError(
+            f"prune.grid: no combination has {target:,} parameters, {grid.within:.0%} more or less (the nearest has "
+            f"{nearest:,}); give more sizes, or another params"
+        )
+    return tuple(of_shape[one] for one in near[:count])
 
 
 SIZES = {

@@ -25,7 +25,7 @@ from puzzle.config import (
 from puzzle.data.packing import num_windows
 from puzzle.profiling.grid import GridPoint, grid_points
 from puzzle.profiling.source import CostSource
-from puzzle.pruning import kept_layers, num_dropped, pruned_shape
+from puzzle.pruning import combinations, kept_layers, num_dropped, pruned_shape
 from puzzle.scoring.draws import Draw, draw
 from puzzle.search.constraints import workloads
 from puzzle.search.fan_out import Pick, picks
@@ -106,7 +106,8 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """How the student is made, for its model card."""
-        pruned = {} if self.config.prune is None else {"prune": self.config.prune.model_dump(mode="json")}
+        settled = self.config.prune and (self.pruning if self.settled else self.config.prune)
+        pruned = {"prune": settled.model_dump(mode="json", exclude={"grid"})} if settled else {}
         return {
             **pruned,
             "teacher": self.teacher_name,
@@ -123,10 +124,29 @@ class Run:
 
     @property
     def pruning(self) -> PruneConfig:
-        """ConfigError where the run is a search."""
+        """What is pruned; of several combinations, the winner of their tournament.
+
+        ConfigError where the run is a search, CorruptFileError where nobody has won yet.
+        """
         if self.config.prune is None:
             raise ConfigError("this run is a search; a pruning has a section prune: in its config")
-        return self.config.prune
+        if self.config.prune.grid is None:
+            return self.config.prune
+        winner: int = artifacts.read_unit(self.contest).payload["tournament"]["winner"]
+        return self.contenders[winner].pruning
+
+    @cached_property
+    def contenders(self) -> tuple[Run, ...]:
+        """Of a pruning, one run for each combination that competes; the run itself where there is no grid."""
+        if self.config.prune is None or self.config.prune.grid is None:
+            return (self,)
+        found = combinations(self.config.prune, self.shape, self.config.tournament.candidates)
+        return tuple(replace(self, config=self.config.model_copy(update={"prune": one})) for one in found)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known what is pruned."""
+        return self.config.prune is not None and (self.config.prune.grid is None or self.contest.exists())
 
     def check_searches(self) -> None:
         """ConfigError where the run is a pruning."""
@@ -418,6 +438,24 @@ class Run:
         return self.folder / "students" / name
 
     @property
+    def contest(self) -> Path:
+        """What the tournament decided: of a search's answers the solution, else which combination is pruned."""
+        return self.solution if self.config.prune is None else self.student / "winner.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.student / "evaluation.json"
+
+    def task(self, name: str) -> Path:
+        """What teacher and student answer to a task of the lm-evaluation-harness."""
+        return self.student / "tasks" / f"{name}.json"
+
+    @property
+    def served(self) -> Path:
+        """Speeds that others measured, of the student as it is now."""
+        return self.student / "served" / artifacts.content_of(self.student / "final")
+
+    @property
     def checkpoint(self) -> Path:
         """The student as a Hugging Face folder."""
         return self.student / "export" / "hf"
@@ -425,6 +463,16 @@ class Run:
     @property
     def events(self) -> Path:
         return self.folder / "events.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page that was written last; each finished student has its own beside it."""
+        return self.folder / "report.html"
+
+    @property
+    def comparison(self) -> Path:
+        """What `puzzle compare` found last, under these limits and on these tables."""
+        return self.folder / "comparisons" / f"{self.unrefined.solution_id}.json"
 
     def solutions(self) -> tuple[Solution, ...]:
         """What was found for the constraint file, best first."""

@@ -49,7 +49,7 @@ class Chain:
             merged["run"] = str(folder / "steps" / name)
             try:
                 config = yamlfiles.validated(RunConfig, path, merged, overrides)
-                if "hf" not in (config.export.targets or ("hf",)):
+                if number < len(overlays) and "hf" not in (config.export.targets or ("hf",)):
                     mistakes.append(
                         f"{path}: export.targets of step {number} lacks hf, which the next step starts from"
                     )

@@ -7,6 +7,7 @@ what is less than the teacher's is drawn narrower in the same colour, never in a
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 ATTENTION, FFN, NORM, HEAD, OTHER = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 TEACHER, CHOSEN, MISSING = OTHER, "#D55E00", "#CCCCCC"
 SCALE = "cividis"  # of more and less; the same to all eyes
+SCALE_STEPS = (  # of it, for what is drawn without matplotlib
+    "#00224e", "#1a386f", "#434e6c", "#61656f", "#7d7c78", "#9b9476", "#bcae6c", "#dec958", "#fee838",
+)  # fmt: skip
 DPI = 120
+ON_DARK = {"attention": "#56B4E9", "chosen": "#F28544", "teacher": "#8A8F98", "missing": "#3A3F47"}  # where it differs
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
@@ -51,3 +56,14 @@ class Picture:
 
     def save(self, path: Path | str) -> None:
         save(self.figure, Path(path))
+
+
+def css() -> tuple[str, str]:
+    """The palette as custom properties of CSS: on a light ground, and what changes on a dark one."""
+    light = {"attention": ATTENTION, "ffn": FFN, "chosen": CHOSEN, "teacher": TEACHER, "missing": MISSING}
+    light |= {f"heat-{step}": colour for step, colour in enumerate(SCALE_STEPS)}
+    return _properties(light), _properties(ON_DARK)
+
+
+def _properties(colours: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 Part = Literal["attention", "ffn"]
 Phase = Literal["prefill", "decode"]
 Target = Literal[
-    "transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
+    "transformers", "vllm-plugin", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"
 ]  # what a student is written for
 Format = Literal["hf", "nemotron-nas", "gguf", "mlx"]  # of an export
 TEACHER_CONTEXT = "teacher"

@@ -17,7 +17,7 @@ from puzzle.export.nemotron_nas import check_model
 from puzzle.profiling.hardware import hardware
 from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
-from puzzle.pruning import pruned_shape
+from puzzle.pruning import combinations, pruned_shape
 from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
@@ -73,6 +73,7 @@ def _check_sequences(run: Run) -> None:
 
 
 def _check_tournament(run: Run) -> None:
+    """Of a search or a pruning."""
     settings, kd = run.config.tournament, run.config.kd
     if not settings.candidates:
         return
@@ -80,17 +81,21 @@ def _check_tournament(run: Run) -> None:
         raise ConfigError(
             f"candidates compete beside the teacher itself, not its {kd.signal} signal; set kd.signal: online"
         )
-    there = run.constraint_file.solutions.count + bool(run.config.refine.evaluations)
-    if there < settings.candidates:
-        raise ConfigError(
-            f"tournament.candidates is {settings.candidates}, but {run.constraints} asks for {there}; "
-            f"say there solutions: {{count: {settings.candidates}}}"
-        )
     last = settings.tokens * HALVING ** (num_rungs(settings.candidates) - 1)
     if last >= kd.tokens:
         raise ConfigError(
             f"the tournament's last comparison is after {last:,} tokens, but kd.tokens is {kd.tokens:,}; lower "
             "tournament.tokens or tournament.candidates, or raise kd.tokens"
+        )
+
+
+def _check_answers(run: Run) -> None:
+    """That the search gives the tournament as many as it asks for."""
+    asked, there = run.config.tournament.candidates, run.constraint_file.solutions.count
+    if (there := there + bool(run.config.refine.evaluations)) < asked:
+        raise ConfigError(
+            f"tournament.candidates is {asked}, but {run.constraints} asks for {there}; "
+            f"say there solutions: {{count: {asked}}}"
         )
 
 
@@ -108,6 +113,13 @@ def _check_export(run: Run) -> None:
         check_model(read_json(run.teacher / "config.json"), run.shape)
     if "gguf" in formats:
         check_tokenizer(run.teacher)
+
+
+def _check_tasks(run: Run) -> None:
+    if run.config.evaluate.tasks:
+        from puzzle.harness import Harness
+
+        Harness(run.config.evaluate)
 
 
 def _check_constraints(run: Run) -> None:
@@ -154,12 +166,20 @@ def _profiled_device(run: Run) -> tuple[str, str]:
 
 
 def _check_pruning(run: Run) -> None:
-    if run.config.tournament.candidates or run.config.refine.evaluations:
-        raise ConfigError("tournament and refine are of a search, and this run is a pruning (prune:); leave them out")
-    pruned_shape(run.pruning, run.shape)
+    settings = run.config.prune
+    assert settings is not None
+    if run.config.refine.evaluations:
+        raise ConfigError("refine is of a search, and this run is a pruning (prune:); leave it out")
+    if (settings.grid is not None) != bool(run.config.tournament.candidates):
+        raise ConfigError(
+            "combinations of prune.grid are chosen from in a tournament: give both, prune.grid and "
+            "tournament: {candidates: 4, tokens: 500000}, or neither"
+        )
+    for one in combinations(settings, run.shape, run.config.tournament.candidates):
+        pruned_shape(one, run.shape)
     workloads(run.constraint_file, run.shape)
     known = {*OBJECTIVES.values(), *run.config.score.tasks}
-    if (asked := run.pruning.layers_metric) not in known:
+    if (asked := settings.layers_metric) not in known:
         raise ConfigError(f"prune.layers_metric: no score is called {asked!r}; there are {', '.join(sorted(known))}")
 
 
@@ -174,16 +194,18 @@ FILES: tuple[Check, ...] = (
 )
 SETTINGS: tuple[Check, ...] = (
     (False, lambda run: run.constraint_file),
+    (False, _check_tasks),
     (True, _check_sequences),
 )
 SEARCH: tuple[Check, ...] = (
     (False, _check_tournament),
+    (False, _check_answers),
     (True, lambda run: run.items),
     (True, lambda run: run.cost_source),
     (True, _check_export),
     (True, _check_constraints),
 )
-PRUNING: tuple[Check, ...] = ((True, _check_pruning),)
+PRUNING: tuple[Check, ...] = ((False, _check_tournament), (True, _check_pruning))
 
 
 def dry_run(run: Run) -> str:

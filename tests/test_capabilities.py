@@ -30,30 +30,30 @@ NAMES = {
     "ffn": ["keep", "narrow-512", "narrow-700", "linear", "skip"],
 }
 S, L, R = "supported", "lowered", "refused"
-# columns: transformers, vllm, sglang, tensorrt-llm, llama.cpp, mlx-lm; mid-stack unless a layer is given
+# columns: transformers, vllm-plugin, vllm, sglang, tensorrt-llm, llama.cpp, mlx-lm; mid-stack unless a layer is given
 EXPECTED = {
-    ("attention", "keep", 1): (S, S, S, S, S, S),
-    ("attention", "gqa-2", 0): (S, S, S, S, S, S),
-    ("attention", "window-512", 1): (S, L, R, R, R, R),
-    ("attention", "window-512-sinks-4", 1): (S, R, R, R, R, R),
-    ("attention", "linear", 1): (S, R, R, S, S, L),
-    ("attention", "linear", 0): (S, R, R, S, S, L),
-    ("attention", "skip", 1): (S, S, S, S, S, S),
-    ("attention", "skip", 3): (S, S, S, S, S, S),
-    ("attention", "skip", 0): (S, R, R, S, L, S),
-    ("ffn", "keep", 1): (S, S, S, S, S, S),
-    ("ffn", "narrow-512", 1): (S, S, S, S, S, S),
-    ("ffn", "narrow-700", 1): (S, L, L, L, S, L),
-    ("ffn", "linear", 1): (S, R, R, S, L, L),
-    ("ffn", "skip", 3): (S, S, S, S, S, S),
+    ("attention", "keep", 1): (S, S, S, S, S, S, S),
+    ("attention", "gqa-2", 0): (S, S, S, S, S, S, S),
+    ("attention", "window-512", 1): (S, S, L, R, R, R, R),
+    ("attention", "window-512-sinks-4", 1): (S, R, R, R, R, R, R),
+    ("attention", "linear", 1): (S, S, R, R, S, S, L),
+    ("attention", "linear", 0): (S, S, R, R, S, S, L),
+    ("attention", "skip", 1): (S, S, S, S, S, S, S),
+    ("attention", "skip", 3): (S, S, S, S, S, S, S),
+    ("attention", "skip", 0): (S, S, R, R, S, L, S),
+    ("ffn", "keep", 1): (S, S, S, S, S, S, S),
+    ("ffn", "narrow-512", 1): (S, S, S, S, S, S, S),
+    ("ffn", "narrow-700", 1): (S, S, L, L, L, S, L),
+    ("ffn", "linear", 1): (S, S, R, R, S, L, L),
+    ("ffn", "skip", 3): (S, S, S, S, S, S, S),
 }
 BESIDE = {
-    ("gqa-2", "skip", 1): (S, S, S, S, L, S),
-    ("linear", "skip", 1): (S, S, S, S, L, S),
-    ("skip", "skip", 1): (S, S, S, S, S, S),
-    ("skip", "skip", 3): (S, S, S, S, L, S),
-    ("skip", "narrow-512", 3): (S, S, S, S, S, S),
-    ("gqa-2", "narrow-512", 3): (S, S, S, S, S, S),
+    ("gqa-2", "skip", 1): (S, S, S, S, S, L, S),
+    ("linear", "skip", 1): (S, S, S, S, S, L, S),
+    ("skip", "skip", 1): (S, S, S, S, S, S, S),
+    ("skip", "skip", 3): (S, S, S, S, S, L, S),
+    ("skip", "narrow-512", 3): (S, S, S, S, S, S, S),
+    ("gqa-2", "narrow-512", 3): (S, S, S, S, S, S, S),
 }
 
 
@@ -84,15 +84,16 @@ def test_every_kind_of_variant_is_in_the_table() -> None:
     tested = {(part, name.split("-")[0]) for part, name, _ in EXPECTED} | {("ffn", "experts"), ("ffn", "active")}
     assert tested == {(part, kind) for part, kinds in KINDS.items() for kind in kinds}
     assert set(MATRIX) == set(get_args(Feature))
-    assert {target for row in MATRIX.values() for target in row} <= set(NEMOTRON) == set(TARGETS) - {"transformers"}
+    assert {"vllm-plugin", *NEMOTRON} == set(TARGETS) - {"transformers"}
+    assert {target for row in MATRIX.values() for target in row} <= set(TARGETS) - {"transformers"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_experts_are_for_transformers_alone(target: Target) -> None:
+def test_experts_are_for_our_own_export_alone(target: Target) -> None:
     experts = replace(SHAPE, moe_layers=(1,), num_experts=8, num_active_experts=2, moe_intermediate_size=64)
     for name in ("experts-4", "active-1"):
         found = capability(target, spec_of("ffn", name, experts), 1, experts)
-        assert found.status == (S if target == "transformers" else R)
+        assert found.status == (S if target in ("transformers", "vllm-plugin") else R)
 
 
 def test_a_width_is_padded_and_the_teachers_own_too() -> None:

@@ -27,28 +27,30 @@ PURE = """
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
     search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
-    search.halving search.uniform plans run steps
-    report.tournament report.summary report.figures report.library report.profile report.pruning report.additivity
-    report.words report export.card progress
+    search.halving plans run steps
+    report.table report.tournament report.tasks report.served report.summary report.library report.profile
+    report.pruning report.additivity
+    report.contents report.svg report.charts report.sections report.page report.words report export.card progress
     data.tokenise pipeline notebook.html notebook.strip notebook.solution notebook.front notebook.sliders
-    notebook.widget notebook validate rivals cli_options cli_search cli_explain cli_export cli
+    notebook.widget notebook validate rivals cli_options cli_search cli_explain cli_evaluate cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle
     modeling.modeling_puzzle modeling data.batches teacher sharding metrics blocks blocks.layer blocks.nested
     blocks.fusion blocks.library blocks.loss blocks.moments blocks.channels blocks.keys blocks.heads blocks.candidates
     blocks.starts blocks.stream blocks.distill blocks.importance blocks.prune blocks.refit scoring scoring.context
-    scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate generate export export.folder
+    scoring.exact scoring.one_pass build kd.losses kd.stored kd.loop kd evaluate harness generate export export.folder
     export.shards export.source export.lowering export.hf export.decilm export.gguf export.verify
-    export.publish profiling.stack profiling.probes profiling.measure speed stages.common stages.starts stages.distill
-    stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune stages.student
-    stages.kd stages.tournament stages.generate stages
+    export.publish export.hub profiling.stack profiling.probes profiling.measure speed stages.common stages.starts
+    stages.distill stages.score stages.rescore stages.truth stages.refine stages.rivals stages.profile stages.prune
+    stages.student stages.kd stages.tournament stages.generate stages vllm_plugin vllm_plugin.model
 """.split()  # noqa: SIM905
 ALONE = {
     "export.verify_child",
     "export.verify_torch",
     "export.verify_llama_cpp",
     "export.verify_mlx",
+    "export.verify_vllm",
     "export.configuration_decilm",
     "profiling.vllm_child",
     "__main__",

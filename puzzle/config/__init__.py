@@ -7,7 +7,7 @@ Frozen pydantic models; unknown keys are errors. yamlfiles.py reads files into t
 from puzzle.config.files import BoundFile, ConstraintFile, FusionFile, GridFile, LayerSpaceFile, SpaceFile, ValuesFile
 from puzzle.config.library import BUILT_IN, OBJECTIVES, DistillConfig, ProfileConfig, RefineConfig, score_of
 from puzzle.config.run import RunConfig
-from puzzle.config.student import Aggregation, ImportanceConfig, KdConfig, PruneConfig, TournamentConfig
+from puzzle.config.student import Aggregation, EvaluateConfig, ImportanceConfig, KdConfig, PruneConfig, TournamentConfig
 from puzzle.config.text import DataConfig, GenerateConfig, SourceConfig, TokensConfig
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ConstraintFile",
     "DataConfig",
     "DistillConfig",
+    "EvaluateConfig",
     "FusionFile",
     "GenerateConfig",
     "GridFile",

@@ -16,16 +16,18 @@ from puzzle.config.fields import PERCENTAGE, Model, Natural, NonNegative, Positi
 from puzzle.types import Format
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # names files, too
 
 
 class TournamentConfig(Model):
-    """The best answers of the search distilled for a short while each: the order that scores predict moves early on.
+    """Candidates distilled for a short while each: the order that scores or sizes predict moves early on. They are the
+    best answers of the search, or of a pruning the combinations of ``prune.grid``.
 
     Half of them are left out each time, and those that go on are distilled twice as far, until one is left.
     """
 
     candidates: Natural = Field(
-        0, description="how many of the best answers compete (constraint file: solutions: {count: …}); 0: no tournament"
+        0, description="how many compete (of a search, constraint file: solutions: {count: …}); 0: no tournament"
     )
     tokens: Positive = Field(500_000, description="of GKD until the first comparison; twice as many until each later")
 
@@ -143,6 +145,35 @@ def _layers_by(given: Any) -> Any:
     raise ValueError(f"give one of {', '.join(get_args(LayersBy))}, or a list of the layers to drop, numbered from 0")
 
 
+Widths = tuple[Width, ...]
+
+
+class PruneGridConfig(Model):
+    """Several sizes to choose from (Minitron's lightweight search): the combinations compete in the tournament."""
+
+    params: Width | None = Field(
+        None, description="of the whole model: a number, or 60%; only combinations near it compete, the nearest first"
+    )
+    within: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="how near: a share of params, either way")
+    hidden_size: Widths = Field((), description="one or more, each as in prune")
+    intermediate_size: Widths = Field((), description="one or more, each as in prune")
+    num_attention_heads: Widths = Field((), description="one or more, each as in prune")
+    num_key_value_heads: Widths = Field((), description="one or more, each as in prune")
+    num_layers: Widths = Field((), description="one or more, each as in prune")
+
+    @property
+    def axes(self) -> dict[str, Widths]:
+        """What there is to choose from, by the name of the size."""
+        sizes = {name: getattr(self, name) for name in type(self).model_fields if name not in ("params", "within")}
+        return {name: values for name, values in sizes.items() if values}
+
+    @model_validator(mode="after")
+    def _some_choice(self) -> PruneGridConfig:
+        if not self.axes:
+            raise ValueError("there is nothing to choose from; give lists, like hidden_size: [75%, 87.5%]")
+        return self
+
+
 class PruneConfig(Model):
     """The same sizes in every layer (Minitron, 2407.14679); what is not named stays as the teacher has it.
 
@@ -172,11 +203,15 @@ class PruneConfig(Model):
     )
     layers_metric: str = Field("kl", description="what loss is: kl, ce_delta, or one of score.tasks, on split score")
     importance: ImportanceConfig = Field(ImportanceConfig(), description="how channels and heads are ranked")
+    grid: PruneGridConfig | None = Field(None, description="sizes to choose from, instead of one of each")
 
     @model_validator(mode="after")
     def _some_layers(self) -> PruneConfig:
-        if self.layers_by in ("loss", "contiguous") and self.num_layers is None:
+        axes = self.grid.axes if self.grid else {}
+        if self.layers_by in ("loss", "contiguous") and self.num_layers is None and "num_layers" not in axes:
             raise ValueError(f"layers_by: {self.layers_by} needs num_layers: how many stay")
+        if twice := [name for name in axes if getattr(self, name) is not None]:
+            raise ValueError(f"{twice[0]} is given in prune and in its grid; give it once")
         return self
 
 
@@ -184,6 +219,14 @@ class EvaluateConfig(Model):
     """At least two sequences: one has no standard error."""
 
     sequences: Annotated[int, Field(ge=2)] = Field(64, description="how many of report")
+    tasks: Annotated[tuple[TaskName, ...], *one_or_more({"type": "string"})] = Field(
+        (), description="of the lm-evaluation-harness (pip install 'puzzle-nas[eval]'): tasks or groups, by name"
+    )
+    task_folder: str | None = Field(None, description="YAML files of tasks of your own")
+    task_shots: Natural | None = Field(None, description="examples before each question (default: as the task says)")
+    task_questions: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="only the first so many of each task (default: all)"
+    )
 
 
 class ExportConfig(Model):

@@ -40,13 +40,13 @@ _LOADING: Mapping[Format, str] = {
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 ```
 
 Where layers differ from one another, the checkpoint carries its own modelling code; with `puzzle-nas` installed,
 `import puzzle.modeling` makes that flag unnecessary. Where all layers came out alike, it is a plain checkpoint of its
-family and does not need it.""",
+family and does not need it. vLLM serves it where `puzzle-nas` is installed beside it: `vllm serve THIS_FOLDER`.""",
     "nemotron-nas": "```sh\nvllm serve THIS_FOLDER --trust-remote-code      # the code is a config class\n```",
     "gguf": "```sh\nllama-server -m model.gguf\n```",
     "mlx": "```sh\nmlx_lm.generate --model THIS_FOLDER --prompt …\n```",
@@ -114,7 +114,7 @@ def run_card(run: Run, target: Format) -> str:
         ]
     )  # fmt: skip
     figures = summary.table() + "\n\nA 95 % interval is ± 1.96 standard errors.\n"
-    drawn = _drawing(summary.architecture, summary.widths)
+    drawn = _drawing(summary.design.names, summary.design.shares)
     return _card(
         run.teacher_name, Licence.of(run.teacher), target, "finetune", figures + "\n## Layers\n\n" + drawn, made
     )

@@ -36,21 +36,28 @@ from puzzle.modeling import (
 )
 from puzzle.modeling.configuration_puzzle import FULL, SLIDING, legacy_rope_fields
 
+# Families whose classes in vLLM have one window for all layers: mixed ones are refused there, or seen as none at all.
+ONE_WINDOW = ("qwen2", "qwen3", "qwen3_moe")
+
 
 def plain_config(config: PuzzleConfig) -> PreTrainedConfig | None:
-    """The config of the family's plain model that is the same as ``config``'s; None where there is no such model."""
+    """The config of the family's plain model that is the same as ``config``'s; None where there is no such model, or
+    where readers of the family's models are known to misread it.
+    """
     layers = range(config.num_hidden_layers)
     windows = [config.span(layer)[0] for layer in layers]
     if 1 in windows:  # transformers' own models fail with a cache then
         return None
     values: dict[str, Any] = {
-        "num_key_value_heads": next(filter(None, map(config.num_kv_heads, layers)), None),
+        "num_key_value_heads": next(filter(None, map(config.kv_heads, layers)), None),
         "intermediate_size": next(filter(None, map(config.ffn_width, layers)), None),
     }
     experts = next(filter(None, map(config.experts, layers)), None)
     if experts is not None:
         values |= {"num_experts": experts[0], "num_experts_per_tok": experts[1]}
     if windows != [config.own_window(layer) for layer in layers]:
+        if len({*windows}) > 1 and config.family in ONE_WINDOW:
+            return None
         window = next(filter(None, windows), None)
         types = [FULL if window is None else SLIDING for window in windows]
         values |= {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": types}
@@ -65,7 +72,7 @@ def plain_config(config: PuzzleConfig) -> PreTrainedConfig | None:
 
 def _layer(config: PuzzleConfig, layer: int) -> tuple[Any, ...]:
     """All there is to know about a layer but its weights; a FFN without channels or experts is like no other."""
-    sizes = (config.num_kv_heads(layer), config.ffn_width(layer), config.experts(layer))
+    sizes = (config.kv_heads(layer), config.ffn_width(layer), config.experts(layer))
     rope = config.layer_type(layer) if family_of(config).rope_by_layer_type else None
     return (*sizes, config.span(layer), rope)
 

@@ -122,7 +122,10 @@ def block_configs(shape: ModelShape, layers: Architecture) -> list[dict[str, Any
     for layer, specs in enumerate(layers):
         for spec in specs:
             if reason := format_refusal(spec, shape):
-                raise ConfigError(f"layer {layer}: {_words(spec)} cannot be written as nemotron-nas: {reason}")
+                raise ConfigError(
+                    f"layer {layer}: {_words(spec)} cannot be written as nemotron-nas: {reason}; with serve_on: [vllm] "
+                    "in the constraint file, the search leaves such variants out"
+                )
     return [{"attention": _attention(attention, shape), "ffn": _ffn(ffn, shape)} for attention, ffn in layers]
 
 

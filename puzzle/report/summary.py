@@ -1,4 +1,4 @@
-"""What a run found, gathered from its units into one record, and as a table.
+"""What a run found, gathered from its units into one record, and as a table for a terminal or a model card.
 
 Reads the solution, the evaluation and the cost table; computes what the search predicts for the teacher and for the
 student; writes nothing.
@@ -6,22 +6,25 @@ student; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts, search
 from puzzle.pruning import change, predicted
+from puzzle.report.served import served_figures
+from puzzle.report.table import Table
+from puzzle.report.tasks import ERRORS as TASK_ERRORS
+from puzzle.report.tasks import TaskFigure
+from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
-from puzzle.search import pareto
 from puzzle.space import PARTS
-from puzzle.types import GIB, Site, Solution, Spec
+from puzzle.types import GIB, Site, Solution, Spec, from_json
 from puzzle.variants import is_teacher, keep_spec, params, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
-    from puzzle.search.pareto import Front
     from puzzle.search.problem import Problem
 
 MODELS = ("teacher", "student before GKD", "student")
@@ -38,15 +41,49 @@ TIMED = """\
 Times: predicted by the search from the profile; then, measured in the same rounds, the sum of the parts and the whole
 model. Parts against whole says whether times add up; predicted against whole also holds how the machine drifted since
 the profile."""
+SERVED = "vLLM: what `vllm bench` measured in milliseconds or per second."
 TIMED_WHOLE = "Times: estimated by the roofline where it knows the device; then, measured, the whole model."
 
 
 @dataclass(frozen=True)
-class Summary:
-    """``solution`` and ``front`` are a search's; None where the run is a pruning, whose predicted times are estimates.
+class Design:
+    """An architecture layer by layer of the teacher, attention and FFN: what is there, and how large it is.
 
-    ``architecture`` is told layer by layer of the teacher.
+    A fused FFN stands for those of several layers, and may be larger than the teacher's in one of them.
     """
+
+    names: tuple[tuple[str, str], ...]
+    shares: tuple[tuple[float, float], ...]  # parameters, of the teacher's block
+
+    @classmethod
+    def of(cls, run: Run) -> Design:
+        """Of the best solution, or of the pruned student; both must be there."""
+        return cls._of_search(run) if run.config.prune is None else cls._of_pruning(run)
+
+    @classmethod
+    def _of_search(cls, run: Run) -> Design:
+        at = {site: spec for item in run.chosen_items() for site, spec in zip(item.sites, item.specs, strict=True)}
+        pairs = [tuple(at[Site(layer, part)] for part in PARTS) for layer in range(run.shape.num_layers)]
+        return cls(
+            tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in pairs),
+            tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in pairs),
+        )
+
+    @classmethod
+    def _of_pruning(cls, run: Run) -> Design:
+        student, teacher, kept = run.student_shape, run.shape, run.kept_layers
+        ffn = "experts" if teacher.moe_layers else f"{student.intermediate_size} channels"
+        names = (f"{student.num_attention_heads} heads on {student.num_kv_heads}", ffn)
+        layers = range(teacher.num_layers)
+        return cls(
+            tuple(names if layer in kept else ("skip", "skip") for layer in layers),
+            tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``solution`` is a search's; None where the run is a pruning, whose predicted times are estimates."""
 
     title: str
     solution: Solution | None
@@ -56,10 +93,11 @@ class Summary:
     stored_dtype: str
     # workload → model → whole or parts → figure
     speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
-    architecture: tuple[tuple[str, str], ...]  # attention and FFN variant of each layer
-    widths: tuple[tuple[float, float], ...]  # their share of the teacher's parameters
-    front: Front | None
-    standings: str  # of the tournament; empty where there was none
+    design: Design
+    standings: Table | None  # of the tournament, if there was one
+    tasks: tuple[TaskFigure, ...]
+    served: Mapping[str, Mapping[str, float]]  # workload.model → metric → what vllm bench measured
+    positions: Sequence[Mapping[str, Any]]  # of the student: tokens in sight of a prediction, figures
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -67,11 +105,8 @@ class Summary:
 
     @classmethod
     def _of_pruning(cls, run: Run) -> Summary:
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
-        student, teacher, kept = run.student_shape, run.shape, run.kept_layers
-        ffn = "experts" if teacher.moe_layers else f"{student.intermediate_size} channels"
-        names = (f"{student.num_attention_heads} heads on {student.num_kv_heads}", ffn)
-        layers = range(teacher.num_layers)
+        evaluation = artifacts.read_unit(run.evaluation).payload
+        teacher, student = run.shape, run.student_shape
         return cls(
             title=f"{run.teacher_name}: {change(teacher, student)}",
             solution=None,
@@ -83,25 +118,19 @@ class Summary:
             params=evaluation["params"],
             stored_dtype=run.stored_dtype,
             speed=evaluation["speed"],
-            architecture=tuple(names if layer in kept else ("skip", "skip") for layer in layers),
-            widths=tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
-            front=None,
-            standings="",
+            design=Design.of(run),
+            standings=standings(run),
+            tasks=_answered(run),
+            served=served_figures(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     @classmethod
     def _of_search(cls, run: Run) -> Summary:
         solution = run.solutions()[0]
-        evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
-        tables = run.read_scores(), run.read_costs()
-        found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
-        problem = next(one for one in found if at_batch_sizes_of(one, solution))
+        evaluation = artifacts.read_unit(run.evaluation).payload
+        problem = problem_of(run, solution)
         keep = [item.id for item in run.items if is_teacher(item)]
-        specs: dict[str, Spec] = {
-            str(site): spec for item in run.chosen_items() for site, spec in zip(item.sites, item.specs, strict=True)
-        }
-        layers = [(specs[f"L{i:03d}.attention"], specs[f"L{i:03d}.ffn"]) for i in range(run.shape.num_layers)]
-        cost = next((name for name in solution.totals if name.endswith("memory_gib")), "params")
         return cls(
             title=f"{run.teacher_name}: {run.limits_name}",
             solution=solution,
@@ -110,10 +139,11 @@ class Summary:
             params=evaluation["params"],
             stored_dtype=run.stored_dtype,
             speed=evaluation["speed"],
-            architecture=tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in layers),
-            widths=tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in layers),
-            front=pareto.front(problem, cost),
+            design=Design.of(run),
             standings=standings(run),
+            tasks=_answered(run),
+            served=served_figures(run),
+            positions=evaluation["quality"]["student"]["positions"],
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -125,6 +155,7 @@ class Summary:
         ]
         for name, label in FIGURES.items():
             rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
+        rows += task_rows(self.tasks, MODELS)
         for metric in self.predicted["student"]:
             if metric.endswith(("memory_gib", "kv_cache_gib")):
                 teacher, student = (f"{self.predicted[model][metric]:.4g}" for model in ("teacher", "student"))
@@ -137,27 +168,69 @@ class Summary:
                 )
                 predicted = "estimate" if self.solution is None or key in self.solution.estimated else "predicted"
                 rows.append((f"{key}, {unit}: {predicted} / parts / whole", teacher, "", student))
-        return rows
+        return [*rows, *self._served_rows()]
+
+    def _served_rows(self) -> list[tuple[str, ...]]:
+        measured = {
+            (f"{workload}.{name}", model): value
+            for (workload, _, model), figures in ((key.rpartition("."), of) for key, of in self.served.items())
+            for name, value in figures.items()
+        }
+        return [
+            (
+                f"{key}: predicted / vLLM",
+                *(_beside(self.predicted.get(model, {}).get(key), measured.get((key, model))) for model in MODELS),
+            )
+            for key in dict.fromkeys(key for key, _ in measured)
+        ]
+
+    def by_position(self) -> Table:
+        """CE of teacher and student, and KL between them, by how many tokens a prediction sees."""
+        names = ("teacher_ce_nats", "ce_nats", "kl_nats")
+        return Table(
+            ("tokens in sight", "CE, teacher", "CE, student", "KL"),
+            tuple(
+                (f"{at['first']} to {at['last']}", *(_estimate(at[name]) for name in names)) for at in self.positions
+            ),
+        )
 
     def table(self) -> str:
         """The figures, and what they mean."""
-        lines = [f"| | {' | '.join(MODELS)} |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        times = [] if not self.speed else [TIMED if self.solution else TIMED_WHOLE]
-        return "\n".join([*lines, "", " ".join([ERRORS, *times])])
+        tables = (Table(("", *MODELS), tuple(self.rows())), self.by_position())
+        return "\n\n".join([*(table.markdown() for table in tables), self.notes])
+
+    @property
+    def notes(self) -> str:
+        more = [TASK_ERRORS] if self.tasks else []
+        more += [SERVED] if self.served else []
+        more += [TIMED if self.solution else TIMED_WHOLE] if self.speed else []
+        return " ".join([ERRORS, *more])
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
-        lines += [self.standings, ""] if self.standings else []
-        lines += ["| layer | attention | FFN |", "|---|---|---|"]
-        lines += [f"| {index} | {attention} | {ffn} |" for index, (attention, ffn) in enumerate(self.architecture)]
-        return "\n".join(lines) + "\n"
+        lines += [self.standings.markdown(), ""] if self.standings else []
+        layers = tuple((str(index), *names) for index, names in enumerate(self.design.names))
+        return "\n".join([*lines, Table(("layer", "attention", "FFN"), layers).markdown()]) + "\n"
+
+
+def problem_of(run: Run, solution: Solution) -> Problem:
+    """What the solution solved."""
+    tables = run.read_scores(), run.read_costs()
+    found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
+    return next(one for one in found if at_batch_sizes_of(one, solution))
 
 
 def at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
     """Whether the problem is the one that ``solution`` solved: each workload at the batch size it chose."""
     sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
     return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)
+
+
+def _answered(run: Run) -> tuple[TaskFigure, ...]:
+    paths = [run.task(name) for name in run.config.evaluate.tasks]
+    return tuple(
+        from_json(TaskFigure, figure, path) for path in paths for figure in artifacts.read_unit(path).payload["figures"]
+    )
 
 
 def _share(spec: Spec, run: Run) -> float:
@@ -176,6 +249,12 @@ def _kept_share(run: Run, layer: int) -> tuple[float, float]:
 
 def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+
+
+def _beside(predicted: float | None, measured: float | None) -> str:
+    if measured is None:
+        return ""
+    return f"{'not profiled' if predicted is None else f'{predicted:.2f}'} / {measured:.2f}"
 
 
 def _times(predicted: float | None, timed: Mapping[str, Mapping[str, float]], name: str) -> str:

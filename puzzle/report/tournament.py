@@ -1,6 +1,6 @@
 """The tournament as a table: each candidate's quality at each comparison, its place there, and who won.
 
-Reads the solution's unit; writes nothing.
+Reads the unit of what it decided; writes nothing.
 """
 
 from __future__ import annotations
@@ -8,34 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
+from puzzle.report.table import Table
 from puzzle.types import mean_and_error
 
 if TYPE_CHECKING:
     from puzzle.run import Run
 
 
-def standings(run: Run) -> str:
-    """As Markdown; empty where the solution was not chosen in a tournament."""
-    if not run.config.tournament.candidates or not run.solution.exists():
-        return ""
-    return _table(artifacts.read_unit(run.solution).payload["tournament"])
+def standings(run: Run) -> Table | None:
+    """None where nothing was chosen in a tournament."""
+    if not run.config.tournament.candidates or not run.contest.exists():
+        return None
+    return _table(artifacts.read_unit(run.contest).payload["tournament"])
 
 
-def _table(found: dict[str, Any]) -> str:
+def _table(found: dict[str, Any]) -> Table:
     rungs, winner = found["rungs"], found["winner"]
-    head = ["candidate", "sum of scores", *(f"after {rung['tokens']:,} tokens" for rung in rungs)]
-    lines = [
-        f"Tournament: candidate {winner + 1} of {len(found['sums'])} won. KL to the teacher on select, nats, and place "
-        "at each comparison:",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
-    for one, total in enumerate(found["sums"]):
-        name = f"**{one + 1}**" if one == winner else f"{one + 1}"
-        cells = [_cell(rung, one) for rung in rungs]
-        lines.append(f"| {' | '.join([name, f'{total:.4f}', *cells])} |")
-    return "\n".join(lines)
+    return Table(
+        ("candidate", "", *(f"after {rung['tokens']:,} tokens" for rung in rungs)),
+        tuple(
+            (str(one + 1), told, *(_cell(rung, one) for rung in rungs)) for one, told in enumerate(found["candidates"])
+        ),
+        f"Tournament: candidate {winner + 1} of {len(found['candidates'])} won. KL to the teacher on select, nats, and "
+        "place at each comparison:",
+        winner,
+    )
 
 
 def _cell(rung: dict[str, Any], candidate: int) -> str:

@@ -38,7 +38,8 @@ def make_importance(run: Run, missing: Sequence[Planned], progress: Progress) ->
         if unit.path == run.importance:
             _publish_importance(run, unit, progress)
         else:
-            _publish_drops(run, unit, progress)
+            asking = next(one for one in run.contenders if one.drops == unit.path)
+            _publish_drops(asking, unit, progress)
         progress.done(unit.path.name)
 
 
@@ -89,13 +90,20 @@ def _publish_drops(run: Run, unit: Planned, progress: Progress) -> None:
 
 def make_prune(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
+    publish_pruned(run, unit.inputs, unit.path, progress)
+    progress.done(unit.path.name)
+
+
+def publish_pruned(run: Run, inputs: Mapping[str, str], path: Path, progress: Progress | None = None) -> None:
+    """The student as it is before distillation, as a unit at ``path``."""
     job = _Pruning(run)
     state: dict[str, Tensor] = {}
     try:
         for index in range(run.shape.num_layers):
             for name, tensor in job.layer(index).items():
                 state[name] = tensor.to("cpu", stored_dtype(run))
-            progress.fraction(1 / run.shape.num_layers)
+            if progress is not None:
+                progress.fraction(1 / run.shape.num_layers)
         state |= {name: tensor.to("cpu", stored_dtype(run)) for name, tensor in job.ends().items()}
     except NotFiniteError as error:
         raise CorruptFileError(f"{run.teacher}: {error}; its weights are damaged: make or fetch it again") from None
@@ -104,8 +112,7 @@ def make_prune(run: Run, missing: Sequence[Planned], progress: Progress) -> None
         build.write_state(state, job.config, aside, stored_dtype(run))
         return {"layers": list(run.kept_layers)}
 
-    artifacts.publish_folder(unit.path, unit.inputs, write)
-    progress.done(unit.path.name)
+    artifacts.publish_folder(path, inputs, write)
 
 
 class _Pruning:

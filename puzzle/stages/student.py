@@ -11,12 +11,13 @@ from puzzle.evaluate import evaluate
 from puzzle.export import card as model_card
 from puzzle.export import publish
 from puzzle.export.source import Source
+from puzzle.harness import Answerer, Harness
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.speed import Subject, measured_speed
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
-from puzzle.teacher import load_model
+from puzzle.teacher import load_model, load_tokenizer
 from puzzle.types import Format, to_json
 
 
@@ -29,7 +30,26 @@ def make_build(run: Run, missing: Sequence[Planned], progress: Progress) -> None
 
 
 def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
-    (unit,) = missing
+    for unit in missing:
+        if unit.path == run.evaluation:
+            _evaluate(run, unit)
+            progress.done(unit.path.name)
+    if tasks := [unit for unit in missing if unit.path != run.evaluation]:
+        _answer(run, tasks, progress)
+
+
+def _answer(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
+    """Tasks of the lm-evaluation-harness."""
+    harness, tokenizer = Harness(run.config.evaluate), load_tokenizer(run.teacher)
+    student = load_model(run.student / "final", compute_of(run))
+    subjects = [Answerer("teacher", teacher_of(run), tokenizer), Answerer("student", student, tokenizer)]
+    for unit in missing:
+        figures = harness.figures(unit.path.stem, subjects)
+        artifacts.publish_json(unit.path, unit.inputs, {"figures": [to_json(figure) for figure in figures]})
+        progress.done(unit.path.name)
+
+
+def _evaluate(run: Run, unit: Planned) -> None:
     compute, teacher, tokens = compute_of(run), teacher_of(run), tokens_of(run)
     batches = sequences_of(run, "report", run.config.evaluate.sequences)
     models = {
@@ -47,7 +67,6 @@ def make_evaluate(run: Run, missing: Sequence[Planned], progress: Progress) -> N
     speed = {workload: {name: to_json(one) for name, one in of.items()} for workload, of in speeds.items()}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     artifacts.publish_json(unit.path, unit.inputs, {"quality": quality, "params": params, "speed": speed})
-    progress.done(unit.path.name)
 
 
 def make_export(run: Run, missing: Sequence[Planned], progress: Progress) -> None:

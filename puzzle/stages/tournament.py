@@ -1,16 +1,17 @@
-"""The stage in which the search's best answers compete: each distilled a little, half of them a little further.
+"""The stage in which candidates compete: each distilled a little, half of them a little further.
 
-Reads the candidates' solutions, the library and the splits ``train`` and ``select``, which decides; writes a solution,
-the winner's, that later stages go on with. Each candidate follows the schedule of the whole distillation, so the winner
-is then as far on its way, bit for bit, as it would be without a tournament, and goes on from there. What a candidate
-needs lies in ``students/ID/tournament/NUMBER``: the student as it was built, a checkpoint, and a figure for each
-comparison that it came to, each a unit; a start after a stop repeats none of them.
+They are the best answers of a search, or the combinations of sizes that a pruning may choose from. Reads the splits
+``train`` and ``select``, which decides; writes the winner, that later stages go on with: of a search, a solution. Each
+candidate follows the schedule of the whole distillation, so the winner is then as far on its way, bit for bit, as it
+would be without a tournament, and goes on from there. What a candidate needs lies in
+``students/ID/tournament/NUMBER``: the student as it was built, a checkpoint, and a figure for each comparison that it
+came to, each a unit; a start after a stop repeats none of them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from puzzle.data.batches import Batch
 from puzzle.evaluate import compared
 from puzzle.plans import Planned
 from puzzle.progress import Progress
+from puzzle.pruning import change
 from puzzle.ranks import Ranks, shares
 from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.search.halving import Rung, halving, num_distilled
 from puzzle.stages.common import compute_of, item_weights, sequences_of, stored_dtype, teacher_of, tokens_of
 from puzzle.stages.kd import newest
+from puzzle.stages.prune import publish_pruned
 from puzzle.teacher import load_model
 from puzzle.types import Item, mean_and_error
 
@@ -32,25 +35,57 @@ from puzzle.types import Item, mean_and_error
 def make_tournament(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     """Ranks share the candidates."""
     (unit,) = missing
-    candidates, ranks = run.candidates(), Ranks.current()
+    candidates = _of_search(run) if run.config.prune is None else _of_pruning(run)
     select = sequences_of(run, "select", run.num_sequences("select"))
     first = _steps(run, run.config.tournament.tokens)
-    field = _Field(run, tuple(run.items_of(one) for one in candidates), select)
+    field = _Field(run, candidates, select)
     progress.total(num_distilled(len(candidates)) * first, 0)
     rungs = halving(len(candidates), first, functools.partial(field.losses, progress=progress))
     winner = rungs[-1].on[0] if rungs else 0
-    if ranks.first:
+    if Ranks.current().first:
         found = {
             "winner": winner,
-            "sums": [one.objective_nats for one in candidates],
+            "candidates": [one.told for one in candidates],
             "rungs": [field.told(rung) for rung in rungs],
         }
         if rungs:  # what follows goes on from there, and so does its log
             said = (field.folder(winner) / training_log.NAME).read_text(encoding="utf-8")
             artifacts.write_text(run.student / training_log.NAME, said)
-        chosen = replace(candidates[winner], inputs=dict(unit.inputs))
-        pipeline.publish_solutions(run, unit, [chosen], tournament=found)
+        if run.config.prune is None:
+            chosen = replace(run.candidates()[winner], inputs=dict(unit.inputs))
+            pipeline.publish_solutions(run, unit, [chosen], tournament=found)
+        else:
+            artifacts.publish_json(unit.path, unit.inputs, {"tournament": found})
         progress.done(unit.path.name)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """``told``: what there is to say of it beforehand; ``publish`` writes its student, as it was built, to a path."""
+
+    told: str
+    publish: Callable[[Path], None]
+
+
+def _of_search(run: Run) -> tuple[_Candidate, ...]:
+    def publish(path: Path, items: tuple[Item, ...]) -> None:
+        student = build.build_student(teacher_of(run), items, functools.partial(item_weights, run))
+        write = functools.partial(build.write_model, student, dtype=stored_dtype(run))
+        artifacts.publish_folder(path, plans.student_inputs(run, items), write)
+
+    return tuple(
+        _Candidate(f"sum of scores {one.objective_nats:.4f}", functools.partial(publish, items=run.items_of(one)))
+        for one in run.candidates()
+    )
+
+
+def _of_pruning(run: Run) -> tuple[_Candidate, ...]:
+    return tuple(
+        _Candidate(
+            change(run.shape, one.student_shape), functools.partial(publish_pruned, one, plans.prune_inputs(one))
+        )
+        for one in run.contenders
+    )
 
 
 def _steps(run: Run, tokens: int) -> int:
@@ -65,10 +100,10 @@ def _tell(job: kd.Distillation, log: training_log.Log, progress: Progress, name:
 
 @dataclass(frozen=True)
 class _Field:
-    """The candidates, by their items, and what they are compared on."""
+    """The candidates, and what they are compared on."""
 
     run: Run
-    candidates: tuple[tuple[Item, ...], ...]
+    candidates: tuple[_Candidate, ...]
     select: Sequence[Batch]
 
     def folder(self, candidate: int) -> Path:
@@ -108,7 +143,8 @@ class _Field:
     def _distil(self, candidate: int, steps: int, progress: Progress) -> None:
         """Brings a candidate to ``steps`` from its last checkpoint, or from where it is built."""
         run, folder = self.run, self.folder(candidate)
-        self._build(candidate)
+        if not (folder / "initial").exists():
+            self.candidates[candidate].publish(folder / "initial")
         inputs = plans.kd_inputs(run, folder / "initial")
         job = kd.Distillation(
             load_model(folder / "initial", compute_of(run)), teacher_of(run), run.config.kd, compute_of(run)
@@ -126,12 +162,3 @@ class _Field:
             artifacts.remove(last.path)
         kl = compared(job.finish(), teacher_of(run), self.select).kl_nats.tolist()
         artifacts.publish_json(self._figure(candidate, steps), inputs, {"kl_nats": kl})
-
-    def _build(self, candidate: int) -> None:
-        run, path = self.run, self.folder(candidate) / "initial"
-        if path.exists():
-            return
-        items = self.candidates[candidate]
-        student = build.build_student(teacher_of(run), items, functools.partial(item_weights, run))
-        write = functools.partial(build.write_model, student, dtype=stored_dtype(run))
-        artifacts.publish_folder(path, plans.student_inputs(run, items), write)

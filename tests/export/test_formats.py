@@ -255,7 +255,7 @@ def test_layers_for_llama_cpp(source: Source) -> None:
     ]
     assert not written[0][0].tensors()["self_attn.linear_attn.weight"].any()
     nothing = make_student([(SKIP, SKIP)])
-    assert nothing.config.num_kv_heads(0) is None
+    assert nothing.config.kv_heads(0) is None
 
 
 def test_the_tokenizer_lies_in_the_gguf_file(source: Source, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ def test_code_files_import_torch_and_transformers_only() -> None:
 
 def test_mixed_export_passes_in_a_clean_process(student: PuzzleForCausalLM, mixed_export: Path, tmp_path: Path) -> None:
     write_reference(saved(student, mixed_export), tmp_path / "reference.safetensors")
-    verdict = verified(mixed_export, tmp_path / "reference.safetensors")
+    python = Path(os.path.relpath(sys.executable))
+    verdict = verify(mixed_export, "transformers", python, tmp_path / "reference.safetensors")
     assert verdict.line().startswith(f"transformers {transformers.__version__}: passed, logits within")
 
 
@@ -175,6 +178,17 @@ def test_uniform_means_the_same_sizes(
     assert model_type == ("puzzle" if last["ffn"] == SKIP else "llama")
 
 
+@pytest.mark.parametrize(("family", "expected"), [("ministral", "ministral"), ("qwen3", "puzzle")])
+def test_windows_in_some_layers_are_plain_where_readers_know_of_them(
+    family: str, expected: str, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    window = {"attention": {"kind": "window", "window_tokens": 5}, "ffn": KEEP}
+    stock = make_stock(family, layer_types=["full_attention"] * 4, sliding_window=None)
+    model = make_family_student(stock, [{"attention": KEEP, "ffn": KEEP}, window] * 2)
+    export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == expected
+
+
 def test_all_linear_is_not_uniform(tiny_llama: LlamaForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:
     export_hf(make_student(tiny_llama, [{"attention": LINEAR, "ffn": LINEAR}] * 4), teacher_dir, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "puzzle"
@@ -226,19 +240,25 @@ def test_every_field_can_fail() -> None:
             assert len(verdict.failures) == 1
     rounded = Verdict("transformers", differences={**good, "max_logit_difference": 0.1}, rounded_allowed=0.2)
     assert rounded.passed and rounded.line().endswith("(its numbers are rounded)")
+    other = Verdict("transformers", differences={**good, "greedy_tokens_unlike": 1.0})
+    assert other.status == "failed" and "other tokens" in other.failures[0]
+    assert replace(other, rounded_allowed=0.2).passed  # rounding may choose another
     assert Verdict("transformers", reason="not installed").status == "unverified"
 
 
 def test_reference_of_a_bf16_model_is_in_fp32(student: PuzzleForCausalLM, tmp_path: Path) -> None:
     model = copy.deepcopy(student).to(torch.bfloat16)
     folder = saved(model, tmp_path / "bf16")
-    write_reference(folder, tmp_path / "reference.safetensors", batch_size=3, num_tokens=5)
+    tokens = torch.randint(0, 128, (3, 5), generator=torch.Generator().manual_seed(0))
+    write_reference(folder, tmp_path / "reference.safetensors", tokens=tokens, num_greedy=4)
     tensors = load_file(tmp_path / "reference.safetensors")
     assert tensors["logits"].dtype == torch.float32
     assert tensors["logits"].shape == (3, 5, 128)
     whole = load_model(folder, Compute(torch.device("cpu"), bf16=False))
     with torch.no_grad():  # one layer at a time, or all of it
         assert torch.equal(whole(tensors["input_ids"]).logits, tensors["logits"])
+        grown = whole.generate(tokens[:1], max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=False)
+    assert torch.equal(grown[0], tensors["greedy_ids"]) and int(tensors["num_greedy"]) == 4
 
 
 def test_refusals_say_what_to_do(student: PuzzleForCausalLM, teacher_dir: Path, tmp_path: Path) -> None:

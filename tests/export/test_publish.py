@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from puzzle import artifacts
 from puzzle.cli import main
 from puzzle.export import card, publish
 from puzzle.export.card import Licence, converted_card, unverified, with_verdicts
+from puzzle.export.shards import write_sharded
 from puzzle.export.verify import RUNTIMES, Verdict
 from puzzle.types import Architecture, AttentionSpec, FfnSpec, ModelShape
 from tests.export.test_formats import BLOCKS, make_student
@@ -99,6 +103,22 @@ def test_verify_again_and_what_is_damaged(
     assert "no export" in capsys.readouterr().err
 
 
+def test_vllm_is_asked_on_request_and_not_for_what_it_is_known_to_refuse(
+    tiny_tokenizer_dir: Path, tmp_path: Path, checked: dict[str, Verdict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, blocks in (("good", BLOCKS[3:4]), ("bad", BLOCKS[:1])):
+        folder = saved(make_student(blocks), tmp_path / name)
+        shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+        assert main(["--debug", "convert", str(folder), str(tmp_path / name), "--target", "nemotron-nas"]) == 0
+    assert "- vllm: not verified (loads every block" in (tmp_path / "good" / "README.md").read_text()
+    checked["vllm"] = verdict("vllm", 1e-5)
+    assert main(["verify", str(tmp_path / "good"), "--runtime", "vllm"]) == 0
+    text = (tmp_path / "good" / "README.md").read_text()
+    assert "- vllm 1.0: passed" in text and "- torch 1.0: passed" in text and "vllm: not verified" not in text
+    assert main(["verify", str(tmp_path / "bad"), "--runtime", "vllm"]) == 2
+    assert "bad: vllm: cannot load it: vllm refuses attention skip at layer 0" in capsys.readouterr().err
+
+
 def test_what_does_not_load_is_not_published(
     model: Path, tmp_path: Path, checked: dict[str, Verdict], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +130,42 @@ def test_what_does_not_load_is_not_published(
     assert main(["convert", str(model), str(tmp_path / "out"), "--target", "hf"]) == 2
     assert "no tokenizer here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_shard_is_named_and_nothing_is_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    write_sharded(tensors.items(), model, shard_bytes=100_000)
+    shard = sorted(model.glob("model-0000*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert main(["convert", str(model), str(tmp_path / "out"), "--target", "hf"]) == 5
+    assert re.search(f"{shard.name}: .*bytes where its header says", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == [model.name]
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "write", "flush", "rename"])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_cannot_be_written_is_named_and_nothing_is_left(
+    operation: str,
+    code: int,
+    model: Path,
+    tmp_path: Path,
+    checked: dict[str, Verdict],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(found: str, path: Path) -> None:
+        if found == operation:
+            raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(artifacts, "_before", fail)
+    assert main(["convert", str(model), str(tmp_path / "out"), "--target", "hf"]) == 5
+    advice = {errno.EROFS: "use a folder that can be written", errno.ENOSPC: "free some space"}[code]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path) in line and os.strerror(code) in line and advice in line
+    assert [path.name for path in tmp_path.iterdir()] == [model.name]
 
 
 def test_nothing_from_outside_becomes_part_of_the_card() -> None:
@@ -136,7 +192,8 @@ def test_other_runtimes_are_said_to_be_unverified_or_to_refuse() -> None:
     lines = unverified("nemotron-nas", SHAPE, LAYERS, ["torch"])
     assert lines[0].startswith("vllm: cannot load it: vllm refuses attention skip at layer 0")
     assert lines[2] == "tensorrt-llm: not verified (loads every block of it, by what is known)"
-    assert unverified("hf", SHAPE, LAYERS, ["transformers"]) == ()
+    (line,) = unverified("hf", SHAPE, LAYERS, ["transformers"])
+    assert line == "vllm-plugin: not verified (loads every block of it, by what is known)"
 
 
 @pytest.mark.parametrize(

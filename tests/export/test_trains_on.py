@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from puzzle.export.hf import export_hf
 from tests.export.test_hf import MIXED, make_student
+from tests.exporting import export_hf
 
 SCRIPT = Path(__file__).parent / "trains_on.py"
 MISSING = [name for name in ("trl", "peft", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
@@ -28,7 +28,7 @@ def test_the_exported_student_trains_on(
     method: str, tiny_llama: LlamaForCausalLM, tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "hf").mkdir()
-    export_hf(make_student(tiny_llama, MIXED), tiny_tokenizer_dir, tmp_path / "hf", "# A student\n")
+    export_hf(make_student(tiny_llama, MIXED), tiny_tokenizer_dir, tmp_path / "hf")
     command = [sys.executable, str(SCRIPT), str(tmp_path / "hf"), method, str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)

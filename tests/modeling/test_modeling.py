@@ -320,7 +320,7 @@ def test_cache_slots_are_numbered_over_attention_layers() -> None:
     model = make_model(MIXED)
     slots = [getattr(getattr(layer, "self_attn", None), "layer_idx", None) for layer in model.model.layers]
     assert slots == [None, 0, None, 1, None]
-    assert [model.config.num_kv_heads(layer) for layer in range(5)] == [None, 2, None, 4, None]
+    assert [model.config.kv_heads(layer) for layer in range(5)] == [None, 2, None, 4, None]
     assert [model.config.ffn_width(layer) for layer in range(5)] == [96, 40, None, 96, None]
 
 

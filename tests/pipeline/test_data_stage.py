@@ -91,7 +91,7 @@ def test_another_mixture_is_refused_until_it_is_redone(mixed: Project, capsys: p
 def test_a_whole_run_on_a_mixture_within_documents(mixed: Project) -> None:
     edit(mixed.config, "sequence_tokens: 16", "sequence_tokens: 16\n  within_documents: true")
     assert main(["--debug", "run", str(mixed.config)]) == 0
-    assert (Run.open(mixed.config).student / "report" / "report.md").is_file()
+    assert Run.open(mixed.config).report.is_file()
 
 
 def runs_out(project: Project) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 
-from puzzle.artifacts import read_unit
+from puzzle.artifacts import MARKER, read_unit
 from puzzle.cli import main
 from puzzle.export import publish
 from puzzle.export.verify import RUNTIMES, Verdict
@@ -58,3 +68,106 @@ def test_formats_that_cannot_hold_the_teacher_are_found_first(
     assert "silu only, and the teacher has 'gelu'" in capsys.readouterr().err
     assert main(["validate", str(project.config), "--set", "export.targets=onnx"]) == 2
     assert "export.targets" in capsys.readouterr().err
+
+
+@dataclass
+class Hub:
+    """Stands in for HfApi: repositories by name, whether they are private, and what was uploaded to them."""
+
+    private: dict[str, bool] = field(default_factory=dict)
+    uploaded: dict[str, set[str]] = field(default_factory=dict)
+    error: Exception | None = None
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        if self.error:
+            raise self.error
+        self.private.setdefault(repo_id, private)
+
+    def repo_info(self, repo_id: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.private[repo_id])
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+        self.uploaded[repo_id] = {path.name for path in folder_path.iterdir()}
+        return f"https://huggingface.co/{repo_id}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stand_in = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: stand_in)
+    return stand_in
+
+
+def test_an_export_is_uploaded_privately(copy: Project, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(copy.config), "--push-to-hub"]
+    assert main(["--debug", *command, "me/student"]) == 0
+    assert capsys.readouterr().out.endswith("https://huggingface.co/me/student\n")
+    assert hub.private == {"me/student": True}
+    assert {"config.json", "model.safetensors", "README.md", "unit.json"} <= hub.uploaded["me/student"]
+    hub.private["me/known"] = False
+    assert main([*command, "me/known"]) == 2
+    assert "me/known is public: say --public" in capsys.readouterr().err
+    assert "me/known" not in hub.uploaded
+    assert main(["--debug", *command, "me/known", "--public"]) == main([*command, "me/new", "--public"]) == 0
+    assert hub.private == {"me/student": True, "me/known": False, "me/new": False}
+    assert set(hub.uploaded) == set(hub.private)
+    assert main([*command, "me/more", "--target", "hf", "--target", "mlx"]) == 2
+    assert "takes one format, and there are hf, mlx; choose with --target" in capsys.readouterr().err
+
+
+def test_what_is_not_verified_or_not_whole_is_not_uploaded(
+    copy: Project, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, command = Run.open(copy.config).checkpoint, ["export", str(copy.config), "--push-to-hub", "me/student"]
+    untried = Verdict("transformers", reason="not installed here")
+    publish.note_verdicts(folder, [untried], [])
+    assert main(command) == 1
+    assert "no runtime has loaded it; run `puzzle verify" in capsys.readouterr().err
+    assert not hub.uploaded
+    assert main([*command, "--unverified"]) == 0
+    wrong = Verdict("transformers", "1.0", dict.fromkeys(RUNTIMES["transformers"].checks, 0.5))
+    publish.note_verdicts(folder, [wrong], [])
+    assert main([*command, "--unverified"]) == 1
+    assert "transformers 1.0: FAILED" in capsys.readouterr().err
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert main([*command, "--unverified"]) == 5
+    assert "its checksum differs" in capsys.readouterr().err
+
+
+def _refused(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return kind(f"{status} of the hub\nmore", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_refused(HfHubHTTPError, 401), "not to be written with your token; run `hf auth login`"),
+        (_refused(HfHubHTTPError, 403), "not to be written with your token"),
+        (_refused(RepositoryNotFoundError, 401), "not to be written with your token"),
+        (_refused(GatedRepoError, 403), "gated; accept its terms on the hub"),
+        (_refused(HfHubHTTPError, 500), "not to be written (500 of the hub)"),
+        (LocalTokenNotFoundError("no token"), "not to be written without a token; run `hf auth login`"),
+        (HFValidationError("bad name"), "no name of a repository; write ORGANISATION/NAME"),
+        (RuntimeError("nobody there"), "not to be reached (nobody there)"),
+    ],
+)
+def test_what_the_hub_says_is_said_in_words(
+    error: Exception, message: str, copy: Project, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.error = error
+    assert main(["export", str(copy.config), "--push-to-hub", "me/student"]) == 2
+    assert f"--push-to-hub: me/student is {message}" in capsys.readouterr().err
+    assert not hub.uploaded
+
+
+def test_an_export_from_before_formats_were_units_is_stale(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Run.open(copy.config).checkpoint
+    (folder / MARKER).rename(folder.parent / MARKER)  # where it was then
+    assert main(["--debug", "status", str(copy.config)]) == 0
+    assert re.search(r"^export +1 stale", capsys.readouterr().out, re.M)
+    assert main(["export", str(copy.config)]) == 6
+    assert "was made from other inputs (changed: layout); run again with --redo export" in capsys.readouterr().err
+    assert main(["--debug", "export", str(copy.config), "--redo"]) == 0
+    assert (folder / MARKER).is_file()

@@ -38,4 +38,4 @@ def test_a_family_goes_all_the_way(family: str, project: Project, tiny_tokenizer
     run = Run.open(project.config)
     assert run.shape.family == family
     assert not run.read_scores().failed
-    assert (run.student / "report" / "report.md").is_file()
+    assert run.report.is_file()

@@ -44,7 +44,7 @@ def test_a_fused_run_goes_all_the_way(fusing: Project, capsys: pytest.CaptureFix
     evaluation = artifacts.read_unit(run.student / "evaluation.json").payload
     sizes = sum(params(spec, run.shape) for item in chosen.values() for spec in item.specs) + rest_params(run.shape)
     assert evaluation["params"]["student"] == sizes == run.solutions()[0].totals["params"]
-    assert "| 0 | " in (report := (run.student / "report" / "report.md").read_text()) and "fused-2x48" in report
+    assert "layer 0, FFN: fused-2x48" in run.report.read_text()
     loaded = AutoModelForCausalLM.from_pretrained(run.student / "export" / "hf")
     assert loaded.config.ffn_width(0) == 2 * 48
 

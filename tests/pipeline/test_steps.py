@@ -59,7 +59,8 @@ def test_each_step_starts_from_the_student_before(
 def test_a_step_that_says_nothing_else_only_trains(tmp_path: Path) -> None:
     config = tmp_path / "chain.yaml"
     correction = "{kl_weight: 0, cosine_weight: 0, lm_weight: 1, tokens: 64}"
-    config.write_text(f"run: {tmp_path}/run\nkd: {{warmup_steps: 1}}\nsteps:\n  - kd: {correction}\n")
+    overlay = f"{{kd: {correction}, export: {{targets: gguf}}}}"  # the last step: nothing starts from it
+    config.write_text(f"run: {tmp_path}/run\nkd: {{warmup_steps: 1}}\nsteps: [{overlay}]\n")
     opened = Chain.open(config)
     assert opened is not None
     (((name, first)),) = opened.steps
@@ -76,7 +77,7 @@ def test_a_step_that_says_nothing_else_only_trains(tmp_path: Path) -> None:
         ("space: x\nsteps: [{prune: {num_layers: 1}}]", "space beside steps"),
         ("steps: [{prune: {num_layer: 1}}]", "did you mean 'num_layers'"),
         ("steps: [{kd: {tokens: -1}}, {prune: {num_layers: 0}}]", "kd.tokens"),
-        ("steps: [{export: {targets: [gguf]}}]", "lacks hf"),
+        ("steps: [{export: {targets: [gguf]}}, {prune: {num_layers: 1}}]", "of step 1 lacks hf"),
     ],
 )
 def test_mistakes_are_told_in_one_line_each(tmp_path: Path, step: str, said: str) -> None:

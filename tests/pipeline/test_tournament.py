@@ -8,11 +8,14 @@ import pytest
 
 from puzzle import kd
 from puzzle.artifacts import read_unit
+from puzzle.checkpoint import read_shape
 from puzzle.cli import main
+from puzzle.pruning import change
 from puzzle.report.summary import Summary
 from puzzle.report.tournament import standings
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
+from tests.pipeline.test_prune import as_pruning
 
 TOKENS = 32  # one step: batch of 2, sequences of 16 tokens; the whole distillation has 6
 ASKED = ["tournament.candidates=4", f"tournament.tokens={TOKENS}"]
@@ -59,7 +62,7 @@ def test_the_best_on_select_wins_and_goes_on_from_where_it_is(
         up_to(contested, "build", "kd")
     assert steps[0] == 2
     assert main(["--debug", "evaluate", str(contested.config), *SET]) == 0
-    assert standings(run) in Summary.of(run).markdown()
+    assert (table := standings(run)) is not None and table.markdown() in Summary.of(run).markdown()
     went_on = (run.student / "final" / "model.safetensors").read_bytes()
     assert not (run.student / "tournament").exists()
     # as if there had been no tournament
@@ -90,6 +93,37 @@ def test_a_tournament_that_was_stopped_repeats_no_rung_and_ends_as_it_would_have
     assert (run.solution / "unit.json").read_bytes() == once
 
 
+GRID = """prune:
+  layers_by: contiguous
+  grid: {num_layers: [1, 2], intermediate_size: [32, 48, 64], num_key_value_heads: [50%, 2]}
+"""
+
+
+def test_combinations_of_sizes_compete_and_the_winner_is_pruned(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_pruning(project, GRID)
+    assert main(["--debug", "run", str(project.config), "--dry-run", *SET]) == 0
+    assert "student 4" in capsys.readouterr().out
+    assert main(["--debug", "run", str(project.config), *SET]) == 0
+    run = Run.open(project.config, ASKED)
+    found = read_unit(run.contest).payload["tournament"]
+    assert len(found["candidates"]) == len(set(found["candidates"])) == 4
+    assert [len(rung["candidates"]) for rung in found["rungs"]] == [4, 2]
+    assert run.pruning == run.contenders[found["winner"]].pruning
+    shape = read_shape(run.student / "export" / "hf")
+    assert change(run.shape, shape) == change(run.shape, run.student_shape) == found["candidates"][found["winner"]]
+    assert f"candidate {found['winner'] + 1} of 4 won" in capsys.readouterr().out
+    # as if that one alone had been asked for
+    assert len({path.read_bytes() for path in project.run.glob("students/*/final/model.safetensors")}) == 1
+    alone = run.pruning.model_dump_json(exclude_none=True)
+    project.config.write_text(project.config.read_text().replace(GRID, f"prune: {alone}\n"))
+    for stage in ("prune", "kd"):
+        assert main(["--debug", stage, str(project.config)]) == 0
+    assert len(list(project.run.glob("students/*/final"))) == 2
+    assert len({path.read_bytes() for path in project.run.glob("students/*/final/model.safetensors")}) == 1
+
+
 def test_what_cannot_be_is_said_before_anything_runs(contested: Project, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*settings: str) -> str:
         assert main(["validate", str(contested.config), *(word for one in settings for word in ("--set", one))]) == 2
@@ -100,3 +134,6 @@ def test_what_cannot_be_is_said_before_anything_runs(contested: Project, capsys:
     hidden = ["kd.signal=hidden", "kd.cosine_weight=0"]
     assert "set kd.signal: online" in said("tournament.candidates=4", "tournament.tokens=32", *hidden)
     assert "one candidate alone" in said("tournament.candidates=1")
+    as_pruning(contested, GRID)
+    assert "give both, prune.grid and tournament" in said()
+    assert "after 1,000,000 tokens" in said("tournament.candidates=4")

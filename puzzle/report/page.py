@@ -1,0 +1,106 @@
+"""The report as one page of HTML that needs nothing beside it: no network, no font, no library.
+
+Reads :class:`~puzzle.report.contents.Contents`; computes the text of the file: the sections (sections.py), page.css,
+page.js and, as JSON, what that needs. A content security policy lets the page load nothing and run that script only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib import resources
+
+import puzzle.report.charts as charts
+from puzzle import style
+from puzzle.report.contents import Contents, Search, Trade
+from puzzle.report.sections import drawn, longest, sections_of, to_get, unfinished
+from puzzle.report.summary import Design
+from puzzle.report.svg import escaped, figure
+
+
+def page(contents: Contents) -> str:
+    """The whole file."""
+    sections = [section for section in sections_of(contents) if section[2]]
+    script, css = _file("page.js"), _styles()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"script-src 'sha256-{digest}'"
+    )
+    links = "".join(f'<a href="#{name}">{escaped(title)}</a> ' for name, title, _ in sections)
+    body = "".join(
+        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{escaped(title)}</h2>{text}</section>'
+        for name, title, text in sections
+    )
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{escaped(contents.title)} – {escaped(contents.subtitle)}</title>
+<style>{css}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the contents</a>
+<header>
+<h1>{escaped(contents.title)}</h1>
+<p class="subtitle">{escaped(contents.subtitle)}</p>
+<nav aria-label="Contents">{links}</nav>
+{unfinished(contents.left)}
+</header>
+<main id="main">
+{body}
+</main>
+<footer>Written by puzzle. This file is complete: it loads nothing.</footer>
+<script type="application/json" id="data">{_data(contents)}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _file(name: str) -> str:
+    return resources.files("puzzle.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _styles() -> str:
+    light, dark = style.css()
+    heat = "".join(f".heat-{step} {{ fill: var(--heat-{step}); }}" for step in range(len(style.SCALE_STEPS)))
+    on_screen = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    return f":root {{ {light} }}\n{on_screen}\n{heat}\n{_file('page.css')}"
+
+
+def _data(contents: Contents) -> str:
+    """What page.js draws from; nothing in it can end the element that it stands in."""
+    searched = contents.search
+    trade = searched.trade if isinstance(searched, Search) else None
+    if not isinstance(trade, Trade):
+        return "null"
+    points = charts.in_order(trade)
+    num_layers = len(points[0].blocks) // 2
+    design = drawn(contents)
+    assert isinstance(design, Design)  # there is a front
+    sizes, _ = charts.strip_sizes(num_layers, longest(design, trade))
+    data = {
+        "blocks": [[block.name, block.share] for block in trade.blocks],
+        "strip": {**vars(sizes), "gap": sizes.gap},
+        "chosen": points.index(trade.chosen) if trade.chosen is not None else None,
+        "points": [
+            {
+                "blocks": point.blocks,
+                "said": ("Chosen: " if point is trade.chosen else "") + charts.said(point, trade),
+                "totals": [
+                    f"{figure(value)} {unit}" for (_, unit), value in zip(trade.told, point.totals, strict=True)
+                ],
+                "get": to_get(point, trade),
+            }
+            for point in points
+        ],
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,0 +1,73 @@
+"""What a page is gathered from: points of the front, choices, limits; and the scales that charts are drawn on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.report.charts import HeatScale
+from puzzle.report.contents import FRONT_POINTS, REACH, Trade, searched
+from puzzle.report.svg import Scale, figure
+from tests.report.pages import problem_of, shape_of, solution_of
+
+
+def test_points_are_architectures_with_what_they_cost_and_break() -> None:
+    problem, shape = problem_of(6), shape_of(6)
+    solution = solution_of(problem)
+    assert solution is not None
+    found = searched(problem, shape, solution)
+    trade = found.trade
+    assert isinstance(trade, Trade) and trade.chosen is not None and 10 < len(trade.points) <= FRONT_POINTS
+    assert trade.points[0].objective <= REACH * solution.objective_nats
+    for point in (*trade.points[::9], trade.chosen):
+        names = [trade.blocks[block].name for block in point.blocks]
+        items = [f"{site}.{name}" for site, name in zip(problem.sites, names, strict=True)]
+        totals = problem.totals(items)
+        assert point.cost == pytest.approx(totals["params"], rel=1e-12)
+        assert point.objective == pytest.approx(float(problem.objective_of(items)), rel=1e-9)
+        assert point.totals == pytest.approx([totals[name] for name, _ in trade.told], rel=1e-12)
+        assert point.broken == (() if problem.rows[0].holds(items) else (problem.rows[0].written,))
+    assert trade.chosen.blocks == searched(problem, shape, solution).trade.chosen.blocks  # type: ignore[union-attr]
+    assert trade.teacher_cost == found.reached[0].teacher and found.reached[0].chosen == trade.chosen.cost
+
+
+def test_of_each_layer_something_is_chosen_and_shares_of_the_front_add_up() -> None:
+    problem = problem_of(5)
+    solution = solution_of(problem)
+    assert solution is not None
+    for found in searched(problem, shape_of(5), solution).maps:
+        for layer, row in enumerate(found.chosen):
+            assert row is not None
+            assert f"L{layer:03d}.{found.part}.{found.variants[row]}" in solution.items
+            assert sum(values[layer] or 0.0 for values in found.taken) == pytest.approx(1.0)
+
+
+@given(
+    low=st.floats(1e-9, 1e9), ratio=st.floats(1.0, 1e6), logarithmic=st.booleans(), start=st.sampled_from([0.0, 300.0])
+)
+def test_a_scale_has_ticks_within_it_and_keeps_the_order(
+    low: float, ratio: float, logarithmic: bool, start: float
+) -> None:
+    scale = Scale.over([low, low * ratio], start, 150.0, logarithmic)
+    ticks = scale.ticks()
+    assert 1 <= len(ticks) <= 20 and ticks == sorted(ticks)
+    assert all(scale.low <= tick <= scale.high for tick in ticks)
+    ends = sorted([start, 150.0])
+    assert all(ends[0] <= scale.at(value) <= ends[1] for value in (low, low * ratio, *ticks))
+
+
+def test_heat_takes_the_first_step_for_the_least_and_the_last_for_the_most() -> None:
+    linear = HeatScale.over([(0.0, 5.0, None), (10.0, 2.0, 3.0)])
+    assert [linear.step(value) for value in (0.0, 4.9, 10.0)] == [0, 4, 8]
+    logarithmic = HeatScale.over([(0.0, 0.001), (1.0, 0.1)], logarithmic=True)
+    assert [logarithmic.step(value) for value in (0.0, 0.001, 0.032, 1.0)] == [0, 0, 4, 8]
+    assert HeatScale.over([(1.0, 1.0)]).step(1.0) == 0  # all alike
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(5771520, "5.772M"), (1423.11, "1423"), (0.0313349, "0.03133"), (70e9, "70B"), (12345, "12.35k"), (-2.5, "-2.5")],
+)
+def test_figures_have_four_digits(value: float, text: str) -> None:
+    assert figure(value) == text
