@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import anywidget  # noqa: F401 - plotly's figure asks for it, but only when it is made
 import ipywidgets as widgets
 import plotly.graph_objects as go
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
+import pytest
+
+from puzzle.types import ConfigError
 from tests.notebook.conftest import MakeFront
 
 
@@ -82,3 +86,13 @@ def test_a_front_of_one_point_is_drawn(make_front: MakeFront) -> None:
     assert explorer.chosen is not None
     assert explorer.chosen.solution.objective_nats == 0
     assert len(explorer.figure.data[0].x) == len(explorer.figure.data[1].x) == 1
+
+
+@pytest.mark.parametrize("package", ["plotly.graph_objects", "ipywidgets", "anywidget"])
+def test_without_what_draws_it_it_says_what_to_install(
+    make_front: MakeFront, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "puzzle.notebook.widget", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=rf"explore\(\) needs {package.split('.')[0]}.*puzzle-nas\[explore\]"):
+        make_front().explore()
