@@ -27,6 +27,8 @@ def test_a_slider_changes_the_architecture_and_says_what_the_limit_costs(make_fr
     assert "binds; " in explorer._told[0].value
     point = explorer.figure.data[2]
     assert (point.x[0], point.y[0]) == explorer.sliders.point(after)
+    slider.value = 0.00036  # where the front is steep
+    assert explorer.figure.data[2].y[0] < explorer.figure.layout.yaxis.range[1]
     slider.value = slider.max
     assert explorer.chosen.solution.objective_nats == 0
     assert "does not bind" in explorer._told[0].value
