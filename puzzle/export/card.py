@@ -40,8 +40,8 @@ _LOADING: Mapping[Format, str] = {
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{trust})
 ```
 
 Where layers differ from one another, the checkpoint carries its own modelling code; with `puzzle-nas` installed,
@@ -189,6 +189,11 @@ def unverified(target: Format, shape: ModelShape, layers: Architecture, tried: S
         elif runtime not in tried:
             lines.append(f"{runtime}: not verified (loads every block of it, by what is known)")
     return tuple(lines)
+
+
+def with_loading(card: str, own_code: bool) -> str:
+    """The card of a checkpoint that carries modelling code, or does not."""
+    return card.replace('"THIS_FOLDER"{trust}', '"THIS_FOLDER"' + (", trust_remote_code=True" if own_code else ""))
 
 
 def _drawing(names: Sequence[tuple[str, str]], shares: Sequence[Sequence[float]]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import artifacts
-from puzzle.export.card import unverified, with_verdicts
+from puzzle.export.card import unverified, with_loading, with_verdicts
 from puzzle.export.decilm import export_mlx, export_nemotron_nas
 from puzzle.export.folder import copy_licences
 from puzzle.export.gguf import GgufType, export_gguf, is_exact
@@ -67,6 +67,7 @@ def fill(
     if wrong := [verdict.line() for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"the export as {target} does not load as it should: {'; '.join(wrong)}")
     others = unverified(target, source.shape, source.layers, [one.runtime for one in verdicts])
+    card = with_loading(card, own_code=(folder / "modeling_puzzle.py").exists())
     (folder / CARD).write_text(with_verdicts(card, [one.line() for one in verdicts], others), encoding="utf-8")
     (folder / VERDICTS).write_text(_verdicts_text(verdicts))
     return {"format": target, "verification": [_marked(one) for one in verdicts], "others": list(others)}
