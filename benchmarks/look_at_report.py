@@ -97,6 +97,22 @@ def picture(driver: webdriver.Chrome, path: Path, scheme: str, width: int) -> No
     path.write_bytes(base64.b64decode(shot["data"]))
 
 
+def part(driver: webdriver.Chrome, path: Path, first: str, last: str) -> None:
+    """Of the sections from ``first`` to ``last``, at the width of the last picture."""
+    ends = "return [...arguments].map(one => document.getElementById(one).getBoundingClientRect())"
+    top, bottom = driver.execute_script(ends, first, last)
+    clip = {
+        "x": top["x"] - 16,
+        "y": top["y"] - 16,
+        "width": top["width"] + 32,
+        "height": bottom["bottom"] - top["y"] + 32,
+    }
+    shot = driver.execute_cdp_cmd(
+        "Page.captureScreenshot", {"clip": {**clip, "scale": 1}, "captureBeyondViewport": True}
+    )
+    path.write_bytes(base64.b64decode(shot["data"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
@@ -113,9 +129,11 @@ def main() -> None:
             data = json.loads(driver.find_element(By.ID, "data").get_attribute("textContent"))
             choice = data is not None and data["chosen"] is not None and len(data["points"]) > 4
             found = use(driver, data) if choice else {}
-            for scheme in ("light", "dark"):
-                for name, width in WIDTHS.items():
+            for scheme in ("dark", "light"):
+                for name, width in reversed(WIDTHS.items()):
                     picture(driver, options.pictures / f"{scheme}-{name}.png", scheme, width)
+            if choice:
+                part(driver, options.pictures / "front.png", "what-fits", "layers")
             printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
             (options.pictures / "printed.pdf").write_bytes(base64.b64decode(printed["data"]))
             result = {

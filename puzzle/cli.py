@@ -175,7 +175,7 @@ def _run(options: argparse.Namespace) -> None:
         if before is not None:
             pipeline.take_over_data(run, before)
         pipeline.run_all(run, options.redo)
-        _print_report(run)
+        _print_report(run, run.student / "report" / "report.html")
         print(f"checkpoints {run.student / 'export'}")
         before = run
 
@@ -232,7 +232,7 @@ def _stage(options: argparse.Namespace) -> None:
         if left := pipeline.report(run):
             print(f"not there yet: {', '.join(one.stage for one in left)}; the page says what there is\n{run.report}")
         else:
-            _print_report(run)
+            _print_report(run, run.report)
         return
     pipeline.run_stage(run, options.stage, options.redo)
     if not Ranks.current().first:
@@ -261,10 +261,10 @@ def _stage(options: argparse.Namespace) -> None:
         print(additivity.report(run))
 
 
-def _print_report(run: Run) -> None:
+def _print_report(run: Run, page: Path) -> None:
     from puzzle.report.summary import Summary
 
-    print(f"{Summary.of(run).markdown()}\npage        {run.report}")
+    print(f"{Summary.of(run).markdown()}\npage        {page}")
 
 
 def _print_generated(run: Run) -> None:

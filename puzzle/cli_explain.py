@@ -94,7 +94,8 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     measure = partial(pipeline.true_values, run, split="report", metric=metric) if true else None
     rounded = quantised_teachers(run, problem) if options.quantised else []
     found = (*compare(problem, loss, importance, run.config.seed, measure, more), *rounded)
-    artifacts.publish_json(run.comparison, plans.search_inputs(run), {"compared": [to_json(one) for one in found]})
+    told = {"objective": problem.objective_name, "found": [to_json(one) for one in found]}
+    artifacts.publish_json(run.comparison, plans.search_inputs(run), told)
     if problem.label:
         print(problem.label)
     print(table(found, problem))

@@ -30,7 +30,8 @@ PURE = """
     search.halving plans run steps
     report.table report.tournament report.tasks report.served report.summary report.library report.profile
     report.pruning report.additivity
-    report.contents report.svg report.charts report.sections report.page report.words report export.card progress
+    report.searched report.contents report.svg report.front report.charts report.sections report.page report.words
+    report export.card progress
     data.tokenise pipeline notebook.html notebook.strip notebook.solution notebook.front notebook.sliders
     notebook.widget notebook validate rivals cli_options cli_search cli_explain cli_evaluate cli_export cli
 """.split()  # noqa: SIM905

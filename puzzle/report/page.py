@@ -11,12 +11,13 @@ import hashlib
 import json
 from importlib import resources
 
-import puzzle.report.charts as charts
+import puzzle.report.front as front
 from puzzle import style
-from puzzle.report.contents import Contents, Search, Trade
-from puzzle.report.sections import drawn, longest, sections_of, to_get, unfinished
+from puzzle.report.contents import Contents
+from puzzle.report.searched import Search, Trade
+from puzzle.report.sections import amount, drawn, longest, sections_of, to_get, unfinished
 from puzzle.report.summary import Design
-from puzzle.report.svg import escaped, figure
+from puzzle.report.svg import escaped
 
 
 def page(contents: Contents) -> str:
@@ -81,11 +82,11 @@ def _data(contents: Contents) -> str:
     trade = searched.trade if isinstance(searched, Search) else None
     if not isinstance(trade, Trade):
         return "null"
-    points = charts.in_order(trade)
+    points = front.in_order(trade)
     num_layers = len(points[0].blocks) // 2
     design = drawn(contents)
     assert isinstance(design, Design)  # there is a front
-    sizes, _ = charts.strip_sizes(num_layers, longest(design, trade))
+    sizes, _ = front.strip_sizes(num_layers, longest(design, trade))
     data = {
         "blocks": [[block.name, block.share] for block in trade.blocks],
         "strip": {**vars(sizes), "gap": sizes.gap},
@@ -93,10 +94,8 @@ def _data(contents: Contents) -> str:
         "points": [
             {
                 "blocks": point.blocks,
-                "said": ("Chosen: " if point is trade.chosen else "") + charts.said(point, trade),
-                "totals": [
-                    f"{figure(value)} {unit}" for (_, unit), value in zip(trade.told, point.totals, strict=True)
-                ],
+                "said": ("Chosen: " if point is trade.chosen else "") + front.said(point, trade),
+                "totals": [amount(value, unit) for (_, unit), value in zip(trade.told, point.totals, strict=True)],
                 "get": to_get(point, trade),
             }
             for point in points

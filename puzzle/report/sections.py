@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import puzzle.report.charts as charts
-from puzzle.report.contents import Absent, Contents, HeatMap, Left, Point, Reached, Recipe, Search, Trade, Trained
+import puzzle.report.front as front
+from puzzle.report.contents import Comparison, Contents, Left, Recipe, Trained
+from puzzle.report.searched import Absent, HeatMap, Point, Reached, Search, Trade
 from puzzle.report.summary import MODELS, Design, Summary
 from puzzle.report.svg import diamond, escaped, figure, star
 from puzzle.report.table import Table
-from puzzle.search.compare import Compared
 from puzzle.types import mean_and_error
 
 Found = TypeVar("Found")
@@ -38,7 +39,7 @@ def sections_of(contents: Contents) -> list[tuple[str, str, str]]:
         ("choices", "What every layer had to choose from", _part(searched, _maps)),
         ("times", "Times", _part(contents.summary, _times)),
         ("distillation", "Distillation", _distillation(contents)),
-        ("baselines", "Simpler ways to choose", _part(contents.compared, lambda found: _baselines(found, trade))),
+        ("baselines", "Simpler ways to choose", _part(contents.compared, _baselines)),
         ("tournament", "Tournament", "" if contents.standings is None else _table(contents.standings)),
         ("checkpoints", "Checkpoints", _list(contents.exports)),
         ("reproduce", "Do it again", _recipe(contents.recipe)),
@@ -49,7 +50,7 @@ def drawn(contents: Contents) -> Design | Absent:
     """The chosen architecture; where nothing was chosen, the point of the front that is picked at first."""
     trade = contents.search.trade if isinstance(contents.search, Search) else None
     if isinstance(contents.design, Absent) and isinstance(trade, Trade):
-        return charts.design_of(charts.start_of(trade), trade)
+        return front.design_of(front.start_of(trade), trade)
     return contents.design
 
 
@@ -182,10 +183,10 @@ def _front_words(trade: Trade) -> str:
 
 
 def _front(trade: Trade) -> str:
-    points = charts.in_order(trade)
-    start = charts.start_of(trade)
+    points = front.in_order(trade)
+    start = front.start_of(trade)
     totals = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{figure(value)} {escaped(unit)}</dd></div>"
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(amount(value, unit))}</dd></div>"
         for (name, unit), value in zip(trade.told, start.totals, strict=True)
     )
     rows = tuple(
@@ -202,13 +203,18 @@ def _front(trade: Trade) -> str:
         "limits kept",
     )
     marked = points.index(trade.chosen) if trade.chosen is not None else None
-    said = ("Chosen: " if trade.chosen is not None else "") + charts.said(start, trade)
+    said = ("Chosen: " if trade.chosen is not None else "") + front.said(start, trade)
     return f"""\
-{_figure(escaped(_front_words(trade)), charts.front(trade), _front_key(trade))}
+{_figure(escaped(_front_words(trade)), front.front(trade), _front_key(trade))}
 <div class="selected"><output aria-live="polite">{escaped(said)}</output><dl>{totals}</dl>
 <p class="get">To have it searched for: <code>{escaped(to_get(start, trade))}</code></p>
 <button type="button" disabled>Back to the chosen one</button></div>
 {_hidden("The points as a table", _table(Table(head, rows, "", marked)))}"""
+
+
+def amount(value: float, unit: str) -> str:
+    """A count says by its name what is counted."""
+    return figure(value) if unit == "parameters" else f"{figure(value)} {unit}"
 
 
 def to_get(point: Point, trade: Trade) -> str:
@@ -261,7 +267,7 @@ def _strip(design: Design, trade: Trade | Absent | None) -> str:
         for layer, ((attention, ffn), (left, right)) in enumerate(zip(design.names, design.shares, strict=True))
     )
     table = Table(("layer", "attention", "of the teacher’s", "FFN", "of the teacher’s"), rows, named)
-    return _figure(told, charts.strip(design, longest(design, trade), spoken), fits=False) + _hidden(
+    return _figure(told, front.strip(design, longest(design, trade), spoken), fits=False) + _hidden(
         "The layers as a table", _table(table)
     )
 
@@ -269,11 +275,11 @@ def _strip(design: Design, trade: Trade | Absent | None) -> str:
 def _maps(found: Search) -> str:
     trade = found.trade
     cost, unit = (trade.cost_name, trade.cost_unit) if isinstance(trade, Trade) else ("cost", "")
-    quality = charts.quality_unit(trade) if isinstance(trade, Trade) else "nats"
-    told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer there.</p>"
+    quality = front.quality_unit(trade) if isinstance(trade, Trade) else "nats"
+    told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer.</p>"
     drawn = []
-    score = f"Score: {quality} lost with this variant alone in place"
-    choice = "Choice: share of the points above that take it"
+    score = f"Score: {quality} lost with this variant alone"
+    choice = "Choice: share of the points above"
     for place, one in enumerate(found.maps):
         kinds = [
             ("score", score, one.scores, quality, True),
@@ -357,27 +363,28 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> str:
     return _figure(told, charts.curve(steps))
 
 
-def _baselines(compared: Sequence[Compared], trade: Trade | Absent | None) -> str:
-    objective = trade.objective_name if isinstance(trade, Trade) else "kl_nats"
-    measured = any(one.measured for one in compared)
+def _baselines(comparison: Comparison) -> str:
+    found = [one for one in comparison.found if one.objective is not None or one.measured]
+    evaluated = any(one.measured for one in found)
     told = "What others would have chosen under the same limits" + (
         ": as the scores predict it, and as it truly is on the report split, before global distillation."
-        if measured
+        if evaluated
         else ", as the scores predict it. <code>puzzle compare RUN --true</code> evaluates each."
     )
-    metrics = list(dict.fromkeys(name for one in compared for name in one.totals))
+    metrics = list(dict.fromkeys(name for one in found for name in one.totals))
     rows = tuple(
         (
-            one.name, _number(one.objective), _true(one.measured),
-            *(_number(one.totals.get(name)) for name in metrics), one.note or "–",
+            one.name, _number(one.objective), *([_true(one.measured)] if evaluated else []),
+            *(_number(one.totals.get(name)) for name in metrics),
         )
-        for one in compared
+        for one in found
     )  # fmt: skip
-    head = ("", f"{objective}, predicted", "true", *metrics, "remark")
+    head = ("", f"{comparison.objective}, predicted", *(["true"] if evaluated else []), *metrics)
     marks = [('<circle cx="7" cy="7" r="5" class="dot first"/>', "predicted")]
-    marks += [(diamond(7, 7, 6, "dot second"), "true, ± standard error")] if measured else []
-    chart = charts.baselines(compared, objective)
-    return _figure(told, chart, _key_of(marks) if chart else "") + _table(Table(head, rows, "", 0))
+    marks += [(diamond(7, 7, 6, "dot second"), "true, ± standard error")] if evaluated else []
+    figure = _figure(told, charts.baselines(found, comparison.objective), _key_of(marks)) if found else ""
+    notes = [f"{one.name}: {one.note}" for one in comparison.found if one.note]
+    return figure + _table(Table(head, rows, "", 0)) + _list(notes)
 
 
 def _true(values: Sequence[float]) -> str:

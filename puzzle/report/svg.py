@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+WIDTH = 1000  # of the widest charts
+LETTER = 6.4  # width of one, on average
 SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"))
 
 
@@ -24,6 +26,12 @@ def figure(value: float) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if suffix == 'k' else size):.4g}{suffix}"
     return f"{value:.4g}"
+
+
+def every_layer(num_layers: int, wide: float) -> int:
+    """Every how manieth layer has its number, where a layer is so wide."""
+    room = 14.0 + LETTER * len(str(num_layers - 1))
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * wide >= room)
 
 
 @dataclass(frozen=True)

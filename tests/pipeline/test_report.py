@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from puzzle.cli import main
-from puzzle.report.contents import Absent, Contents, Search, Trade
+from puzzle.report.contents import Comparison, Contents
+from puzzle.report.searched import Absent, Search, Trade
 from puzzle.run import Run
 from tests.pipeline.conftest import Project
 
@@ -33,8 +34,9 @@ def test_what_compare_found_is_told_and_finishes_nothing_anew(copy: Project) -> 
     assert main(["--debug", "report", str(copy.config)]) == 0
     run = Run.open(copy.config)
     compared = Contents.of(run).compared
-    assert isinstance(compared, tuple) and [one.name for one in compared][:2] == ["MIP", "convex-hull greedy"]
-    assert compared[0].objective == pytest.approx(run.solutions()[0].objective_nats)
+    assert isinstance(compared, Comparison) and compared.objective == "kl_nats"
+    assert [one.name for one in compared.found][:2] == ["MIP", "convex-hull greedy"]
+    assert compared.found[0].objective == pytest.approx(run.solutions()[0].objective_nats)
     assert "published greedy" in run.report.read_text()
 
 

@@ -6,8 +6,9 @@ import random
 from dataclasses import replace
 from fractions import Fraction
 
-from puzzle.report.charts import in_order
-from puzzle.report.contents import Absent, Contents, Left, Recipe, Search, Trade, Trained, searched
+from puzzle.report.contents import Comparison, Contents, Left, Recipe, Trained
+from puzzle.report.front import in_order
+from puzzle.report.searched import Absent, Search, Trade, searched
 from puzzle.report.summary import MODELS, Design, Summary
 from puzzle.report.table import Table
 from puzzle.search.compare import Compared
@@ -137,7 +138,7 @@ def contents_of(num_layers: int = 8, name: str = "a-teacher", variants: int = 7)
         search=searched(problem, shape_of(num_layers), solution),
         trained=tuple(trained),
         steps=tuple(steps),
-        compared=tuple(compared),
+        compared=Comparison("kl_nats", tuple(compared)),
         standings=Table(
             ("candidate", "sum of scores", "after 32 tokens"), (("1", "0.2", "0.1 ± 0.01 (1.)"),), "Who won:", 0
         ),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.report.charts import HeatScale
-from puzzle.report.contents import FRONT_POINTS, REACH, Trade, searched
+from puzzle.report.searched import FRONT_POINTS, REACH, Trade, searched
 from puzzle.report.svg import Scale, figure
+from puzzle.search.problem import Quantity, Row
 from tests.report.pages import problem_of, shape_of, solution_of
 
 
@@ -41,6 +45,22 @@ def test_of_each_layer_something_is_chosen_and_shares_of_the_front_add_up() -> N
             assert row is not None
             assert f"L{layer:03d}.{found.part}.{found.variants[row]}" in solution.items
             assert sum(values[layer] or 0.0 for values in found.taken) == pytest.approx(1.0)
+
+
+def test_the_front_is_of_what_is_minimised_or_limited_and_costs_something() -> None:
+    problem, shape = problem_of(3), shape_of(3)
+    params, speed = problem.quantities
+    memory = replace(params, name="chat.memory_gib")
+    quality = Row(Quantity("ce_delta_nats", "nats", problem.objective), "ce_delta_nats ≤ 1", upper=Fraction(1))
+    rate = Row(speed, "chat.output_tok_per_s ≥ 1", lower=Fraction(1))
+    quantities = (params, speed, memory, quality.quantity)
+    for rows, cost, name in (
+        ((quality, rate), None, "chat.memory_gib"),
+        ((quality, Row(params, "params ≤ 1", upper=Fraction(1))), None, "params"),
+        ((quality,), params, "params"),
+    ):
+        trade = searched(replace(problem, rows=rows, quantities=quantities, cost=cost), shape, None).trade
+        assert isinstance(trade, Trade) and trade.cost_name == name
 
 
 @given(

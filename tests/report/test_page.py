@@ -15,9 +15,10 @@ import pytest
 from matplotlib.colors import to_hex
 
 from puzzle import style
-from puzzle.report.charts import in_order
-from puzzle.report.contents import Absent, Contents, Search, Trade
+from puzzle.report.contents import Comparison, Contents
+from puzzle.report.front import in_order
 from puzzle.report.page import page
+from puzzle.report.searched import Absent, Search, Trade
 from puzzle.report.summary import Design
 from puzzle.report.table import Table
 from puzzle.search.compare import Compared
@@ -117,7 +118,7 @@ def test_whatever_a_name_holds_stays_text(contents: Contents) -> None:
         title=NASTY, subtitle=NASTY, search=Search(reached, trade, maps), standings=table, exports=(NASTY,),
         design=replace(contents.design, names=tuple((NASTY, NASTY) for _ in contents.design.names)),
         trained=tuple(replace(one, part=NASTY, variant=NASTY) for one in contents.trained),
-        compared=(Compared(NASTY, note=NASTY), Compared(NASTY, objective=1.0, totals={NASTY: 1.0})),
+        compared=Comparison(NASTY, (Compared(NASTY, objective=1.0, totals={NASTY: 1.0}), Compared(NASTY, note=NASTY))),
         steps=Absent(NASTY), recipe=replace(contents.recipe, files=((NASTY, NASTY),) * 2, versions=((NASTY, NASTY),)),
     )  # fmt: skip
     document = Document(page(nasty))
