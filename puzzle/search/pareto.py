@@ -293,7 +293,7 @@ def draw(front: Front, chosen: Solution | None = None, count: int = 2000) -> Fig
     axes.set_ylim(low, top if chosen is None else max(top, 1.1 * chosen.objective_nats))
     if front.objective[0] > top:
         beyond = f"not shown: up to {front.objective[0]:.3g} at {front.cost[0]:.4g}"
-        axes.text(0.01, 1.0, beyond, transform=axes.transAxes, va="top", fontsize=9)
+        axes.set_title(beyond, loc="left", fontsize=9)
     axes.legend()
     return figure
 

@@ -133,7 +133,9 @@ def test_a_batch_size_without_an_answer_in_time_leaves_the_others_open(
     first, second = large(3, rows=("max",)), replace(large(3, rows=("max",)), label="late")
     given: list[float | None] = []
 
-    def answer(problem: Problem, objective: object, rows: object, cuts: object, effort: Effort) -> linear.Choice:
+    def answer(
+        problem: Problem, objective: object, rows: object, cuts: object, effort: Effort, start: object
+    ) -> linear.Choice:
         given.append(effort.seconds)
         if problem.label == "late":
             raise OutOfTimeError("late", late_bound)
