@@ -153,7 +153,8 @@ def look(page: Page, address: str, out: Path, theme: str) -> None:
     drag(page, handle, -40)
     after = changed(page, "chosen", before)
     print(f"{theme}: the slider moved\n  {before}\n  {after}")
-    point = page.locator(".puzzle .scatterlayer .trace").first.locator(".point").nth(12)
+    points = page.locator(".puzzle .scatterlayer .trace").first.locator(".point")
+    point = points.nth(points.count() * 2 // 3)
     point.scroll_into_view_if_needed()
     box = point.bounding_box()
     assert box is not None

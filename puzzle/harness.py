@@ -63,7 +63,9 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=BATCH_QUESTIONS)
+        model = HFLM(
+            pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=BATCH_QUESTIONS, backend="causal"
+        )
         try:
             found: Mapping[str, Any] = simple_evaluate(
                 model=model,

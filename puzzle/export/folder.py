@@ -18,7 +18,10 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 def begin(out_dir: Path, tokenizer_dir: Path) -> None:
     """Makes ``out_dir``. ConfigError where it is in use, or ``tokenizer_dir`` holds no tokenizer."""
     if not any((tokenizer_dir / name).is_file() for name in VOCABULARY_FILES):
-        raise ConfigError(f"{tokenizer_dir}: no tokenizer here; looked for {', '.join(VOCABULARY_FILES)}")
+        looked_for = ", ".join(VOCABULARY_FILES)
+        raise ConfigError(
+            f"{tokenizer_dir}: no tokenizer here; looked for {looked_for}; `puzzle convert` takes --tokenizer FOLDER"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     if any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty; give a new folder")

@@ -91,7 +91,8 @@ class ParetoFront:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] == "puzzle":
                 raise
+            package = error.name.split(".")[0]
             raise ConfigError(
-                f"explore() needs {error.name}; pip install 'puzzle-nas[explore]', then restart the notebook"
+                f"explore() needs {package}; pip install 'puzzle-nas[explore]', then restart the notebook"
             ) from None
         return Explorer(self)

@@ -19,7 +19,7 @@ from puzzle.config import ConstraintFile, score_of
 from puzzle.notebook.html import details, page, paragraph, table
 from puzzle.notebook.strip import Layer, draw, layers_of, svg
 from puzzle.report.summary import at_batch_sizes_of
-from puzzle.report.words import figure, headline
+from puzzle.report.words import figure, headline, quality, status
 from puzzle.run import Run
 from puzzle.search.linear import Choice
 from puzzle.search.mip import solution_of
@@ -248,13 +248,15 @@ class SolutionView:
         return f"SolutionView({self.headline})"
 
     def _repr_html_(self) -> str:
-        totals = [(of.metric, *of.cells, of.unit) for of in self.figures]
-        bounds = [(bound, figure(value), figure(slack), unit) for bound, unit, value, slack in self._bounds()]
+        totals = [(f"{of.metric}, {of.unit}", *of.cells) for of in self.figures]
+        bounds = [(bound, f"{figure(value)} {unit}", figure(slack)) for bound, unit, value, slack in self._bounds()]
+        minimised = self.solution.minimised is not None
         return page(
-            paragraph(self.headline, "strong"),
+            paragraph(self.headline if minimised else quality(self.solution), "strong"),
+            paragraph(f"predicted; {status(self.solution)}", "faint"),
             svg(self.blocks, "architecture"),
-            table(("bound", "value", "slack", "unit"), bounds) if bounds else paragraph("no bounds"),
-            table(("predicted", "student", "teacher", "of the teacher's", "unit"), totals),
+            table(("bound", "value", "slack"), bounds) if bounds else paragraph("no bounds"),
+            table(("predicted", "student", "teacher", "of the teacher's"), totals),
             paragraph(self.remarks, "faint"),
             details("constraint file", self.constraints),
         )

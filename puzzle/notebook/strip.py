@@ -69,7 +69,8 @@ def svg(layers: Sequence[Layer], label: str, other: Sequence[Layer] = ()) -> str
     above = NAME_HEIGHT if named else 2
     centre = above + HEIGHT
     height = 2 * (above + HEIGHT) + MIDDLE
-    size = f'viewBox="0 0 {WIDTH} {height}" width="100%" style="max-width:{WIDTH}px;display:block"'
+    width = LEFT + math.ceil(len(layers) * column)
+    size = f'viewBox="0 0 {width} {height}" width="100%" style="max-width:{width}px;display:block"'
     told = f"{label}: {_in_words(layers)}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(told)}" '

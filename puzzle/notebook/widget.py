@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import anywidget  # noqa: F401 - plotly's figure asks for it, but only when it is made
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
@@ -24,7 +25,7 @@ from puzzle.notebook.strip import svg
 from puzzle.report.words import figure, quality, status
 from puzzle.search.explain import RowStory
 from puzzle.search.linear import EXACT, Effort
-from puzzle.search.pareto import Front, quality_label
+from puzzle.search.pareto import heights, quality_label
 from puzzle.types import InfeasibleError, OutOfTimeError
 
 __all__ = ["Explorer"]
@@ -32,7 +33,6 @@ __all__ = ["Explorer"]
 MOST_POINTS = 1000  # of the front in the picture
 REST_S = 0.4  # without a move, after which a slider counts as at rest
 HINT = "Click on a point of the front to compare with it."
-STEEP = 0.12  # of the range of the cost
 GRID = "rgba(128, 128, 128, .22)"
 CSS = f"""\
 <style>
@@ -177,6 +177,9 @@ class Explorer:
             for trace, view in zip(self.figure.data[2:], (chosen, compared), strict=True):
                 at = None if view is None else self.sliders.point(view)
                 trace.x, trace.y = ((), ()) if at is None else ((at[0],), (at[1],))
+                low, top = self.figure.layout.yaxis.range or (0.0, 0.0)
+                if at is not None and at[1] > top:
+                    self.figure.layout.yaxis.range = (low, 1.1 * at[1])
         shown = [(name, view) for name, view in (("chosen", chosen), ("compared", compared)) if view is not None]
         parts = []
         for name, view in shown:
@@ -217,15 +220,6 @@ def _slider(limit: Limit) -> Any:
     )
 
 
-def _heights(front: Front) -> tuple[float, float]:
-    """What the picture shows of the front: not its steep end, where hardly anything is left; a double click does."""
-    first, last = float(front.cost[0]), float(front.cost[-1])
-    shown = front.best_within(first + STEEP * (last - first))
-    top = float(front.objective[shown or 0]) or float(front.objective[0]) or 1.0
-    low = min(0.0, float(front.objective[-1]))
-    return low - 0.05 * (top - low), top
-
-
 def _figure(front: ParetoFront) -> Any:
     """The front, the teacher, and places for the chosen and the compared architecture."""
     of = front.front
@@ -263,8 +257,9 @@ def _figure(front: ParetoFront) -> Any:
         plot_bgcolor="rgba(0,0,0,0)",
         hovermode="closest",
         showlegend=True,
-        legend={"x": 1, "xanchor": "right", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
+        legend={"x": 1, "xanchor": "right", "y": 0.92, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": style.OTHER, "remove": ["select2d", "lasso2d", "autoScale2d"]},
         xaxis={**axis, "title": {"text": f"{of.cost_name} ({of.cost_unit})"}},
-        yaxis={**axis, "title": {"text": quality_label(of.objective_name)}, "range": _heights(of)},
+        yaxis={**axis, "title": {"text": quality_label(of.objective_name)}, "range": heights(of)},
     )
     return made

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
     from matplotlib.figure import Figure
 
-__all__ = ["Front", "draw", "front", "plot", "quality_label"]
+__all__ = ["Front", "draw", "front", "heights", "plot", "quality_label"]
 
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int32]
 MAX_POINTS = 5_000_000
+STEEP = 0.12  # of the range of the cost: at the cheap end the objective may be a hundred times as high as elsewhere
 FEW_POINTS = 60  # up to which each is marked
 GRID_BITS = 50  # sums of whole multiples of 2^-50 of the largest sum are exact in a float, in whatever order
 
@@ -288,8 +289,22 @@ def draw(front: Front, chosen: Solution | None = None, count: int = 2000) -> Fig
         axes.plot([chosen.totals[front.cost_name]], [chosen.objective_nats], "o", color=style.CHOSEN, label="chosen")
     axes.set_xlabel(f"{front.cost_name} ({front.cost_unit})")
     axes.set_ylabel(quality_label(front.objective_name))
+    low, top = heights(front)
+    axes.set_ylim(low, top if chosen is None else max(top, 1.1 * chosen.objective_nats))
+    if front.objective[0] > top:
+        beyond = f"not shown: up to {front.objective[0]:.3g} at {front.cost[0]:.4g}"
+        axes.text(0.01, 1.0, beyond, transform=axes.transAxes, va="top", fontsize=9)
     axes.legend()
     return figure
+
+
+def heights(front: Front) -> tuple[float, float]:
+    """What a picture shows of the objective: not the steep end, where hardly anything is left of the model."""
+    first, last = float(front.cost[0]), float(front.cost[-1])
+    shown = front.best_within(first + STEEP * (last - first))
+    top = float(front.objective[shown or 0]) or float(front.objective[0]) or 1.0
+    low = min(0.0, float(front.objective[-1]))
+    return low - 0.05 * (top - low), top + 0.05 * (top - low)
 
 
 def quality_label(objective_name: str) -> str:

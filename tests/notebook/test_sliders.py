@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from puzzle import yamlfiles
 from puzzle.config import ConstraintFile
+from puzzle.notebook.front import ParetoFront
 from puzzle.notebook.sliders import Sliders, price_words
 from puzzle.notebook.solution import SolutionView
 from puzzle.search import problems
@@ -138,3 +140,13 @@ def test_two_hundred_layers(make_front: MakeFront) -> None:
     assert len(view.layers) == 200
     assert view.plot()._repr_png_().startswith(b"\x89PNG")
     assert view._repr_html_().count("<title>") == 400
+
+
+def test_estimated_scores_are_told(make_front: MakeFront) -> None:
+    front = make_front()
+    scores = front.tables.scores
+    guessed = {key: replace(score, method="one-pass") for key, score in scores.scores.items()}
+    tables = replace(front.tables, scores=replace(scores, scores=guessed))
+    view = ParetoFront.of(tables, "params", "kl_nats").at(0)
+    assert "6 of 6 scores are estimates from one pass" in view._repr_html_()
+    assert "estimates" not in front.at(0).remarks

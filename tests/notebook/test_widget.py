@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
+import pytest
+
+from puzzle.types import ConfigError
 from tests.notebook.conftest import MakeFront
 
 
@@ -23,6 +27,8 @@ def test_a_slider_changes_the_architecture_and_says_what_the_limit_costs(make_fr
     assert "binds; " in explorer._told[0].value
     point = explorer.figure.data[2]
     assert (point.x[0], point.y[0]) == explorer.sliders.point(after)
+    slider.value = 0.00036  # where the front is steep
+    assert explorer.figure.data[2].y[0] < explorer.figure.layout.yaxis.range[1]
     slider.value = slider.max
     assert explorer.chosen.solution.objective_nats == 0
     assert "does not bind" in explorer._told[0].value
@@ -82,3 +88,13 @@ def test_a_front_of_one_point_is_drawn(make_front: MakeFront) -> None:
     assert explorer.chosen is not None
     assert explorer.chosen.solution.objective_nats == 0
     assert len(explorer.figure.data[0].x) == len(explorer.figure.data[1].x) == 1
+
+
+@pytest.mark.parametrize("package", ["plotly.graph_objects", "ipywidgets", "anywidget"])
+def test_without_what_draws_it_it_says_what_to_install(
+    make_front: MakeFront, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "puzzle.notebook.widget", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=rf"explore\(\) needs {package.split('.')[0]}.*puzzle-nas\[explore\]"):
+        make_front().explore()

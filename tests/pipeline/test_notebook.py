@@ -61,7 +61,7 @@ def test_a_solution_is_shown_with_its_slack_and_yields_its_constraint_file(copy:
     assert list(view.layers.columns) == ["layer", "attention", "ffn", "attention_share", "ffn_share"]
     page = view._repr_html_()
     assert page.count("<svg") == 1
-    for told in (view.headline, "chat.memory_gib ≤", "slack", "GiB"):
+    for told in (f"KL {view.solution.objective_nats:.4f} ± ", "optimal", "chat.memory_gib ≤", "slack", "GiB"):
         assert told in page
     view.plot().save(tmp_path / "solution.png")
     assert (tmp_path / "solution.png").read_bytes().startswith(b"\x89PNG")
