@@ -95,19 +95,15 @@ def heat_map(name: str, found: HeatMap, rows: Sequence[Sequence[float | None]], 
         for layer in range(0, num_layers, every)
     ]
     drawn.append(words(left - 8, bottom + 14, "layer", "tick", "end"))
-    drawn += _legend(left, bottom + 26, scale)
+    steps = range(len(style.SCALE_STEPS))
+    drawn += [rectangle(left + 12 * step, bottom + 26, 12, 9, f"heat-{step}") for step in steps]
+    ends = f"{figure(scale.low)} to {figure(scale.high)}"
+    legend = f"{ends}, log" if scale.logarithmic else ends
+    drawn.append(words(left + 12 * len(steps) + 8, bottom + 35, legend, "tick"))
     sizes = f'data-left="{left:.1f}" data-top="{top:g}" data-wide="{wide:.3f}" data-high="{high:g}"'
-    width = left + max(num_layers * wide + 6, 246)
-    told = (
-        f"{found.part}, {unit}, by variant and layer, from {figure(scale.low)} to {figure(scale.high)}; a table follows"
-    )
+    width = left + max(num_layers * wide + 6, 12 * len(steps) + 8 + LETTER * len(legend))
+    told = f"{found.part}, {unit}, by variant and layer, from {ends}; a table follows"
     return chart(f"map-{name}", (width, bottom + 46), told, "".join(drawn) + f'<g data-cells="{name}" {sizes}/>')
-
-
-def _legend(x: float, y: float, scale: HeatScale) -> list[str]:
-    drawn = [rectangle(x + 12 * step, y, 12, 9, f"heat-{step}") for step in range(len(style.SCALE_STEPS))]
-    told = f"{scale.low:.3g} to {scale.high:.3g}{', log' if scale.logarithmic else ''}"
-    return [*drawn, words(x + 12 * len(style.SCALE_STEPS) + 8, y + 9, told, "tick")]
 
 
 # --- rows of dots: times, losses, baselines -----------------------------------------------------------------------

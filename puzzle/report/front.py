@@ -57,6 +57,12 @@ def said(point: Point, trade: Trade) -> str:
     return f"{figure(point.cost)} {trade.cost_unit}, {figure(point.objective)} {quality_unit(trade)}, {kept}"
 
 
+def cost_label(trade: Trade) -> str:
+    """With its unit, unless it is a count, whose name says what is counted."""
+    counts = trade.cost_unit in ("", "parameters")
+    return trade.cost_name if counts else f"{trade.cost_name}, {trade.cost_unit}"
+
+
 def quality_name(trade: Trade) -> str:
     """With its unit, for an axis."""
     if trade.objective_name == "kl_nats":
@@ -78,7 +84,7 @@ def front(trade: Trade) -> str:
     x = Scale.over([*costs, *([teacher] if teacher is not None else [])], left, right)
     y = Scale.over([0.0, max(values) or 1.0, *values], bottom, top)
     drawn = [
-        x_axis(x, top, bottom, trade.cost_name + (f", {trade.cost_unit}" if trade.cost_unit else "")),
+        x_axis(x, top, bottom, cost_label(trade)),
         y_axis(y, left, right, quality_name(trade)),
     ]
     for written, value in trade.limits:

@@ -197,7 +197,7 @@ def _front(trade: Trade) -> str:
         for point in points
     )  # fmt: skip
     head = (
-        f"{trade.cost_name}, {trade.cost_unit}",
+        front.cost_label(trade),
         trade.objective_name,
         *(name for name, _ in trade.told),
         "limits kept",
@@ -274,7 +274,7 @@ def _strip(design: Design, trade: Trade | Absent | None) -> str:
 
 def _maps(found: Search) -> str:
     trade = found.trade
-    cost, unit = (trade.cost_name, trade.cost_unit) if isinstance(trade, Trade) else ("cost", "")
+    cost, unit = (front.cost_label(trade), trade.cost_unit) if isinstance(trade, Trade) else ("what it adds", "")
     quality = front.quality_unit(trade) if isinstance(trade, Trade) else "nats"
     told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer.</p>"
     drawn = []
@@ -283,7 +283,7 @@ def _maps(found: Search) -> str:
     for place, one in enumerate(found.maps):
         kinds = [
             ("score", score, one.scores, quality, True),
-            ("cost", f"Cost: {unit} of {cost}", one.costs, unit, False),
+            ("cost", f"Cost: {cost}", one.costs, unit, False),
             ("choice", choice, one.taken, "of the points", False),
         ]
         part = "FFN" if one.part == "ffn" else one.part.capitalize()
@@ -316,7 +316,9 @@ def _cells(name: str, found: HeatMap, rows: Sequence[Sequence[float | None]]) ->
 
 def _times(summary: Summary) -> str:
     if not (chart := charts.times(summary)):
-        return '<p class="absent">No workload of the constraint file is for the device that evaluated the models.</p>'
+        none = "No workload of the constraint file is for the device that evaluated the models."
+        alone = "Nothing was predicted that could be compared; what was measured stands in the table above."
+        return f'<p class="absent">{alone if summary.speed else none}</p>'
     told = (
         "What was predicted, and the sum of the measured parts, over what the whole model was measured at: 1 came "
         "true. The measured value stands beside each name."

@@ -48,12 +48,13 @@ class Scale:
     def over(
         cls, values: Sequence[float], start: float, end: float, logarithmic: bool = False, margin: float = 0.04
     ) -> Scale:
-        """From the least to the most value, and a share of that beyond; a single one is in the middle."""
+        """From the least to the most value, and a share of that beyond; where they are the same, in the middle."""
         low, high = min(values), max(values)
+        apart = high - low > 1e-9 * max(abs(low), abs(high))
         if logarithmic:
-            room = (high / low) ** margin if high > low else 2.0
+            room = (high / low) ** margin if apart else 2.0
             return cls(low / room, high * room, start, end, True)
-        room = (high - low) * margin if high > low else abs(high) / 2 or 1.0
+        room = (high - low) * margin if apart else abs(high) / 2 or 1.0
         return cls(low - room, high + room, start, end)
 
     def at(self, value: float) -> float:

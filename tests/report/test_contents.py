@@ -6,7 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from puzzle.report.charts import HeatScale
@@ -63,6 +63,7 @@ def test_the_front_is_of_what_is_minimised_or_limited_and_costs_something() -> N
         assert isinstance(trade, Trade) and trade.cost_name == name
 
 
+@example(low=9.0, ratio=1.0000000000000002, logarithmic=True, start=0.0)
 @given(
     low=st.floats(1e-9, 1e9), ratio=st.floats(1.0, 1e6), logarithmic=st.booleans(), start=st.sampled_from([0.0, 300.0])
 )
