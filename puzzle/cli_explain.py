@@ -118,12 +118,9 @@ def _importance(run: Run, options: argparse.Namespace) -> list[float] | None:
 
 
 def _problems(run: Run) -> tuple[Problem, ...]:
-    from puzzle import search
-
     if run.constraint_file.objective not in {*OBJECTIVES, *run.config.score.tasks}:
         raise ConfigError(
             f"{run.constraints}: explain and compare are about quality within limits, and the objective is "
             f"{run.constraint_file.objective}; `puzzle search` minimises that"
         )
-    tables = run.read_scores(), run.read_costs()
-    return search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
+    return run.problems()

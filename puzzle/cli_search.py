@@ -187,13 +187,12 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
 
 
 def _pareto(options: argparse.Namespace) -> None:
-    from puzzle import pipeline
     from puzzle.search import effort_of, surface
     from puzzle.search.pareto import front as front_of
     from puzzle.search.pareto import plot
 
     run, costs = open_run(options), options.cost or ["params"]
-    problem, folder = pipeline.first_problem(run), options.output or run.folder / "pareto"
+    problem, folder = run.problems()[0], options.output or run.folder / "pareto"
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / "pareto.csv", folder / "pareto.png"
     if len(costs) == 1:
@@ -212,11 +211,10 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _chain(options: argparse.Namespace) -> None:
-    from puzzle import pipeline
     from puzzle.search import chain, effort_of
 
     run = open_run(options)
-    problem, effort = pipeline.first_problem(run), effort_of(run.constraint_file)
+    problem, effort = run.problems()[0], effort_of(run.constraint_file)
     limits = chain.even_limits(problem, options.cost, options.points)
     found = chain.chain(problem, run.shape, options.cost, limits, effort)
     print(found.frame().to_string(index=False))
@@ -239,7 +237,7 @@ def _shrink(options: argparse.Namespace) -> None:
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
     (solution, *_) = pipeline.solve(run, {})
-    problem = pipeline.first_problem(run)
+    problem = run.problems()[0]
     problem = replace(problem, items=tuple(item for item in problem.items if not is_fused(item)))  # no pairs can be
     front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))

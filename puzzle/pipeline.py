@@ -28,7 +28,6 @@ from puzzle.variants import variant_name
 if TYPE_CHECKING:
     from puzzle.progress import Progress
     from puzzle.report.contents import Left
-    from puzzle.search.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -335,12 +334,6 @@ def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
     conflicts = run.space.conflicts()
     tables = run.read_scores(), run.read_costs()
     return search.search(run.shape, run.items, *tables, run.constraint_file, inputs, conflicts)
-
-
-def first_problem(run: Run) -> Problem:
-    """The search on the run's tables as a programme, at the workloads' first batch sizes."""
-    tables = run.read_scores(), run.read_costs()
-    return search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())[0]
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

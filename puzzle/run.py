@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from puzzle import artifacts, checkpoint, plans, yamlfiles
+from puzzle import artifacts, checkpoint, plans, search, yamlfiles
 from puzzle.capabilities import served_as
 from puzzle.config import (
     ConstraintFile,
@@ -29,6 +29,7 @@ from puzzle.pruning import combinations, kept_layers, num_dropped, pruned_shape
 from puzzle.scoring.draws import Draw, draw
 from puzzle.search.constraints import workloads
 from puzzle.search.fan_out import Pick, picks
+from puzzle.search.problem import Problem
 from puzzle.space import PARTS, SearchSpace
 from puzzle.tables import ScoreTable, read_scores
 from puzzle.types import (
@@ -479,6 +480,11 @@ class Run:
         payload = artifacts.read_unit(self.solution).payload
         source = f"{self.solution / artifacts.MARKER}"
         return tuple(from_json(Solution, entry, source) for entry in payload["solutions"])
+
+    def problems(self) -> tuple[Problem, ...]:
+        """The search on the run's tables as programmes, one for each combination of batch sizes."""
+        tables = self.read_scores(), self.read_costs()
+        return search.problems(self.shape, self.items, *tables, self.constraint_file, self.space.conflicts())
 
     def items_of(self, solution: Solution) -> tuple[Item, ...]:
         by_id = {item.id: item for item in self.items}

@@ -12,13 +12,12 @@ from fractions import Fraction
 
 from puzzle.notebook.front import ParetoFront
 from puzzle.notebook.solution import SolutionView, at_least, file_text
-from puzzle.report.summary import at_batch_sizes_of
 from puzzle.report.words import figure
 from puzzle.search import explain, infeasible, mip
 from puzzle.search.constraints import SIGNS, Side
 from puzzle.search.explain import RowStory
 from puzzle.search.linear import Effort
-from puzzle.search.problem import Chosen, Problem, Quantity, Row
+from puzzle.search.problem import Chosen, Problem, Quantity, Row, solved
 from puzzle.search.surface import extremes
 
 __all__ = ["QUICK", "Limit", "Sliders"]
@@ -97,8 +96,7 @@ class Sliders:
         """
         problems = [self._at(problem, values) for problem in self.front.tables.problems]
         (solution,) = mip.solve(problems, {}, effort=effort, start=start).solutions
-        problem = next(one for one in problems if at_batch_sizes_of(one, solution))
-        return self.front.tables.view(problem, solution, self.text(values))
+        return self.front.tables.view(solved(problems, solution), solution, self.text(values))
 
     def nearest(self, values: Sequence[float], moved: int) -> float | None:
         """Where nothing fits: the nearest value of the limit that was moved at which something does.

@@ -18,12 +18,11 @@ from puzzle import search, style, yamlfiles
 from puzzle.config import ConstraintFile, score_of
 from puzzle.notebook.html import details, page, paragraph, table
 from puzzle.notebook.strip import Layer, draw, layers_of, svg
-from puzzle.report.summary import at_batch_sizes_of
 from puzzle.report.words import figure, headline, quality, status
 from puzzle.run import Run
 from puzzle.search.linear import Choice
 from puzzle.search.mip import solution_of
-from puzzle.search.problem import Chosen, Problem, Row
+from puzzle.search.problem import Chosen, Problem, Row, solved
 from puzzle.tables import ScoreTable
 from puzzle.types import Costs, Solution
 
@@ -65,10 +64,7 @@ class Tables:
         tables = self.scores, self.costs, self.file
         found = search.search(self.run.shape, self.run.items, *tables, {}, self.run.space.conflicts())
         text = yamlfiles.as_yaml(self.file.model_dump(mode="json", exclude_unset=True))
-        return tuple(
-            SolutionView(self, next(one for one in self.problems if at_batch_sizes_of(one, solution)), solution, text)
-            for solution in found
-        )
+        return tuple(SolutionView(self, solved(self.problems, solution), solution, text) for solution in found)
 
     def view(self, problem: Problem, solution: Solution, text: str) -> SolutionView:
         """Of an answer that was found otherwise; its standard error is added."""

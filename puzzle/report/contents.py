@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from puzzle import artifacts, plans, search, training_log, yamlfiles
+from puzzle import artifacts, plans, training_log, yamlfiles
 from puzzle.pruning import change, pruned_shape
 from puzzle.report.library import library_frame
 from puzzle.report.searched import Absent, Search, searched
-from puzzle.report.summary import Design, Summary, problem_of
+from puzzle.report.summary import Design, Summary
 from puzzle.report.table import Table
 from puzzle.report.tournament import standings
 from puzzle.run import DEFAULT_SPACE
 from puzzle.search.compare import Compared
+from puzzle.search.problem import solved
 from puzzle.types import InfeasibleError, MissingMeasurementError, from_json
 
 if TYPE_CHECKING:
@@ -206,10 +207,6 @@ def _recipe(run: Run) -> Recipe:
 def _search(run: Run) -> Search:
     _need("score", *plans.plan_score(run))
     _need("profile", *plans.plan_profile(run))
+    problems = run.problems()
     solution = run.solutions()[0] if run.solution.exists() else None
-    if solution is not None:
-        problem = problem_of(run, solution)
-    else:
-        tables = run.read_scores(), run.read_costs()
-        problem = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())[0]
-    return searched(problem, run.shape, solution)
+    return searched(solved(problems, solution) if solution else problems[0], run.shape, solution)

@@ -15,7 +15,7 @@ import numpy as np
 from puzzle.search import pareto
 from puzzle.search.metrics import METRICS
 from puzzle.types import Item, ModelShape, PuzzleError, Site, Solution
-from puzzle.variants import is_teacher, keep_spec, params, variant_name
+from puzzle.variants import keep_spec, params, variant_name
 
 if TYPE_CHECKING:
     from puzzle.search.pareto import Front
@@ -246,8 +246,7 @@ def _label(item: Item) -> str:
 
 
 def _reached(problem: Problem, solution: Solution | None) -> tuple[Reached, ...]:
-    keep = [item for item in problem.items if is_teacher(item)]
-    on_offer = sum(len(item.sites) for item in keep) == len(problem.sites)
+    teacher = problem.teacher
 
     def reached(row: Row) -> Reached:
         return Reached(
@@ -255,7 +254,7 @@ def _reached(problem: Problem, solution: Solution | None) -> tuple[Reached, ...]
             row.quantity.unit,
             None if row.lower is None else float(row.lower),
             None if row.upper is None else float(row.upper),
-            float(row.quantity.value([item.id for item in keep])) if on_offer else None,
+            None if teacher is None else float(row.quantity.value(teacher)),
             float(row.quantity.value(solution.items)) if solution else None,
         )
 

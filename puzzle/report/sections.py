@@ -109,7 +109,7 @@ def _keys(summary: Summary) -> list[tuple[str, str, str]]:
     old, new = summary.params["teacher"], summary.params["student"]
     quality = summary.quality["student"]
     keys = [("parameters", figure(new), f"{new / old:.0%} of the teacher’s {figure(old)}")]
-    memory = next((name for name in summary.predicted["student"] if name.endswith("memory_gib")), None)
+    memory = next((name for name in summary.predicted["teacher"] if name.endswith("memory_gib")), None)
     if memory is not None:
         before, after = (summary.predicted[model][memory] for model in ("teacher", "student"))
         keys.append((memory, figure(after), f"{after / before:.0%} of the teacher’s {figure(before)}, predicted"))

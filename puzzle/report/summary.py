@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from puzzle import artifacts, search
+from puzzle import artifacts
 from puzzle.pruning import change, predicted
 from puzzle.report.served import served_figures
 from puzzle.report.table import Table
@@ -19,13 +19,13 @@ from puzzle.report.tasks import TaskFigure
 from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
+from puzzle.search.problem import solved
 from puzzle.space import PARTS
 from puzzle.types import GIB, Site, Solution, Spec, from_json
-from puzzle.variants import is_teacher, keep_spec, params, variant_name
+from puzzle.variants import keep_spec, params, variant_name
 
 if TYPE_CHECKING:
     from puzzle.run import Run
-    from puzzle.search.problem import Problem
 
 MODELS = ("teacher", "student before GKD", "student")
 TIMES = {"ttft_ms": "ms", "tpot_ms": "ms", "output_tok_per_s": "tok/s"}
@@ -101,40 +101,13 @@ class Summary:
 
     @classmethod
     def of(cls, run: Run) -> Summary:
-        return cls._of_search(run) if run.config.prune is None else cls._of_pruning(run)
-
-    @classmethod
-    def _of_pruning(cls, run: Run) -> Summary:
+        """Of an evaluated student."""
         evaluation = artifacts.read_unit(run.evaluation).payload
-        teacher, student = run.shape, run.student_shape
+        solution = run.solutions()[0] if run.config.prune is None else None
         return cls(
-            title=f"{run.teacher_name}: {change(teacher, student)}",
-            solution=None,
-            predicted={
-                name: predicted(shape, run.constraint_file)
-                for name, shape in (("teacher", teacher), ("student", student))
-            },
-            quality=evaluation["quality"],
-            params=evaluation["params"],
-            stored_dtype=run.stored_dtype,
-            speed=evaluation["speed"],
-            design=Design.of(run),
-            standings=standings(run),
-            tasks=_answered(run),
-            served=served_figures(run),
-            positions=evaluation["quality"]["student"]["positions"],
-        )
-
-    @classmethod
-    def _of_search(cls, run: Run) -> Summary:
-        solution = run.solutions()[0]
-        evaluation = artifacts.read_unit(run.evaluation).payload
-        problem = problem_of(run, solution)
-        keep = [item.id for item in run.items if is_teacher(item)]
-        return cls(
-            title=f"{run.teacher_name}: {run.limits_name}",
+            title=f"{run.teacher_name}: {run.limits_name if solution else change(run.shape, run.student_shape)}",
             solution=solution,
-            predicted={"teacher": problem.totals(keep), "student": solution.totals},
+            predicted=_predicted_of_search(run, solution) if solution else _predicted_of_pruning(run),
             quality=evaluation["quality"],
             params=evaluation["params"],
             stored_dtype=run.stored_dtype,
@@ -156,10 +129,10 @@ class Summary:
         for name, label in FIGURES.items():
             rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
         rows += task_rows(self.tasks, MODELS)
-        for metric in self.predicted["student"]:
+        for metric, amount in self.predicted["student"].items():
             if metric.endswith(("memory_gib", "kv_cache_gib")):
-                teacher, student = (f"{self.predicted[model][metric]:.4g}" for model in ("teacher", "student"))
-                rows.append((f"{metric}, predicted", teacher, "", student))
+                own = self.predicted["teacher"].get(metric)
+                rows.append((f"{metric}, predicted", "" if own is None else f"{own:.4g}", "", f"{amount:.4g}"))
         for workload, of in self.speed.items():
             for name, unit in TIMES.items():
                 key = f"{workload}.{name}"
@@ -213,17 +186,16 @@ class Summary:
         return "\n".join([*lines, Table(("layer", "attention", "FFN"), layers).markdown()]) + "\n"
 
 
-def problem_of(run: Run, solution: Solution) -> Problem:
-    """What the solution solved."""
-    tables = run.read_scores(), run.read_costs()
-    found = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
-    return next(one for one in found if at_batch_sizes_of(one, solution))
+def _predicted_of_search(run: Run, solution: Solution) -> dict[str, Mapping[str, float]]:
+    """Nothing of the teacher where a layer does not offer its block: it was not on the table."""
+    problem = solved(run.problems(), solution)
+    teacher = {} if problem.teacher is None else problem.totals(problem.teacher)
+    return {"teacher": teacher, "student": solution.totals}
 
 
-def at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
-    """Whether the problem is the one that ``solution`` solved: each workload at the batch size it chose."""
-    sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
-    return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)
+def _predicted_of_pruning(run: Run) -> dict[str, Mapping[str, float]]:
+    shapes = {"teacher": run.shape, "student": run.student_shape}
+    return {name: predicted(shape, run.constraint_file) for name, shape in shapes.items()}
 
 
 def _answered(run: Run) -> tuple[TaskFigure, ...]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 
-from puzzle.types import ConfigError, Conflict, Item, Site
+from puzzle.types import ConfigError, Conflict, Item, Site, Solution
 from puzzle.variants import is_teacher
 
-__all__ = ["Chosen", "Measure", "Problem", "Quantity", "Row"]
+__all__ = ["Chosen", "Measure", "Problem", "Quantity", "Row", "solved"]
 
 Chosen = tuple[str, ...]  # an architecture: item ids in the order of the sites
 # true values per sequence of each architecture, the same sequences for all; None where its outputs are not finite
@@ -168,3 +168,13 @@ class Problem:
         broken += [conflict.reason for conflict in self.conflicts if set(conflict.item_ids) <= set(ids)]
         broken += [row.written for row in self.rows if not row.holds(ids)]
         return tuple(broken)
+
+
+def solved(problems: Iterable[Problem], solution: Solution) -> Problem:
+    """The one that ``solution`` is an answer of: each workload at the batch size that it chose."""
+    return next(problem for problem in problems if _at_batch_sizes_of(problem, solution))
+
+
+def _at_batch_sizes_of(problem: Problem, solution: Solution) -> bool:
+    sizes = [quantity for quantity in problem.quantities if quantity.name.endswith(".batch_size")]
+    return all(quantity.constant == solution.totals[quantity.name] for quantity in sizes)

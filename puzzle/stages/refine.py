@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from puzzle import pipeline, search
+from puzzle import pipeline
 from puzzle.config import score_of
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks
-from puzzle.report.summary import at_batch_sizes_of
 from puzzle.run import Run
 from puzzle.search import mip
-from puzzle.search.problem import Chosen, Measure, Problem
+from puzzle.search.problem import Chosen, Measure, Problem, solved
 from puzzle.search.refine import Refined, Settings, Trial, refine
 from puzzle.search.study import study
 from puzzle.stages.truth import Truths, jobs
@@ -63,9 +62,7 @@ def _problem(run: Run, searched: Solution) -> Problem:
             f"{run.constraints}: refine is about quality within limits, and the objective is {searched.minimised}; "
             "bound that, and let the objective be a score"
         )
-    tables = run.read_scores(), run.read_costs()
-    problems = search.problems(run.shape, run.items, *tables, run.constraint_file, run.space.conflicts())
-    return next(one for one in problems if at_batch_sizes_of(one, searched))
+    return solved(run.problems(), searched)
 
 
 def _answers(problem: Problem, count: int, min_difference: float) -> list[Chosen]:

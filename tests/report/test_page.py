@@ -201,6 +201,14 @@ def test_a_pruning_has_no_search(contents: Contents) -> None:
     assert len(document.values("data-site")) == 16 and "curve" in document.values("id")
 
 
+def test_of_a_teacher_that_is_not_on_offer_nothing_is_predicted(contents: Contents) -> None:
+    assert not isinstance(contents.summary, Absent)
+    predicted = {"teacher": {}, "student": contents.summary.predicted["student"]}
+    text = page(replace(contents, summary=replace(contents.summary, predicted=predicted)))
+    assert '<th scope="row">chat.memory_gib, predicted</th><td></td><td></td><td>' in text
+    assert "chat.memory_gib" in page(contents) and "<dt>chat.memory_gib</dt>" not in text
+
+
 def test_steps_of_the_palette_are_the_scale_of_all_figures() -> None:
     last = len(style.SCALE_STEPS) - 1
     colours = [to_hex(matplotlib.colormaps[style.SCALE](step / last)) for step in range(last + 1)]
