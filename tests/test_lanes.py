@@ -28,9 +28,10 @@ PURE = """
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
     search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
     search.halving plans run steps
-    report.table report.tournament report.tasks report.served report.summary report.library report.profile
+    report.table report.layers report.tournament report.tasks report.served report.summary report.library report.profile
     report.pruning report.additivity
-    report.searched report.contents report.svg report.front report.charts report.sections report.page report.words
+    report.searched report.contents report.words report.markup report.svg report.strip report.front report.charts
+    report.sections report.page
     report export.card progress
     data.tokenise pipeline notebook.html notebook.strip notebook.solution notebook.front notebook.sliders
     notebook.widget notebook validate rivals cli_options cli_search cli_explain cli_evaluate cli_export cli

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from puzzle import yamlfiles
 from puzzle.capabilities import FORMAT_OF, findings, told
 from puzzle.pruning import change
-from puzzle.types import Architecture, Format, ModelShape, PuzzleError, Site, Spec, part_of
-from puzzle.variants import keep_spec, params, variant_name
+from puzzle.report.layers import Layer, block_of
+from puzzle.types import Architecture, Format, ModelShape, PuzzleError, Site, part_of
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -114,7 +114,7 @@ def run_card(run: Run, target: Format) -> str:
         ]
     )  # fmt: skip
     figures = summary.table() + "\n\nA 95 % interval is ± 1.96 standard errors.\n"
-    drawn = _drawing(summary.design.names, summary.design.shares)
+    drawn = _drawing(summary.layers)
     return _card(
         run.teacher_name, Licence.of(run.teacher), target, "finetune", figures + "\n## Layers\n\n" + drawn, made
     )
@@ -132,14 +132,12 @@ def _changed(run: Run) -> dict[str, str]:
 
 def converted_card(name: str, licence: Licence, target: Format, shape: ModelShape, layers: Architecture) -> str:
     """The card of a model that was read in one format and written in another."""
-    names = [(variant_name(attention), variant_name(ffn)) for attention, ffn in layers]
-    shares = [[_share(spec, shape, layer) for spec in specs] for layer, specs in enumerate(layers)]
+    found = [
+        Layer(*(block_of(shape, Site(layer, part_of(spec)), spec) for spec in specs))
+        for layer, specs in enumerate(layers)
+    ]
     made = f"`puzzle convert` wrote this model in another format; its weights are those of {_text(name)}.\n"
-    return _card(name, licence, target, "quantized", "## Layers\n\n" + _drawing(names, shares), made)
-
-
-def _share(spec: Spec, shape: ModelShape, layer: int) -> float:
-    return params(spec, shape) / params(keep_spec(shape, Site(layer, part_of(spec))), shape)
+    return _card(name, licence, target, "quantized", "## Layers\n\n" + _drawing(found), made)
 
 
 def _card(base: str, licence: Licence, target: Format, relation: str, content: str, made: str) -> str:
@@ -196,12 +194,13 @@ def with_loading(card: str, own_code: bool) -> str:
     return card.replace('"THIS_FOLDER"{trust}', '"THIS_FOLDER"' + (", trust_remote_code=True" if own_code else ""))
 
 
-def _drawing(names: Sequence[tuple[str, str]], shares: Sequence[Sequence[float]]) -> str:
+def _drawing(layers: Sequence[Layer]) -> str:
     """A table of the layers; bars are parameters as a share of the base model's block."""
     rows = ["| layer | attention | | FFN | |", "|---|---|---|---|---|"]
-    for index, (variants, widths) in enumerate(zip(names, shares, strict=True)):
-        bars = [f"`{'█' * (filled := min(BAR, round(BAR * share)))}{'·' * (BAR - filled)}`" for share in widths]
-        rows.append(f"| {index} | {variants[0]} | {bars[0]} | {variants[1]} | {bars[1]} |")
+    for index, layer in enumerate(layers):
+        filled = [min(BAR, round(BAR * block.share)) for block in layer.blocks]
+        left, right = (f"`{'█' * count}{'·' * (BAR - count)}`" for count in filled)
+        rows.append(f"| {index} | {layer.attention.name} | {left} | {layer.ffn.name} | {right} |")
     return "\n".join(rows)
 
 

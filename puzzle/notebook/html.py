@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
-
 from puzzle import style
+from puzzle.report.markup import escaped
 
-__all__ = ["STYLE", "details", "note", "page", "paragraph", "table"]
+__all__ = ["STYLE", "note", "page", "paragraph"]
 
 STYLE = f"""\
 <style>
@@ -26,6 +24,14 @@ STYLE = f"""\
 .puzzle pre {{ color: inherit; background: color-mix(in srgb, currentColor 7%, transparent); padding: 8px 12px;
   margin: 4px 0; font: 12px/1.45 var(--jp-code-font-family, ui-monospace, monospace); overflow-x: auto }}
 .puzzle summary {{ cursor: pointer }}
+.puzzle .scroll {{ overflow-x: auto }}
+.puzzle .chart {{ display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif }}
+.puzzle .chart text {{ fill: currentColor; opacity: .75 }}
+.puzzle .outline {{ fill: currentColor; fill-opacity: .08 }}
+.puzzle .site {{ fill: none; pointer-events: all }}
+.puzzle .differs {{ stroke: {style.CHOSEN}; stroke-width: 1.6 }}
+.puzzle .attention {{ fill: {style.ATTENTION} }}
+.puzzle .ffn {{ fill: {style.FFN} }}
 </style>"""
 
 
@@ -34,26 +40,11 @@ def page(*parts: str) -> str:
     return f'{STYLE}<div class="puzzle">{"".join(parts)}</div>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first cell of a row is its name."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def paragraph(words: str, look: str = "") -> str:
     """``look``: strong, faint, or as the text around it."""
-    return f'<div class="{look}">{escape(words)}</div>'
+    return f'<div class="{look}">{escaped(words)}</div>'
 
 
 def note(words: str) -> str:
     """What must not be overlooked."""
-    return f'<div class="note" role="status">{escape(words)}</div>'
-
-
-def details(summary: str, text: str) -> str:
-    """A text that opens on a click, as it is written."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+    return f'<div class="note" role="status">{escaped(words)}</div>'

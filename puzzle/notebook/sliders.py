@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from puzzle.notebook.front import ParetoFront
-from puzzle.notebook.solution import SolutionView, at_least, file_text
-from puzzle.report.words import figure
+from puzzle.notebook.solution import SolutionView, file_text
+from puzzle.report.words import at_least, figure
 from puzzle.search import explain, infeasible, mip
 from puzzle.search.constraints import SIGNS, Side
 from puzzle.search.explain import RowStory

@@ -6,7 +6,6 @@ which is all that it writes, when told to.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -16,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import search, style, yamlfiles
 from puzzle.config import ConstraintFile, score_of
-from puzzle.notebook.html import details, page, paragraph, table
-from puzzle.notebook.strip import Layer, draw, layers_of, svg
-from puzzle.report.words import figure, headline, quality, status
+from puzzle.notebook.html import page, paragraph
+from puzzle.notebook.strip import draw, svg
+from puzzle.report.layers import Layer, layers_of
+from puzzle.report.markup import folded_text, table
+from puzzle.report.table import Table
+from puzzle.report.words import at_least, figure, headline, quality, status
 from puzzle.run import Run
 from puzzle.search.linear import Choice
 from puzzle.search.mip import solution_of
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["SolutionView", "Tables", "file_text"]
 
 SCORES_ADD_UP = "Quality is predicted by the sum of single scores; ± is its standard error over sequences."
-MOST_DIGITS = 12  # of a number in a constraint file
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +103,6 @@ def file_text(
     if objective is not None:
         document["objective"] = objective
     return yamlfiles.as_yaml(document)
-
-
-def at_least(value: Fraction) -> float:
-    """A number that one can write down, not below ``value`` and hardly above it."""
-    if value.denominator == 1 and abs(value) < 2**53:
-        return float(value)
-    step = Fraction(10) ** (math.floor(math.log10(abs(value))) - MOST_DIGITS + 2)
-    written = float(f"{float(math.ceil(value / step) * step):.{MOST_DIGITS}g}")
-    return written if Fraction(written) >= value else math.nextafter(written, math.inf)
 
 
 @dataclass(frozen=True)
@@ -244,17 +236,19 @@ class SolutionView:
         return f"SolutionView({self.headline})"
 
     def _repr_html_(self) -> str:
-        totals = [(f"{of.metric}, {of.unit}", *of.cells) for of in self.figures]
-        bounds = [(bound, f"{figure(value)} {unit}", figure(slack)) for bound, unit, value, slack in self._bounds()]
+        totals = tuple((f"{of.metric}, {of.unit}", *of.cells) for of in self.figures)
+        bounds = tuple(
+            (bound, f"{figure(value)} {unit}", figure(slack)) for bound, unit, value, slack in self._bounds()
+        )
         minimised = self.solution.minimised is not None
         return page(
             paragraph(self.headline if minimised else quality(self.solution), "strong"),
             paragraph(f"predicted; {status(self.solution)}", "faint"),
             svg(self.blocks, "architecture"),
-            table(("bound", "value", "slack"), bounds) if bounds else paragraph("no bounds"),
-            table(("predicted", "student", "teacher", "of the teacher's"), totals),
+            table(Table(("bound", "value", "slack"), bounds)) if bounds else paragraph("no bounds"),
+            table(Table(("predicted", "student", "teacher", "of the teacher's"), totals)),
             paragraph(self.remarks, "faint"),
-            details("constraint file", self.constraints),
+            folded_text("constraint file", self.constraints),
         )
 
 

@@ -18,10 +18,12 @@ import plotly.graph_objects as go
 
 from puzzle import style
 from puzzle.notebook.front import ParetoFront
-from puzzle.notebook.html import STYLE, details, note, paragraph, table
+from puzzle.notebook.html import STYLE, note, paragraph
 from puzzle.notebook.sliders import QUICK, Limit, Sliders, price_words
 from puzzle.notebook.solution import SolutionView
 from puzzle.notebook.strip import svg
+from puzzle.report.markup import folded_text, table
+from puzzle.report.table import Table
 from puzzle.report.words import figure, quality, status
 from puzzle.search.explain import RowStory
 from puzzle.search.linear import EXACT, Effort
@@ -188,7 +190,7 @@ class Explorer:
             parts.append(svg(view.blocks, name, *others))
         parts.append(paragraph(HINT if compared is None else "Outlined: where the two differ.", "faint"))
         self._strips.value = f'<div style="opacity:{0.4 if stale else 1}">{"".join(parts)}</div>'
-        files = [details(f"constraint file of the {name} one", view.constraints) for name, view in shown]
+        files = [folded_text(f"constraint file of the {name} one", view.constraints) for name, view in shown]
         self._figures.value = _comparison(chosen, compared) + "".join(files)
 
 
@@ -197,12 +199,12 @@ def _comparison(chosen: SolutionView | None, compared: SolutionView | None) -> s
     if chosen is None:
         return ""
     others = {} if compared is None else {of.metric: of.student for of in compared.figures}
-    head = ["predicted", "chosen", "teacher", "of the teacher's"] + (["compared", "difference"] if others else [])
+    head = ("predicted", "chosen", "teacher", "of the teacher's", *(("compared", "difference") if others else ()))
     rows = []
     for of in chosen.figures:
         difference = [figure(others[of.metric]), figure(of.student - others[of.metric])] if of.metric in others else []
-        rows.append([f"{of.metric}, {of.unit}", *of.cells, *difference])
-    return table(head, rows)
+        rows.append((f"{of.metric}, {of.unit}", *of.cells, *difference))
+    return table(Table(head, tuple(rows)))
 
 
 def _slider(limit: Limit) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from puzzle import style
 from puzzle.report.contents import Trained
+from puzzle.report.markup import escaped
 from puzzle.report.searched import HeatMap
 from puzzle.report.summary import MODELS, TIMES, Summary
 from puzzle.report.svg import (
@@ -21,7 +22,6 @@ from puzzle.report.svg import (
     Scale,
     chart,
     diamond,
-    escaped,
     every_layer,
     figure,
     line,

@@ -14,9 +14,10 @@ import numpy as np
 
 from puzzle import artifacts, plans, training_log, yamlfiles
 from puzzle.pruning import change, pruned_shape
+from puzzle.report.layers import Layer, layers_of_run
 from puzzle.report.library import library_frame
 from puzzle.report.searched import Absent, Search, searched
-from puzzle.report.summary import Design, Summary
+from puzzle.report.summary import Summary
 from puzzle.report.table import Table
 from puzzle.report.tournament import standings
 from puzzle.run import DEFAULT_SPACE
@@ -79,7 +80,7 @@ class Contents:
     subtitle: str
     left: tuple[Left, ...]
     summary: Summary | Absent
-    design: Design | Absent
+    layers: tuple[Layer, ...] | Absent
     search: Search | Absent | None
     trained: tuple[Trained, ...] | Absent | None
     steps: tuple[Mapping[str, Any], ...] | Absent
@@ -96,7 +97,7 @@ class Contents:
             subtitle=_subtitle(run),
             left=tuple(left),
             summary=_told(lambda: _summary(run)),
-            design=_told(lambda: _design(run)),
+            layers=_told(lambda: _layers(run)),
             search=_told(lambda: _search(run)) if searches else None,
             trained=_told(lambda: _trained(run)) if searches else None,
             steps=_told(lambda: _steps(run)),
@@ -133,13 +134,13 @@ def _summary(run: Run) -> Summary:
     return Summary.of(run)
 
 
-def _design(run: Run) -> Design:
+def _layers(run: Run) -> tuple[Layer, ...]:
     if run.config.prune is not None:
         _need("importance", *plans.plan_importance(run))
         _need("tournament", *plans.plan_tournament(run))
     elif not run.solution.exists():
         raise MissingMeasurementError("no architecture was chosen yet; run `puzzle search RUN`")
-    return Design.of(run)
+    return layers_of_run(run)
 
 
 def _steps(run: Run) -> tuple[Mapping[str, Any], ...]:

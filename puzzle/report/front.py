@@ -1,32 +1,20 @@
-"""The charts that move: the front, and the layers of whichever of its points is picked. SVG; page.js does the moving.
+"""The front as a chart that moves (page.js) and in words: its points, and what the one that is picked comes to.
 
-Reads records of searched.py and summary.py; writes nothing.
+Reads records of searched.py; writes nothing.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from fractions import Fraction
 
+from puzzle.report.layers import Layer
+from puzzle.report.markup import captioned, escaped, folded, legend, table
 from puzzle.report.searched import Point, Trade
-from puzzle.report.summary import Design
-from puzzle.report.svg import (
-    LETTER,
-    WIDTH,
-    Scale,
-    chart,
-    diamond,
-    escaped,
-    every_layer,
-    figure,
-    line,
-    polyline,
-    rectangle,
-    star,
-    words,
-    x_axis,
-    y_axis,
-)
+from puzzle.report.svg import Scale, chart, diamond, figure, line, polyline, star, words, x_axis, y_axis
+from puzzle.report.table import Table
+from puzzle.report.words import at_least
+
+DIGITS = 8  # of a limit that a point keeps
 
 
 def in_order(trade: Trade) -> list[Point]:
@@ -42,19 +30,16 @@ def start_of(trade: Trade) -> Point:
     return trade.chosen or in_order(trade)[-1]
 
 
-def design_of(point: Point, trade: Trade) -> Design:
+def layers_of(point: Point, trade: Trade) -> tuple[Layer, ...]:
     found = [trade.blocks[place] for place in point.blocks]
-    pairs = list(zip(found[::2], found[1::2], strict=True))
-    return Design(
-        tuple((attention.name, ffn.name) for attention, ffn in pairs),
-        tuple((attention.share, ffn.share) for attention, ffn in pairs),
-    )
+    return tuple(map(Layer, found[::2], found[1::2]))
 
 
 def said(point: Point, trade: Trade) -> str:
     """Of one point, in one line."""
+    chosen = "Chosen: " if point is trade.chosen else ""
     kept = f"breaks {', '.join(point.broken)}" if point.broken else "keeps every limit"
-    return f"{figure(point.cost)} {trade.cost_unit}, {figure(point.objective)} {quality_unit(trade)}, {kept}"
+    return f"{chosen}{figure(point.cost)} {trade.cost_unit}, {figure(point.objective)} {quality_unit(trade)}, {kept}"
 
 
 def cost_label(trade: Trade) -> str:
@@ -74,7 +59,7 @@ def quality_unit(trade: Trade) -> str:
     return "nats" if trade.objective_name.endswith("_nats") else trade.objective_name
 
 
-def front(trade: Trade) -> str:
+def chart_of(trade: Trade) -> str:
     """Every point a radio button of one group: it can be clicked on, and reached by keyboard."""
     left, right, top, bottom = 70, 744, 16, 300
     points = in_order(trade)
@@ -102,7 +87,7 @@ def front(trade: Trade) -> str:
         checked, stop = ("true", 0) if point is start else ("false", -1)
         more = (
             f' role="radio" tabindex="{stop}" aria-checked="{checked}" data-point="{place}" '
-            f'aria-label="{escaped(("the chosen one: " if chosen else "") + said(point, trade))}"'
+            f'aria-label="{escaped(said(point, trade))}"'
         )
         at = x.at(point.cost), y.at(point.objective)
         if chosen:
@@ -118,82 +103,75 @@ def front(trade: Trade) -> str:
 
 
 def _front_told(trade: Trade) -> str:
-    chosen = "" if trade.chosen is None else f" The chosen architecture: {said(trade.chosen, trade)}."
+    chosen = "" if trade.chosen is None else f" {said(trade.chosen, trade)}."
     return (
         f"Predicted loss of quality against {trade.cost_name}: {len(trade.points)} of {trade.num_points} "
         f"architectures that nothing beats in both.{chosen}"
     )
 
 
-@dataclass(frozen=True)
-class StripSizes:
-    """Of the layer strip, in pixels: page.js draws other architectures by the same."""
-
-    left: float
-    step: float
-    unit: float  # the height of the teacher's block
-    top: float  # where attention stands on, growing upwards
-    bottom: float  # where FFNs hang from
-
-    @property
-    def gap(self) -> float:
-        return min(8.0, self.step * 0.2)
+# --- in words -----------------------------------------------------------------------------------------------------
 
 
-def strip_sizes(num_layers: int, longest: int) -> tuple[StripSizes, str]:
-    """And how its variants are named: ``across``, ``turned`` or, where there is no room, not at all."""
-    left = 74.0
-    step = max(4.0, min(max(84.0, LETTER * longest), (WIDTH - left - 6) / num_layers))
-    labels = "across" if LETTER * longest <= step else "turned" if step >= 15 else ""
-    above = {"across": 20.0, "turned": 12 + LETTER * longest, "": 6.0}[labels]
-    return StripSizes(left, step, 84.0, above + 84.0, above + 84.0 + 22), labels
+def amounts(point: Point, trade: Trade) -> list[str]:
+    """The totals with their units; a count says by its name what is counted."""
+    pairs = zip(point.totals, trade.told, strict=True)
+    return [figure(value) if unit == "parameters" else f"{figure(value)} {unit}" for value, (_, unit) in pairs]
 
 
-def strip(design: Design, longest: int, told: str) -> str:
-    """Depth from left to right; attention grows upwards, FFNs downwards, as large as their share of the teacher's."""
-    num_layers = len(design.names)
-    sizes, labels = strip_sizes(num_layers, longest)
-    every = every_layer(num_layers, sizes.step)
-    wide = sizes.step - sizes.gap
-    below = sizes.bottom + sizes.unit
-    end = below + sizes.top - sizes.unit
-    drawn = [
-        words(sizes.left - 10, sizes.top - sizes.unit / 2, "attention", "label", "end"),
-        words(sizes.left - 10, sizes.bottom + sizes.unit / 2, "FFN", "label", "end"),
-        words(sizes.left - 10, sizes.top + 15, "layer", "tick", "end"),
+def to_get(point: Point, trade: Trade) -> str:
+    """The line of a constraint file that a point of the front answers."""
+    limit = at_least(Fraction(point.cost) / (1 - Fraction(trade.cost_margin)), DIGITS)
+    return f"constraints: {{{trade.cost_name}: {int(limit) if limit.is_integer() else limit}}}"
+
+
+def _words_of(trade: Trade) -> str:
+    if trade.num_points == 1:
+        return "Only one architecture is worth choosing; its layers are below."
+    drawn = "all" if len(trade.points) == trade.num_points else len(trade.points)
+    told = (
+        f"Nothing on offer is better in both than one of these {trade.num_points:,} architectures ({drawn} of them "
+        "drawn). What one loses is the sum of its variants’ own scores, before global distillation. Pick one to see "
+        "its layers below."
+    )
+    cost, loss = trade.end
+    if cost < trade.points[0].cost:
+        told += f" Cheaper ones go on to {figure(cost)} {trade.cost_unit}, where {figure(loss)} is lost."
+    return told
+
+
+def section(trade: Trade) -> str:
+    """The chart, what is picked at first, and all points as a table."""
+    points = in_order(trade)
+    start = start_of(trade)
+    totals = "".join(
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(amount)}</dd></div>"
+        for (name, _), amount in zip(trade.told, amounts(start, trade), strict=True)
+    )
+    rows = tuple(
+        (
+            ("chosen: " if point is trade.chosen else "") + figure(point.cost), figure(point.objective),
+            *(figure(value) for value in point.totals), ", ".join(point.broken) or "all",
+        )
+        for point in points
+    )  # fmt: skip
+    head = (cost_label(trade), trade.objective_name, *(name for name, _ in trade.told), "limits kept")
+    marked = points.index(trade.chosen) if trade.chosen is not None else None
+    return f"""\
+{captioned(escaped(_words_of(trade)), chart_of(trade), _legend(trade))}
+<div class="selected"><output aria-live="polite">{escaped(said(start, trade))}</output><dl>{totals}</dl>
+<p class="get">To have it searched for: <code>{escaped(to_get(start, trade))}</code></p>
+<button type="button" disabled>Back to the chosen one</button></div>
+{folded("The points as a table", table(Table(head, rows, "", marked)))}"""
+
+
+def _legend(trade: Trade) -> str:
+    marks = [
+        ('<circle cx="7" cy="7" r="4" class="point"/>', "keeps every limit"),
+        ('<circle cx="7" cy="7" r="4" class="point broken"/>', "breaks one"),
     ]
-    for layer, (names, shares) in enumerate(zip(design.names, design.shares, strict=True)):
-        x = sizes.left + layer * sizes.step
-        drawn.append(rectangle(x, sizes.top - sizes.unit, wide, sizes.unit, "outline"))
-        drawn.append(rectangle(x, sizes.bottom, wide, sizes.unit, "outline"))
-        if layer % every == 0:
-            drawn.append(words(x + wide / 2, sizes.top + 15, layer, "tick", "middle"))
-        for part, (name, share) in enumerate(zip(names, shares, strict=True)):
-            drawn.append(_bar(sizes, layer, part, name, share))
-            if labels:
-                drawn.append(_variant(sizes, layer, part, name, share, labels))
-    return chart("strip", (sizes.left + num_layers * sizes.step + 6, end), told, "".join(drawn))
-
-
-def _bar(sizes: StripSizes, layer: int, part: int, name: str, share: float) -> str:
-    """A fused FFN is as wide as the layers that it stands for."""
-    layers = max(1, math.ceil(share - 1e-9))
-    high, wide = sizes.unit * share / layers, sizes.step * layers - sizes.gap
-    y = sizes.bottom if part else sizes.top - high
-    kind = ("attention", "ffn")[part]
-    told = f"layer {layer}, {('attention', 'FFN')[part]}: {name}, {share:.0%} of the teacher’s parameters"
-    more = f' data-site="{2 * layer + part}" data-told="{escaped(told)}"'
-    return rectangle(sizes.left + layer * sizes.step, y, wide, high, kind, more)
-
-
-def _variant(sizes: StripSizes, layer: int, part: int, name: str, share: float, labels: str) -> str:
-    """Just beyond the bar."""
-    x = sizes.left + layer * sizes.step + (sizes.step - sizes.gap) / 2
-    more = f' data-name="{2 * layer + part}"'
-    if labels == "across":
-        y = sizes.bottom + sizes.unit + 15 if part else sizes.top - sizes.unit - 7
-        found = words(x, y, name, "variant", "middle")
-    else:
-        y = sizes.bottom + sizes.unit + 8 if part else sizes.top - sizes.unit - 6
-        found = words(x + 4, y, name, "variant", "end" if part else "start", turned=True)
-    return found.replace("<text", f"<text{more}", 1)
+    if trade.chosen is not None:
+        marks.append((diamond(7, 7, 6, "point chosen"), "chosen"))
+    if trade.teacher_cost is not None:
+        marks.append((star(7, 7, 7, "teacher-star"), "teacher"))
+    return legend(marks)

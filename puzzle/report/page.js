@@ -18,6 +18,10 @@
   const hush = () => { tip.hidden = true; };
   const inside = (svg, event) => new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
 
+  for (const title of document.querySelectorAll("svg.chart title")) { // what a browser tells without this script
+    title.parentElement.dataset.told = title.textContent;
+    title.remove();
+  }
   for (const chart of document.querySelectorAll("svg.chart")) {
     chart.addEventListener("pointerleave", hush);
     if (chart.id === "front") continue;
@@ -44,22 +48,19 @@
   const dots = [...front.querySelectorAll("[data-point]")];
   const panel = document.querySelector(".selected");
   const back = panel.querySelector("button");
-  const bars = [...document.querySelectorAll("#strip [data-site]")];
+  const sites = [...document.querySelectorAll("#strip [data-site]")];
   const names = new Map([...document.querySelectorAll("#strip [data-name]")].map((one) => [one.dataset.name, one]));
 
   const draw = (blocks) => {
-    const sizes = data.strip;
-    for (const bar of bars) {
-      const site = Number(bar.dataset.site);
-      const [name, share] = data.blocks[blocks[site]];
-      const layers = Math.max(1, Math.ceil(share - 1e-9));
-      const high = (sizes.unit * share) / layers;
-      bar.setAttribute("height", high.toFixed(1));
-      bar.setAttribute("width", (sizes.step * layers - sizes.gap).toFixed(1));
-      bar.setAttribute("y", (site % 2 ? sizes.bottom : sizes.top - high).toFixed(1));
-      const part = site % 2 ? "FFN" : "attention";
-      bar.dataset.told = `layer ${site >> 1}, ${part}: ${name}, ${Math.round(share * 100)}% of the teacher’s parameters`;
-      const label = names.get(bar.dataset.site);
+    for (const group of sites) {
+      const site = Number(group.dataset.site);
+      const [name, told, wide, high] = data.blocks[blocks[site]];
+      const bar = group.lastElementChild;
+      bar.setAttribute("height", high);
+      bar.setAttribute("width", wide);
+      bar.setAttribute("y", (site % 2 ? data.strip.bottom : data.strip.top - high).toFixed(1));
+      group.dataset.told = `layer ${site >> 1}, ${site % 2 ? "FFN" : "attention"}: ${told}`;
+      const label = names.get(group.dataset.site);
       if (label) label.textContent = name;
     }
   };

@@ -14,10 +14,9 @@ from importlib import resources
 import puzzle.report.front as front
 from puzzle import style
 from puzzle.report.contents import Contents
-from puzzle.report.searched import Search, Trade
-from puzzle.report.sections import amount, drawn, longest, sections_of, to_get, unfinished
-from puzzle.report.summary import Design
-from puzzle.report.svg import escaped
+from puzzle.report.markup import escaped
+from puzzle.report.searched import Absent, Search, Trade
+from puzzle.report.sections import drawn, sections_of, sizes_of, unfinished
 
 
 def page(contents: Contents) -> str:
@@ -83,20 +82,19 @@ def _data(contents: Contents) -> str:
     if not isinstance(trade, Trade):
         return "null"
     points = front.in_order(trade)
-    num_layers = len(points[0].blocks) // 2
-    design = drawn(contents)
-    assert isinstance(design, Design)  # there is a front
-    sizes, _ = front.strip_sizes(num_layers, longest(design, trade))
+    layers = drawn(contents)
+    assert not isinstance(layers, Absent)  # there is a front
+    sizes = sizes_of(layers, trade)
     data = {
-        "blocks": [[block.name, block.share] for block in trade.blocks],
-        "strip": {**vars(sizes), "gap": sizes.gap},
+        "blocks": [[block.name, block.told, *sizes.bar(block)] for block in trade.blocks],
+        "strip": {"top": sizes.top, "bottom": sizes.bottom},
         "chosen": points.index(trade.chosen) if trade.chosen is not None else None,
         "points": [
             {
                 "blocks": point.blocks,
-                "said": ("Chosen: " if point is trade.chosen else "") + front.said(point, trade),
-                "totals": [amount(value, unit) for (_, unit), value in zip(trade.told, point.totals, strict=True)],
-                "get": to_get(point, trade),
+                "said": front.said(point, trade),
+                "totals": front.amounts(point, trade),
+                "get": front.to_get(point, trade),
             }
             for point in points
         ],

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from puzzle.report.layers import Block, block_of
 from puzzle.search import pareto
 from puzzle.search.metrics import METRICS
 from puzzle.types import Item, ModelShape, PuzzleError, Site, Solution
-from puzzle.variants import keep_spec, params, variant_name
+from puzzle.variants import variant_name
 
 if TYPE_CHECKING:
     from puzzle.search.pareto import Front
@@ -31,14 +32,6 @@ class Absent:
     """In the place of a part: why it is not there, in one line that says what to do."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Block:
-    """One variant, and its parameters over those of the teacher's block there; a fused FFN's may be more."""
-
-    name: str
-    share: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,7 @@ class Trade:
 
     cost_name: str
     cost_unit: str
+    cost_margin: float  # what it may be short of the truth, relative to it
     objective_name: str
     points: tuple[Point, ...]
     chosen: Point | None
@@ -139,9 +133,7 @@ def _shown(front: Front, objective: float | None) -> Sequence[int]:
     """Places of the points to draw, evenly along the cost: down to ``REACH`` times what was chosen, both ends in."""
     near = front.objective <= (REACH * objective if objective and objective > 0 else math.inf)
     first = int(np.argmax(near))  # of none, the first of all
-    wanted = np.linspace(front.cost[first], front.cost[-1], FRONT_POINTS)
-    places = np.searchsorted(front.cost, wanted).clip(first, len(front) - 1)
-    return [int(place) for place in np.unique(places)]
+    return [int(place) for place in front.thinned(FRONT_POINTS, first)]
 
 
 def _trade(
@@ -168,6 +160,7 @@ def _trade(
     return Trade(
         cost_name=front.cost_name,
         cost_unit=front.cost_unit,
+        cost_margin=problem.quantity(front.cost_name).margin,
         objective_name=front.objective_name,
         points=tuple(point(float(front.cost[at]), float(front.objective[at]), ids) for at, ids in taken),
         chosen=chosen,
@@ -191,8 +184,7 @@ def _blocks(item: Item, shape: ModelShape, sites: Sequence[Site], known: dict[Bl
     place = {site: index for index, site in enumerate(sites)}
     found = []
     for site, spec in zip(item.sites, item.specs, strict=True):
-        block = Block(variant_name(spec), round(params(spec, shape) / params(keep_spec(shape, site), shape), 4))
-        found.append((place[site], known.setdefault(block, len(known))))
+        found.append((place[site], known.setdefault(block_of(shape, site, spec), len(known))))
     return found
 
 

@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 import puzzle.report.charts as charts
 import puzzle.report.front as front
 from puzzle.report.contents import Comparison, Contents, Left, Recipe, Trained
-from puzzle.report.searched import Absent, HeatMap, Point, Reached, Search, Trade
-from puzzle.report.summary import MODELS, Design, Summary
-from puzzle.report.svg import diamond, escaped, figure, star
+from puzzle.report.layers import Layer
+from puzzle.report.markup import bullets, captioned, commands, escaped, folded, folded_text, legend, table
+from puzzle.report.searched import Absent, HeatMap, Reached, Search, Trade
+from puzzle.report.strip import Sizes, longest_name, strip
+from puzzle.report.summary import MODELS, Summary
+from puzzle.report.svg import diamond, figure
 from puzzle.report.table import Table
 from puzzle.types import mean_and_error
 
@@ -34,36 +37,30 @@ def sections_of(contents: Contents) -> list[tuple[str, str, str]]:
     return [
         ("summary", "Summary", _part(contents.summary, _summary)),
         ("limits", "Limits", _part(searched, _limits)),
-        ("what-fits", "What fits", _part(trade, _front)),
-        ("layers", "Layers", _part(drawn(contents), lambda found: _strip(found, trade))),
+        ("what-fits", "What fits", _part(trade, front.section)),
+        ("layers", "Layers", _part(drawn(contents), lambda found: _layers(found, trade))),
         ("choices", "What every layer had to choose from", _part(searched, _maps)),
         ("times", "Times", _part(contents.summary, _times)),
         ("distillation", "Distillation", _distillation(contents)),
         ("baselines", "Simpler ways to choose", _part(contents.compared, _baselines)),
-        ("tournament", "Tournament", "" if contents.standings is None else _table(contents.standings)),
-        ("checkpoints", "Checkpoints", _list(contents.exports)),
+        ("tournament", "Tournament", "" if contents.standings is None else table(contents.standings)),
+        ("checkpoints", "Checkpoints", bullets(contents.exports)),
         ("reproduce", "Do it again", _recipe(contents.recipe)),
     ]
 
 
-def drawn(contents: Contents) -> Design | Absent:
+def drawn(contents: Contents) -> tuple[Layer, ...] | Absent:
     """The chosen architecture; where nothing was chosen, the point of the front that is picked at first."""
     trade = contents.search.trade if isinstance(contents.search, Search) else None
-    if isinstance(contents.design, Absent) and isinstance(trade, Trade):
-        return front.design_of(front.start_of(trade), trade)
-    return contents.design
+    if isinstance(contents.layers, Absent) and isinstance(trade, Trade):
+        return front.layers_of(front.start_of(trade), trade)
+    return contents.layers
 
 
 def _part(found: Found | Absent | None, told: Callable[[Found], str]) -> str:
     if found is None:
         return ""
-    return f'<p class="absent">{_commands(found.reason)}</p>' if isinstance(found, Absent) else told(found)
-
-
-def _commands(text: str) -> str:
-    """Escaped; what stands in back quotes as code."""
-    pieces = escaped(text).split("`")
-    return "".join(f"<code>{piece}</code>" if place % 2 else piece for place, piece in enumerate(pieces))
+    return f'<p class="absent">{commands(found.reason)}</p>' if isinstance(found, Absent) else told(found)
 
 
 def unfinished(left: Sequence[Left]) -> str:
@@ -89,11 +86,11 @@ def unfinished(left: Sequence[Left]) -> str:
 
 def _summary(summary: Summary) -> str:
     meaning = "".join(f"<li><strong>{name}</strong>: {text}</li>" for name, text in MEANING.items())
-    table = Table(("", *MODELS), tuple(summary.rows()))
+    figures = Table(("", *MODELS), tuple(summary.rows()))
     return (
-        f'<dl class="keys">{"".join(_key(*one) for one in _keys(summary))}</dl>{_table(table)}'
+        f'<dl class="keys">{"".join(_key(*one) for one in _keys(summary))}</dl>{table(figures)}'
         f'<p class="note">{escaped(summary.notes)}</p><ul class="note">{meaning}</ul>'
-        + _hidden("Quality by how many tokens a prediction has in sight", _table(summary.by_position()))
+        + folded("Quality by how many tokens a prediction has in sight", table(summary.by_position()))
     )
 
 
@@ -144,7 +141,7 @@ def _limits(found: Search) -> str:
         (one.written, one.unit, _number(one.teacher), _number(one.chosen), _slack(one)) for one in found.reached
     )
     told = "What the search was asked to keep to, and what its answer comes to, as predicted."
-    return f"<p>{told}</p>{_table(Table(('limit', 'unit', 'teacher', 'chosen', 'room left'), rows))}"
+    return f"<p>{told}</p>{table(Table(('limit', 'unit', 'teacher', 'chosen', 'room left'), rows))}"
 
 
 def _slack(one: Reached) -> str:
@@ -167,93 +164,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else figure(value)
 
 
-def _front_words(trade: Trade) -> str:
-    if trade.num_points == 1:
-        return "Only one architecture is worth choosing; its layers are below."
-    drawn = "all" if len(trade.points) == trade.num_points else len(trade.points)
-    told = (
-        f"Nothing on offer is better in both than one of these {trade.num_points:,} architectures ({drawn} of them "
-        "drawn). What one loses is the sum of its variants’ own scores, before global distillation. Pick one to see "
-        "its layers below."
-    )
-    cost, loss = trade.end
-    if cost < trade.points[0].cost:
-        told += f" Cheaper ones go on to {figure(cost)} {trade.cost_unit}, where {figure(loss)} is lost."
-    return told
+def sizes_of(layers: Sequence[Layer], trade: Trade | Absent | None) -> Sizes:
+    """Of the strip, with room for the longest variant that may have to be named."""
+    known = [len(block.name) for block in trade.blocks] if isinstance(trade, Trade) else []
+    return Sizes.of(len(layers), max(longest_name(layers), *known, 0))
 
 
-def _front(trade: Trade) -> str:
-    points = front.in_order(trade)
-    start = front.start_of(trade)
-    totals = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(amount(value, unit))}</dd></div>"
-        for (name, unit), value in zip(trade.told, start.totals, strict=True)
-    )
-    rows = tuple(
-        (
-            ("chosen: " if point is trade.chosen else "") + figure(point.cost), figure(point.objective),
-            *(figure(value) for value in point.totals), ", ".join(point.broken) or "all",
-        )
-        for point in points
-    )  # fmt: skip
-    head = (
-        front.cost_label(trade),
-        trade.objective_name,
-        *(name for name, _ in trade.told),
-        "limits kept",
-    )
-    marked = points.index(trade.chosen) if trade.chosen is not None else None
-    said = ("Chosen: " if trade.chosen is not None else "") + front.said(start, trade)
-    return f"""\
-{_figure(escaped(_front_words(trade)), front.front(trade), _front_key(trade))}
-<div class="selected"><output aria-live="polite">{escaped(said)}</output><dl>{totals}</dl>
-<p class="get">To have it searched for: <code>{escaped(to_get(start, trade))}</code></p>
-<button type="button" disabled>Back to the chosen one</button></div>
-{_hidden("The points as a table", _table(Table(head, rows, "", marked)))}"""
-
-
-def amount(value: float, unit: str) -> str:
-    """A count says by its name what is counted."""
-    return figure(value) if unit == "parameters" else f"{figure(value)} {unit}"
-
-
-def to_get(point: Point, trade: Trade) -> str:
-    """The line of a constraint file that a point of the front answers."""
-    return f"constraints: {{{trade.cost_name}: {_at_least(point.cost)}}}"
-
-
-def _at_least(value: float) -> str:
-    """In seven digits, rounded up: a limit that the value itself keeps."""
-    if value <= 0:
-        return "0"
-    unit = 10.0 ** (math.floor(math.log10(value)) - 6)
-    return f"{math.ceil(value / unit) * unit:.7g}"
-
-
-def _front_key(trade: Trade) -> str:
-    marks = [
-        ('<circle cx="7" cy="7" r="4" class="point"/>', "keeps every limit"),
-        ('<circle cx="7" cy="7" r="4" class="point broken"/>', "breaks one"),
-    ]
-    if trade.chosen is not None:
-        marks.append((diamond(7, 7, 6, "point chosen"), "chosen"))
-    if trade.teacher_cost is not None:
-        marks.append((star(7, 7, 7, "teacher-star"), "teacher"))
-    return _key_of(marks)
-
-
-def _key_of(marks: Sequence[tuple[str, str]]) -> str:
-    lines = "".join(f'<li><svg viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>{text}</li>' for mark, text in marks)
-    return f'<ul class="key">{lines}</ul>'
-
-
-def longest(design: Design, trade: Trade | Absent | None) -> int:
-    """Letters of the longest variant that may have to be named."""
-    known = [block.name for block in trade.blocks] if isinstance(trade, Trade) else []
-    return max(map(len, [*known, *(name for names in design.names for name in names)]))
-
-
-def _strip(design: Design, trade: Trade | Absent | None) -> str:
+def _layers(layers: Sequence[Layer], trade: Trade | Absent | None) -> str:
     picked = " It follows the point that is picked above." if isinstance(trade, Trade) else ""
     told = (
         "From the first layer to the last: attention above, FFN below, each as high as its share of the teacher’s "
@@ -261,14 +178,14 @@ def _strip(design: Design, trade: Trade | Absent | None) -> str:
     )
     unanswered = isinstance(trade, Trade) and trade.chosen is None
     named = "The architecture that is picked at first" if unanswered else "The chosen architecture"
-    spoken = f"{named}, {len(design.names)} layers; a table follows"
+    spoken = f"{named}, {len(layers)} layers; a table follows"
     rows = tuple(
-        (str(layer), attention, f"{left:.0%}", ffn, f"{right:.0%}")
-        for layer, ((attention, ffn), (left, right)) in enumerate(zip(design.names, design.shares, strict=True))
+        (str(layer), *(cell for block in of.blocks for cell in (block.name, f"{block.share:.0%}")))
+        for layer, of in enumerate(layers)
     )
-    table = Table(("layer", "attention", "of the teacher’s", "FFN", "of the teacher’s"), rows, named)
-    return _figure(told, front.strip(design, longest(design, trade), spoken), fits=False) + _hidden(
-        "The layers as a table", _table(table)
+    listed = Table(("layer", "attention", "of the teacher’s", "FFN", "of the teacher’s"), rows, named)
+    return captioned(told, strip(layers, sizes_of(layers, trade), spoken, "strip"), fits=False) + folded(
+        "The layers as a table", table(listed)
     )
 
 
@@ -292,7 +209,7 @@ def _maps(found: Search) -> str:
             if rows:
                 name = f"{kind}-{place}"
                 chart = charts.heat_map(name, one, rows, of, logarithmic)
-                drawn.append(_figure(escaped(title), chart, _hidden("Numbers", _cells(name, one, rows)), fits=False))
+                drawn.append(captioned(escaped(title), chart, folded("Numbers", _cells(name, one, rows)), fits=False))
         drawn.append("</div>")
     return told + "".join(drawn)
 
@@ -326,7 +243,7 @@ def _times(summary: Summary) -> str:
     marks = [('<circle cx="7" cy="7" r="5" class="dot first"/>', "predicted" if summary.solution else "estimated")]
     if any(of[model]["parts"] for of in summary.speed.values() for model in of):
         marks.append((diamond(7, 7, 6, "dot second"), "sum of parts, measured in the same rounds"))
-    return _figure(told, chart, _key_of(marks))
+    return captioned(told, chart, legend(marks))
 
 
 def _distillation(contents: Contents) -> str:
@@ -356,13 +273,13 @@ def _losses(trained: Sequence[Trained]) -> str:
         )
         for one in trained
     )
-    table = Table(("variant", "layers", "before", "after", "best layer", "worst layer"), rows)
-    return _figure(told, charts.losses(trained), _key_of(marks) + _hidden("The losses as a table", _table(table)))
+    listed = Table(("variant", "layers", "before", "after", "best layer", "worst layer"), rows)
+    return captioned(told, charts.losses(trained), legend(marks) + folded("The losses as a table", table(listed)))
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> str:
     told = "Each step (thin) and smoothed (thick), on the tokens that the student was just training on."
-    return _figure(told, charts.curve(steps))
+    return captioned(told, charts.curve(steps))
 
 
 def _baselines(comparison: Comparison) -> str:
@@ -384,9 +301,9 @@ def _baselines(comparison: Comparison) -> str:
     head = ("", f"{comparison.objective}, predicted", *(["true"] if evaluated else []), *metrics)
     marks = [('<circle cx="7" cy="7" r="5" class="dot first"/>', "predicted")]
     marks += [(diamond(7, 7, 6, "dot second"), "true, ± standard error")] if evaluated else []
-    figure = _figure(told, charts.baselines(found, comparison.objective), _key_of(marks)) if found else ""
+    figure = captioned(told, charts.baselines(found, comparison.objective), legend(marks)) if found else ""
     notes = [f"{one.name}: {one.note}" for one in comparison.found if one.note]
-    return figure + _table(Table(head, rows, "", 0)) + _list(notes)
+    return figure + table(Table(head, rows, "", 0)) + bullets(notes)
 
 
 def _true(values: Sequence[float]) -> str:
@@ -397,42 +314,13 @@ def _true(values: Sequence[float]) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    files = "".join(_hidden(name, f"<pre>{escaped(text)}</pre>") for name, text in recipe.files)
+    files = "".join(folded_text(name, text) for name, text in recipe.files)
     versions = ", ".join(f"{name} {text}" for name, text in recipe.versions)
     constraints = f" --constraints {recipe.constraints}" if recipe.constraints else ""
     seconds = Table(("stage", "seconds"), tuple((stage, f"{value:,.1f}") for stage, value in recipe.seconds))
-    taken = _hidden("How long it took", _table(seconds)) if recipe.seconds else ""
+    taken = folded("How long it took", table(seconds)) if recipe.seconds else ""
     commands = "\n".join(f"puzzle {command} config.yaml{constraints}" for command in ("run", "report"))
     return (
         f"<p>Save the files below, then:</p><pre>{escaped(commands)}</pre>{files}{taken}"
         f'<p class="note">{escaped(versions)}</p>'
     )
-
-
-# --- pieces -------------------------------------------------------------------------------------------------------
-
-
-def _table(table: Table) -> str:
-    caption = f"<caption>{escaped(table.caption)}</caption>" if table.caption else ""
-    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in table.head)
-    rows = []
-    for place, (first, *others) in enumerate(table.rows):
-        kind = ' class="marked"' if place == table.marked else ""
-        cells = "".join(f"<td>{escaped(cell)}</td>" for cell in others)
-        rows.append(f'<tr{kind}><th scope="row">{escaped(first)}</th>{cells}</tr>')
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="scroll"><table>{caption}{body}</table></div>'
-
-
-def _list(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escaped(one)}</li>' for one in lines)}</ul>" if lines else ""
-
-
-def _figure(told: str, chart: str, below: str = "", fits: bool = True) -> str:
-    """``told`` is markup; a chart that ``fits`` shrinks with the page, another is scrolled."""
-    kind = ' class="fit"' if fits else ""
-    return f'<figure{kind}><figcaption>{told}</figcaption><div class="scroll">{chart}</div>{below}</figure>'
-
-
-def _hidden(title: str, text: str) -> str:
-    return f"<details><summary>{escaped(title)}</summary>{text}</details>"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
 from puzzle.pruning import change, predicted
+from puzzle.report.layers import Layer, layers_of_run
 from puzzle.report.served import served_figures
 from puzzle.report.table import Table
 from puzzle.report.tasks import ERRORS as TASK_ERRORS
@@ -20,9 +21,7 @@ from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
 from puzzle.run import STORED_DTYPES
 from puzzle.search.problem import solved
-from puzzle.space import PARTS
-from puzzle.types import GIB, Site, Solution, Spec, from_json
-from puzzle.variants import keep_spec, params, variant_name
+from puzzle.types import GIB, Solution, from_json
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -46,42 +45,6 @@ TIMED_WHOLE = "Times: estimated by the roofline where it knows the device; then,
 
 
 @dataclass(frozen=True)
-class Design:
-    """An architecture layer by layer of the teacher, attention and FFN: what is there, and how large it is.
-
-    A fused FFN stands for those of several layers, and may be larger than the teacher's in one of them.
-    """
-
-    names: tuple[tuple[str, str], ...]
-    shares: tuple[tuple[float, float], ...]  # parameters, of the teacher's block
-
-    @classmethod
-    def of(cls, run: Run) -> Design:
-        """Of the best solution, or of the pruned student; both must be there."""
-        return cls._of_search(run) if run.config.prune is None else cls._of_pruning(run)
-
-    @classmethod
-    def _of_search(cls, run: Run) -> Design:
-        at = {site: spec for item in run.chosen_items() for site, spec in zip(item.sites, item.specs, strict=True)}
-        pairs = [tuple(at[Site(layer, part)] for part in PARTS) for layer in range(run.shape.num_layers)]
-        return cls(
-            tuple((variant_name(attention), variant_name(ffn)) for attention, ffn in pairs),
-            tuple((_share(attention, run), _share(ffn, run)) for attention, ffn in pairs),
-        )
-
-    @classmethod
-    def _of_pruning(cls, run: Run) -> Design:
-        student, teacher, kept = run.student_shape, run.shape, run.kept_layers
-        ffn = "experts" if teacher.moe_layers else f"{student.intermediate_size} channels"
-        names = (f"{student.num_attention_heads} heads on {student.num_kv_heads}", ffn)
-        layers = range(teacher.num_layers)
-        return cls(
-            tuple(names if layer in kept else ("skip", "skip") for layer in layers),
-            tuple(_kept_share(run, layer) if layer in kept else (0.0, 0.0) for layer in layers),
-        )
-
-
-@dataclass(frozen=True)
 class Summary:
     """``solution`` is a search's; None where the run is a pruning, whose predicted times are estimates."""
 
@@ -93,7 +56,7 @@ class Summary:
     stored_dtype: str
     # workload → model → whole or parts → figure
     speed: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
-    design: Design
+    layers: tuple[Layer, ...]
     standings: Table | None  # of the tournament, if there was one
     tasks: tuple[TaskFigure, ...]
     served: Mapping[str, Mapping[str, float]]  # workload.model → metric → what vllm bench measured
@@ -112,7 +75,7 @@ class Summary:
             params=evaluation["params"],
             stored_dtype=run.stored_dtype,
             speed=evaluation["speed"],
-            design=Design.of(run),
+            layers=layers_of_run(run),
             standings=standings(run),
             tasks=_answered(run),
             served=served_figures(run),
@@ -182,7 +145,7 @@ class Summary:
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", self.table(), ""]
         lines += [self.standings.markdown(), ""] if self.standings else []
-        layers = tuple((str(index), *names) for index, names in enumerate(self.design.names))
+        layers = tuple((str(index), of.attention.name, of.ffn.name) for index, of in enumerate(self.layers))
         return "\n".join([*lines, Table(("layer", "attention", "FFN"), layers).markdown()]) + "\n"
 
 
@@ -203,20 +166,6 @@ def _answered(run: Run) -> tuple[TaskFigure, ...]:
     return tuple(
         from_json(TaskFigure, figure, path) for path in paths for figure in artifacts.read_unit(path).payload["figures"]
     )
-
-
-def _share(spec: Spec, run: Run) -> float:
-    """Parameters of the variant over those of the teacher's block."""
-    keep = type(spec)("keep")
-    return params(spec, run.shape) / params(keep, run.shape)
-
-
-def _kept_share(run: Run, layer: int) -> tuple[float, float]:
-    """Parameters of a pruned layer's parts over those of the teacher's, by the teacher's number of the layer."""
-    place = run.kept_layers.index(layer)
-    own = [params(keep_spec(run.student_shape, Site(place, part)), run.student_shape) for part in PARTS]
-    other = [params(keep_spec(run.shape, Site(layer, part)), run.shape) for part in PARTS]
-    return own[0] / other[0], own[1] / other[1]
 
 
 def _estimate(value: Mapping[str, float]) -> str:

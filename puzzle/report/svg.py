@@ -1,23 +1,19 @@
-"""What charts are drawn with: scales with round ticks, axes, words that cannot become markup. Text out, nothing read.
+"""What charts are drawn with: scales with round ticks, axes, marks. Text out, nothing read.
 
 Sizes are in pixels at the chart's natural width; colours and fonts are classes of page.css.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from puzzle.report.markup import escaped
+
 WIDTH = 1000  # of the widest charts
 LETTER = 6.4  # width of one, on average
 SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"))
-
-
-def escaped(words: object) -> str:
-    """As text or the value of an attribute, whatever is in it."""
-    return html.escape(str(words), quote=True)
 
 
 def figure(value: float) -> str:
@@ -76,10 +72,13 @@ class Scale:
 
 
 def chart(name: str, size: tuple[float, float], told: str, content: str, role: str = "img") -> str:
-    """``told`` is what a screen reader says in its place; with ``role`` group its parts are met one by one."""
+    """``name``: its id, if any; ``told``: what a screen reader says in its place, unless with ``role`` group it meets
+    the parts one by one.
+    """
     width, height = size
+    named = f' id="{name}"' if name else ""
     return (
-        f'<svg class="chart" id="{name}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
+        f'<svg class="chart"{named} viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
         f'role="{role}" aria-label="{escaped(told)}"><desc>{escaped(told)}</desc>{content}</svg>'
     )
 

@@ -1,10 +1,17 @@
-"""A solution of the search in words, as the command line and notebooks tell it. Reads a Solution; writes nothing."""
+"""A solution of the search in words, as the command line and notebooks tell it, and numbers to write down.
+
+Reads a Solution; writes nothing.
+"""
 
 from __future__ import annotations
+
+import math
+from fractions import Fraction
 
 from puzzle.types import Solution
 
 QUALITIES = {"kl_nats": "KL", "ce_delta_nats": "CE gap", "hidden_distance": "hidden distance"}
+MOST_DIGITS = 12  # of a number in a constraint file
 
 
 def headline(solution: Solution) -> str:
@@ -28,6 +35,15 @@ def status(solution: Solution) -> str:
 def figure(value: float) -> str:
     """Four significant digits, or four after the point where that is more."""
     return f"{value:.4g}" if abs(value) < 1 else f"{value:,.4f}".rstrip("0").rstrip(".")
+
+
+def at_least(value: Fraction, digits: int = MOST_DIGITS) -> float:
+    """A number that one can write down in about so many digits, not below ``value`` and hardly above it."""
+    if value.denominator == 1 and abs(value) < 2**53:
+        return float(value)
+    step = Fraction(10) ** (math.floor(math.log10(abs(value))) - digits + 2)
+    written = float(f"{float(math.ceil(value / step) * step):.{digits}g}")
+    return written if Fraction(written) >= value else math.nextafter(written, math.inf)
 
 
 def quality(solution: Solution) -> str:

@@ -79,12 +79,12 @@ class Front:
         found = int(np.searchsorted(self.cost, limit, side="right")) - 1
         return found if found >= 0 else None
 
-    def thinned(self, count: int) -> NDArray[np.intp]:
-        """At most ``count`` points spread evenly along the cost axis, both ends among them."""
-        if len(self) <= count:
-            return np.arange(len(self))
-        wanted = np.linspace(self.cost[0], self.cost[-1], count)
-        return np.unique(np.searchsorted(self.cost, wanted).clip(0, len(self) - 1))
+    def thinned(self, count: int, first: int = 0) -> NDArray[np.intp]:
+        """At most ``count`` points from ``first`` on, spread evenly along the cost axis, both ends among them."""
+        if len(self) - first <= count:
+            return np.arange(first, len(self))
+        wanted = np.linspace(self.cost[first], self.cost[-1], count)
+        return np.unique(np.searchsorted(self.cost, wanted).clip(first, len(self) - 1))
 
     def frame(self, count: int | None = None) -> pd.DataFrame:
         """Columns ``point``, the cost's and the objective's name; all points or ``count`` of them."""

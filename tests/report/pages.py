@@ -8,13 +8,14 @@ from fractions import Fraction
 
 from puzzle.report.contents import Comparison, Contents, Left, Recipe, Trained
 from puzzle.report.front import in_order
+from puzzle.report.layers import Layer, layers_of
 from puzzle.report.searched import Absent, Search, Trade, searched
-from puzzle.report.summary import MODELS, Design, Summary
+from puzzle.report.summary import MODELS, Summary
 from puzzle.report.table import Table
 from puzzle.search.compare import Compared
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.types import AttentionSpec, FfnSpec, ModelShape, Solution
-from puzzle.variants import params, site_item, variant_name
+from puzzle.variants import params, site_item
 
 ATTENTION = [AttentionSpec("keep"), AttentionSpec("gqa", 4), AttentionSpec("gqa", 2), AttentionSpec("gqa", 1)]
 ATTENTION += [AttentionSpec("linear"), AttentionSpec("skip")]
@@ -59,18 +60,7 @@ def solution_of(problem: Problem) -> Solution | None:
     return Solution(items, kept[-1].objective, None, "optimal", problem.totals(items), {}, objective_name="kl_nats")
 
 
-def design_of(solution: Solution, num_layers: int) -> Design:
-    shape, names = shape_of(num_layers), [item.split(".", 2)[2] for item in solution.items]
-    sizes = {
-        variant_name(spec): params(spec, shape) / params(own[0], shape) for own in (FFN, ATTENTION) for spec in own
-    }
-    sizes |= {"keep": 1.0, "skip": 0.0}
-    linear = [params(own[-2], shape) / params(own[0], shape) for own in (ATTENTION, FFN)]
-    shares = [linear[place % 2] if name == "linear" else sizes[name] for place, name in enumerate(names)]
-    return Design(tuple(zip(names[::2], names[1::2], strict=True)), tuple(zip(shares[::2], shares[1::2], strict=True)))
-
-
-def summary_of(solution: Solution, design: Design, problem: Problem, name: str) -> Summary:
+def summary_of(solution: Solution, layers: tuple[Layer, ...], problem: Problem, name: str) -> Summary:
     def quality(kl: float) -> dict[str, dict[str, float]]:
         figures = {
             "ce_nats": 2.25 + kl,
@@ -95,7 +85,7 @@ def summary_of(solution: Solution, design: Design, problem: Problem, name: str) 
         params={model: round(totals["teacher" if model == "teacher" else "student"]["params"]) for model in MODELS},
         stored_dtype="bfloat16",
         speed={"chat": {"teacher": timed(1.0), "student": timed(0.7)}},
-        design=design,
+        layers=layers,
         standings=None,
         tasks=(),
         served={},
@@ -108,7 +98,7 @@ def contents_of(num_layers: int = 8, name: str = "a-teacher", variants: int = 7)
     problem, rng = problem_of(num_layers, 0.6 if variants > 1 else 1.0, variants), random.Random(0)
     solution = solution_of(problem)
     assert solution is not None
-    design = design_of(solution, num_layers)
+    layers = layers_of(shape_of(num_layers), [problem.by_id[item_id] for item_id in solution.items])
     kinds = [("attention", one) for one in ("gqa-4", "gqa-2", "linear")] + [
         ("ffn", one) for one in ("narrow-512", "linear")
     ]
@@ -133,8 +123,8 @@ def contents_of(num_layers: int = 8, name: str = "a-teacher", variants: int = 7)
         title=name,
         subtitle="compressed within half-memory",
         left=(),
-        summary=summary_of(solution, design, problem, name),
-        design=design,
+        summary=summary_of(solution, layers, problem, name),
+        layers=layers,
         search=searched(problem, shape_of(num_layers), solution),
         trained=tuple(trained),
         steps=tuple(steps),
@@ -158,7 +148,7 @@ def unfinished(contents: Contents) -> Contents:
     return replace(
         contents,
         left=(Left("score", 4, 0, 16), Left("search", 0, 1, 1)),
-        summary=absent, design=absent, search=absent, trained=absent, steps=absent, compared=absent, standings=None,
+        summary=absent, layers=absent, search=absent, trained=absent, steps=absent, compared=absent, standings=None,
         exports=(),
     )  # fmt: skip
 

@@ -10,9 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from puzzle.report.charts import HeatScale
+from puzzle.report.front import to_get
+from puzzle.report.layers import layers_of
 from puzzle.report.searched import FRONT_POINTS, REACH, Trade, searched
 from puzzle.report.svg import Scale, figure
 from puzzle.search.problem import Quantity, Row
+from puzzle.variants import keep_spec, site_item
 from tests.report.pages import problem_of, shape_of, solution_of
 
 
@@ -61,6 +64,23 @@ def test_the_front_is_of_what_is_minimised_or_limited_and_costs_something() -> N
     ):
         trade = searched(replace(problem, rows=rows, quantities=quantities, cost=cost), shape, None).trade
         assert isinstance(trade, Trade) and trade.cost_name == name
+
+
+def test_a_points_limit_is_as_clear_of_it_as_the_search_will_ask() -> None:
+    problem, shape = problem_of(3), shape_of(3)
+    params, speed = problem.quantities
+    problem = replace(problem, quantities=(replace(params, margin=0.1), speed))
+    trade = searched(problem, shape, None).trade
+    assert isinstance(trade, Trade)
+    point = trade.points[2]
+    limit = float(to_get(point, trade).removeprefix("constraints: {params: ").removesuffix("}"))
+    assert point.cost <= limit * 0.9 < point.cost * (1 + 1e-5)
+
+
+def test_the_teachers_own_blocks_are_all_of_themselves_experts_too() -> None:
+    shape = replace(shape_of(4), moe_layers=(1, 3), num_experts=8, num_active_experts=2, moe_intermediate_size=64)
+    layers = layers_of(shape, [site_item(site, keep_spec(shape, site)) for site in shape.sites])
+    assert {block.share for layer in layers for block in layer.blocks} == {1.0}
 
 
 @example(low=9.0, ratio=1.0000000000000002, logarithmic=True, start=0.0)

@@ -17,9 +17,9 @@ from matplotlib.colors import to_hex
 from puzzle import style
 from puzzle.report.contents import Comparison, Contents
 from puzzle.report.front import in_order
+from puzzle.report.layers import Block, Layer
 from puzzle.report.page import page
 from puzzle.report.searched import Absent, Search, Trade
-from puzzle.report.summary import Design
 from puzzle.report.table import Table
 from puzzle.search.compare import Compared
 from tests.report.pages import contents_of, unfinished, without_answer
@@ -101,7 +101,9 @@ def test_every_part_is_told_to_those_who_do_not_see_it(contents: Contents) -> No
 def test_whatever_a_name_holds_stays_text(contents: Contents) -> None:
     search = contents.search
     assert (
-        isinstance(search, Search) and isinstance(contents.design, Design) and not isinstance(contents.compared, Absent)
+        isinstance(search, Search)
+        and not isinstance(contents.layers, Absent)
+        and not isinstance(contents.compared, Absent)
     )
     trade = trade_of(contents)
     trade = replace(
@@ -116,7 +118,7 @@ def test_whatever_a_name_holds_stays_text(contents: Contents) -> None:
     nasty = replace(
         contents,
         title=NASTY, subtitle=NASTY, search=Search(reached, trade, maps), standings=table, exports=(NASTY,),
-        design=replace(contents.design, names=tuple((NASTY, NASTY) for _ in contents.design.names)),
+        layers=tuple(Layer(Block(NASTY, 1.0), Block(NASTY, 1.0)) for _ in contents.layers),
         trained=tuple(replace(one, part=NASTY, variant=NASTY) for one in contents.trained),
         compared=Comparison(NASTY, (Compared(NASTY, objective=1.0, totals={NASTY: 1.0}), Compared(NASTY, note=NASTY))),
         steps=Absent(NASTY), recipe=replace(contents.recipe, files=((NASTY, NASTY),) * 2, versions=((NASTY, NASTY),)),
@@ -135,16 +137,17 @@ def test_the_strip_and_what_the_script_draws_it_from_agree(contents: Contents) -
     data = json.loads(Document(text).text["data"])
     assert data["points"][data["chosen"]]["said"].startswith("Chosen: ")
     bars = re.findall(
-        r'<rect [^>]*y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" class="(\w+)" data-site="(\d+)"', text
+        r'data-site="(\d+)"><title>([^<]+)</title><rect [^>]+/>'
+        r'<rect [^>]*y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" class="(\w+)"/></g>',
+        text,
     )
     assert len(bars) == 16
     sizes, blocks = data["strip"], data["points"][data["chosen"]]["blocks"]
-    for y, width, height, kind, site in bars:
-        share = data["blocks"][blocks[int(site)]][1]
-        assert kind == ("ffn" if int(site) % 2 else "attention")
-        assert float(height) == pytest.approx(sizes["unit"] * share, abs=0.06)
+    for site, told, y, width, height, kind in bars:
+        _, words, wide, high = data["blocks"][blocks[int(site)]]
+        assert kind == ("ffn" if int(site) % 2 else "attention") and told.endswith(f": {words}")
+        assert (float(width), float(height)) == (wide, high)
         assert float(y) == pytest.approx(sizes["bottom"] if int(site) % 2 else sizes["top"] - float(height), abs=0.11)
-        assert float(width) == pytest.approx(sizes["step"] - sizes["gap"], abs=0.06)
 
 
 def test_a_point_names_a_limit_that_it_keeps(contents: Contents) -> None:
