@@ -14,7 +14,7 @@ from tests.pipeline.conftest import Project
 def test_a_finished_run_is_told_whole_and_the_same_again(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run.open(copy.config)
     contents = Contents.of(run)
-    parts = [contents.summary, contents.design, contents.search, contents.trained, contents.steps]
+    parts = [contents.summary, contents.layers, contents.search, contents.trained, contents.steps]
     assert not [part for part in parts if isinstance(part, Absent)]
     assert isinstance(contents.search, Search) and isinstance(contents.search.trade, Trade)
     assert contents.search.trade.cost_name == "chat.memory_gib"  # what the constraint file limits
@@ -59,7 +59,7 @@ def test_where_nothing_keeps_the_limits_there_is_a_front_and_no_answer(copy: Pro
     assert main(["--debug", "report", *changed]) == 0
     run = Run.open(copy.config, constraints=str(tight))
     contents = Contents.of(run)
-    assert isinstance(contents.design, Absent) and "puzzle search RUN" in contents.design.reason
+    assert isinstance(contents.layers, Absent) and "puzzle search RUN" in contents.layers.reason
     assert isinstance(contents.search, Search) and isinstance(contents.search.trade, Trade)
     assert contents.search.trade.chosen is None and all(point.broken for point in contents.search.trade.points)
     assert 'id="strip"' in run.report.read_text()
