@@ -221,7 +221,11 @@ def _stage(options: argparse.Namespace) -> None:
     if options.stage == "evaluate" and cli_evaluate.is_model(options.run):
         cli_evaluate.evaluate_folder(options)
         return
+    if options.stage == "evaluate":
+        cli_evaluate.check_options(options)
     run = open_run(options)
+    if options.stage == "export":
+        cli_export.check_push(run, options)
     if options.stage == "refine":
         cli_search.refine(options)
         return

@@ -29,6 +29,12 @@ def add_options(commands: Any) -> None:
     evaluate.add_argument("--teacher", type=Path, metavar="FOLDER", help="of RUN a model folder: what to set beside it")
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """ConfigError where something was asked of a run that only a model folder has."""
+    if options.teacher:
+        raise ConfigError(f"--teacher {options.teacher}: a run has its own teacher; it goes with a model folder")
+
+
 def print_figures(run: Run, benches: Sequence[str]) -> None:
     """What is known of the run's student, and now of what `vllm bench` measured."""
     from puzzle.report.served import note_bench
@@ -47,6 +53,8 @@ def evaluate_folder(options: argparse.Namespace) -> None:
     """Prints what the model in the folder, and its teacher, answer to the tasks."""
     if not options.tasks:
         raise ConfigError(f"{options.run} is a model, not a run: name what it is to answer, --tasks A,B")
+    if options.vllm_bench:
+        raise ConfigError(f"--vllm-bench is of a run, and {options.run} is a model; give the run's config")
     from ruamel.yaml.comments import CommentedMap
 
     from puzzle import yamlfiles

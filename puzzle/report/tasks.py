@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from puzzle.report.table import Table
 from puzzle.types import Strict
 
 ERRORS = "Of tasks, ± is over questions; in brackets the difference to the first model, paired over them."
@@ -42,6 +43,4 @@ def rows(figures: Sequence[TaskFigure], models: Sequence[str]) -> list[tuple[str
 
 def table(figures: Sequence[TaskFigure]) -> str:
     models = tuple(dict.fromkeys(figure.model for figure in figures))
-    lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(figures, models)]
-    return "\n".join([*lines, "", ERRORS])
+    return f"{Table(('', *models), tuple(rows(figures, models))).markdown()}\n\n{ERRORS}"

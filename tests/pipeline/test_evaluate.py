@@ -78,7 +78,7 @@ def test_tasks_of_a_run_and_of_its_folders(
     assert main(["--debug", "evaluate", *folders, "--device", "cpu", *asked]) == 0
     of_folders = capsys.readouterr().out
     assert f"| toy: acc | {teacher:.4f} ± {teacher_error:.4f} | {student:.4f} ± " in of_folders
-    assert "| | teacher | student |" in of_folders
+    assert "|  | teacher | student |" in of_folders
     known = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: known)  # lm-eval's own take seconds to go through
     assert main(["evaluate", *folders, *asked[:1], "toi", *asked[2:]]) == 2
@@ -94,6 +94,10 @@ def test_what_tasks_need_is_said(
     run = Run.open(copy.config)
     assert main(["evaluate", str(run.checkpoint)]) == 2
     assert "is a model, not a run: name what it is to answer, --tasks A,B" in capsys.readouterr().err
+    assert main(["evaluate", str(run.checkpoint), "--tasks", "toy", "--vllm-bench", "chat.student=x.json"]) == 2
+    assert "--vllm-bench is of a run" in capsys.readouterr().err
+    assert main(["evaluate", str(copy.config), "--teacher", str(run.teacher)]) == 2
+    assert "a run has its own teacher" in capsys.readouterr().err
     assert main(["evaluate", str(copy.config), "--tasks", "toy", "--task-folder", "nowhere"]) == 2
     assert "evaluate.task_folder: nowhere is no folder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)

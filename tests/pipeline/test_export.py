@@ -114,6 +114,8 @@ def test_an_export_is_uploaded_privately(copy: Project, hub: Hub, capsys: pytest
     assert set(hub.uploaded) == set(hub.private)
     assert main([*command, "me/more", "--target", "hf", "--target", "mlx"]) == 2
     assert "takes one format, and there are hf, mlx; choose with --target" in capsys.readouterr().err
+    assert main([*command[:2], "--public"]) == 2
+    assert "give --push-to-hub ORG/NAME, too" in capsys.readouterr().err
 
 
 def test_what_is_not_verified_or_not_whole_is_not_uploaded(
