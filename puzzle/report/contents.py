@@ -64,7 +64,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``files``: name and text of what to save; ``constraints``: the name of the constraint file, if there is one."""
+    """``files``: name and text of what to save, by which the config knows them.
+
+    ``constraints``: the name of the constraint file, if there is one.
+    """
 
     constraints: str
     files: tuple[tuple[str, str], ...]
@@ -198,7 +201,9 @@ def _recipe(run: Run) -> Recipe:
         if event["event"] == "finished" and event["stage"] != "report":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     pairs = tuple((name, str(text)) for name, text in versions.items() if text)
-    config = ("config.yaml", yamlfiles.dump(run.config))
+    saved = {name: path.name for name, path in inputs.items()}
+    profile = run.config.profile.model_copy(update={"grid": saved.pop("grid", run.config.profile.grid)})
+    config = ("config.yaml", yamlfiles.dump(run.config.model_copy(update={**saved, "profile": profile})))
     return Recipe(constraints, (config, *files), pairs, tuple(seconds.items()))
 
 

@@ -87,14 +87,14 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Reached:
-    """A limit, in the metric's unit, and what teacher and solution come to."""
+    """A limit, in the metric's unit, and what teacher and solution come to; ``bound``: the upper one, if it has two."""
 
     written: str
     unit: str
-    lower: float | None
-    upper: float | None
+    bound: float
     teacher: float | None
     chosen: float | None
+    room: float | None  # from there to the nearer bound, below 0 beyond it
 
 
 @dataclass(frozen=True)
@@ -241,13 +241,15 @@ def _reached(problem: Problem, solution: Solution | None) -> tuple[Reached, ...]
     teacher = problem.teacher
 
     def reached(row: Row) -> Reached:
+        bound = row.lower if row.upper is None else row.upper
+        assert bound is not None, "a row has a bound"
         return Reached(
             row.written,
             row.quantity.unit,
-            None if row.lower is None else float(row.lower),
-            None if row.upper is None else float(row.upper),
+            float(bound),
             None if teacher is None else float(row.quantity.value(teacher)),
             float(row.quantity.value(solution.items)) if solution else None,
+            float(row.slack(solution.items)) if solution else None,
         )
 
     return tuple(map(reached, problem.rows))

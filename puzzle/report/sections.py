@@ -138,26 +138,17 @@ def _limits(found: Search) -> str:
     if not found.reached:
         return "<p>None were set.</p>"
     rows = tuple(
-        (one.written, one.unit, _number(one.teacher), _number(one.chosen), _slack(one)) for one in found.reached
+        (one.written, one.unit, _number(one.teacher), _number(one.chosen), _room(one)) for one in found.reached
     )
     told = "What the search was asked to keep to, and what its answer comes to, as predicted."
     return f"<p>{told}</p>{table(Table(('limit', 'unit', 'teacher', 'chosen', 'room left'), rows))}"
 
 
-def _slack(one: Reached) -> str:
-    """How far the chosen architecture is from the bound, in its unit and of it."""
-    if one.chosen is None:
+def _room(one: Reached) -> str:
+    """In the limit's unit and as a share of it."""
+    if one.room is None:
         return ""
-    room = min(
-        abs(bound - one.chosen) * (1 if inside else -1)
-        for bound, inside in (
-            (one.lower, one.lower is None or one.chosen >= one.lower),
-            (one.upper, one.upper is None or one.chosen <= one.upper),
-        )
-        if bound is not None
-    )
-    bound = one.upper if one.upper is not None else one.lower
-    return figure(room) + (f" ({room / abs(bound):.1%})" if bound else "")
+    return figure(one.room) + (f" ({one.room / abs(one.bound):.1%})" if one.bound else "")
 
 
 def _number(value: float | None) -> str:

@@ -21,6 +21,8 @@ def test_a_finished_run_is_told_whole_and_the_same_again(copy: Project, capsys: 
     assert isinstance(contents.compared, Absent) and "puzzle compare RUN --true" in contents.compared.reason
     assert [name for name, _ in contents.recipe.seconds][:3] == ["data", "init", "distill"]
     assert "hf: transformers" in contents.exports[0]
+    config = contents.recipe.files[0][1]  # knows the other files by the names that they are to be saved under
+    assert "space: space.yaml\n" in config and "constraints: limit.yaml\n" in config and "grid: grid.yaml\n" in config
     pages = []
     for _ in range(2):
         assert main(["--debug", "report", str(copy.config)]) == 0
