@@ -24,7 +24,7 @@ from puzzle.notebook.solution import SolutionView
 from puzzle.notebook.strip import svg
 from puzzle.report.markup import folded_text, table
 from puzzle.report.table import Table
-from puzzle.report.words import figure, quality, status
+from puzzle.report.words import figure, objective_unit, quality, status
 from puzzle.search.explain import RowStory
 from puzzle.search.linear import EXACT, Effort
 from puzzle.search.pareto import heights, quality_label
@@ -171,7 +171,7 @@ class Explorer:
         if not self._stories:
             return reached
         name = self.chosen.solution.objective_name
-        return f"{reached}; {price_words(self._stories[index], 'nats' if name.endswith('_nats') else name)}"
+        return f"{reached}; {price_words(self._stories[index], objective_unit(name))}"
 
     def _draw_comparison(self, stale: bool = False) -> None:
         chosen, compared = self.chosen, self.compared

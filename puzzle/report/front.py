@@ -12,7 +12,7 @@ from puzzle.report.markup import captioned, escaped, folded, legend, table
 from puzzle.report.searched import Point, Trade
 from puzzle.report.svg import Scale, chart, diamond, figure, line, polyline, star, words, x_axis, y_axis
 from puzzle.report.table import Table
-from puzzle.report.words import at_least
+from puzzle.report.words import at_least, objective_unit
 
 DIGITS = 8  # of a limit that a point keeps
 
@@ -39,7 +39,8 @@ def said(point: Point, trade: Trade) -> str:
     """Of one point, in one line."""
     chosen = "Chosen: " if point is trade.chosen else ""
     kept = f"breaks {', '.join(point.broken)}" if point.broken else "keeps every limit"
-    return f"{chosen}{figure(point.cost)} {trade.cost_unit}, {figure(point.objective)} {quality_unit(trade)}, {kept}"
+    lost = f"{figure(point.objective)} {objective_unit(trade.objective_name)}"
+    return f"{chosen}{figure(point.cost)} {trade.cost_unit}, {lost}, {kept}"
 
 
 def cost_label(trade: Trade) -> str:
@@ -52,11 +53,7 @@ def quality_name(trade: Trade) -> str:
     """With its unit, for an axis."""
     if trade.objective_name == "kl_nats":
         return "KL, sum of scores, nats per token"
-    return f"{trade.objective_name.removesuffix('_nats')}, sum of scores, {quality_unit(trade)}"
-
-
-def quality_unit(trade: Trade) -> str:
-    return "nats" if trade.objective_name.endswith("_nats") else trade.objective_name
+    return f"{trade.objective_name.removesuffix('_nats')}, sum of scores, {objective_unit(trade.objective_name)}"
 
 
 def chart_of(trade: Trade) -> str:

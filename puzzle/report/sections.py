@@ -20,6 +20,7 @@ from puzzle.report.strip import Sizes, longest_name, strip
 from puzzle.report.summary import MODELS, Summary
 from puzzle.report.svg import diamond, figure
 from puzzle.report.table import Table
+from puzzle.report.words import objective_unit
 from puzzle.types import mean_and_error
 
 Found = TypeVar("Found")
@@ -183,7 +184,7 @@ def _layers(layers: Sequence[Layer], trade: Trade | Absent | None) -> str:
 def _maps(found: Search) -> str:
     trade = found.trade
     cost, unit = (front.cost_label(trade), trade.cost_unit) if isinstance(trade, Trade) else ("what it adds", "")
-    quality = front.quality_unit(trade) if isinstance(trade, Trade) else "nats"
+    quality = objective_unit(trade.objective_name) if isinstance(trade, Trade) else "nats"
     told = "<p>One column a layer, one row a variant. Orange: what was chosen. Grey: not on offer.</p>"
     drawn = []
     score = f"Score: {quality} lost with this variant alone"

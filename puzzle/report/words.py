@@ -17,7 +17,7 @@ MOST_DIGITS = 12  # of a number in a constraint file
 def headline(solution: Solution) -> str:
     name = solution.objective_name or "kl_nats"
     error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
-    quality = f"{solution.objective_nats:.4f}{error} {'nats' if name.endswith('_nats') else name} predicted"
+    quality = f"{solution.objective_nats:.4f}{error} {objective_unit(name)} predicted"
     if solution.minimised is None:
         return f"{quality} ({status(solution)}, bound {solution.bound_nats:.4f})"
     cost = f"{solution.minimised} {figure(solution.totals[solution.minimised])}"
@@ -35,6 +35,11 @@ def status(solution: Solution) -> str:
 def figure(value: float) -> str:
     """Four significant digits, or four after the point where that is more."""
     return f"{value:.4g}" if abs(value) < 1 else f"{value:,.4f}".rstrip("0").rstrip(".")
+
+
+def objective_unit(name: str) -> str:
+    """Of a sum of scores; one of the user's own is called by its name."""
+    return "nats" if name.endswith("_nats") else name
 
 
 def at_least(value: Fraction, digits: int = MOST_DIGITS) -> float:
