@@ -139,8 +139,8 @@ class PuzzleFfn(nn.Module):
 
     def __init__(self, stock: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        config, quantised, has_bias = vllm_config.model_config.hf_config, vllm_config.quant_config, stock.up_proj.bias
-        width, bias = stock.up_proj.out_features, has_bias is not None
+        config, quantised = vllm_config.model_config.hf_config, vllm_config.quant_config
+        width, bias = stock.up_proj.out_features, stock.up_proj.bias is not None
         self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size, [width] * 2, bias=bias, quant_config=quantised, prefix=f"{prefix}.gate_up_proj"
         )
