@@ -28,6 +28,7 @@ from bench_refine import REPORT_SEQUENCES, SHARES, against, library
 from demo_runs import Results, problem_of, quality
 from torch import Tensor
 
+from puzzle import search
 from puzzle.build import build_student
 from puzzle.progress import stage_progress
 from puzzle.rivals import block_importance, evolutions, quantised_teachers
@@ -38,7 +39,7 @@ from puzzle.search.linear import minimise
 from puzzle.search.problem import Chosen, Problem
 from puzzle.stages.common import item_weights, teacher_of
 from puzzle.stages.truth import Truths, jobs
-from puzzle.types import InfeasibleError, Item
+from puzzle.types import Costs, InfeasibleError, Item
 
 RESULTS = Path(__file__).parent / "results"
 RANDOM_DRAWS = 5
@@ -71,7 +72,8 @@ def one_library(results: Results, options: argparse.Namespace, seed: int) -> Non
             for one in found:
                 results.once(f"{seed}/{share}/{one.name}", functools.partial(figures, one, found[0]))
             results.once(f"{seed}/{share}/random weights", functools.partial(random_weights, run, chosen, seed))
-    for one in quantised_teachers(run, problem_of(run, 1.0)):
+    (asked,) = search.problems(run.shape, run.items, run.read_scores(), Costs(), run.constraint_file)
+    for one in quantised_teachers(run, asked):
         values = one.measured
         results.once(
             f"{seed}/{one.name}", lambda values=values: {"report": statistics.fmean(values), "sequences": len(values)}
