@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 TEMPLATE = """\
 # A puzzle run: one teacher, one search space, one limit. `puzzle validate FILE`, then `puzzle run FILE`.
-run: {run}                    # everything is written here; killed at any moment, the same command continues
-teacher: {teacher}                      # a Hugging Face folder, a hub id, or `demo` (the bundled model)
-space: {space}                        # the variants on offer at every layer: a file, or a name from blocks/
-constraints: half-memory           # what the student must fit: a file, or a name from search/
+run: {run} # everything is written here; killed at any moment, the same command continues
+teacher: {teacher} # a Hugging Face folder, a hub id, or `demo` (the bundled model)
+space: {space} # the variants on offer at every layer: a file, or a name from blocks/
+constraints: half-memory # what the student must fit: a file, or a name from search/
 seed: 0
-device: auto                       # auto, cpu, cuda, mps
+device: auto # auto, cpu, cuda, mps
 data:
-  text: {text}                       # .txt, .jsonl (one {{"text": …}} per line), a folder, or `demo`
-  sequence_tokens: {sequence_tokens}
-distill:                           # block-wise local distillation, per variant
+  text: {text} # .txt, .jsonl (one {{"text": …}} per line), a folder, or `demo`
+  sequence_tokens: {sequence_tokens} # at least isl + osl of every workload in the constraint file
+distill: # block-wise local distillation, per variant
   tokens: {bld_tokens}
   learning_rate: 5e-4
 score: {{sequences: {score_sequences}}}
-profile: {{grid: {grid}}}             # what is measured: a file, or a name from profiling/
-kd:                                # global distillation of the finished student
+profile: {{grid: {grid}}} # what is measured: a file, or a name from profiling/
+kd: # global distillation of the finished student
   tokens: {kd_tokens}
   learning_rate: 5e-4
 evaluate: {{sequences: {report_sequences}}}
@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     new = commands.add_parser("new", help="write a commented config")
-    new.add_argument("config", type=Path)
-    new.add_argument("--teacher", default="demo")
+    new.add_argument("config", type=Path, help="the file to write; the run is named after it")
+    new.add_argument("--teacher", default="demo", help="a folder, a hub id, or org/name@revision (default: demo)")
     new.set_defaults(command=_new)
 
     for name, command, text in (
@@ -156,7 +156,10 @@ def _new(options: argparse.Namespace) -> None:
         "report_sequences": 96 if demo else 128,
     }
     options.config.parent.mkdir(parents=True, exist_ok=True)
-    options.config.write_text(TEMPLATE.format(**values), encoding="utf-8")
+    lines = [line.partition(" # ") for line in TEMPLATE.format(**values).splitlines(keepends=True)]
+    column = max(len(setting) for setting, mark, _ in lines if mark)
+    text = "".join(f"{setting:<{column}}{mark}{comment}" if mark else setting for setting, mark, comment in lines)
+    options.config.write_text(text, encoding="utf-8")
     print(f"wrote {options.config}; next: puzzle validate {options.config}")
 
 

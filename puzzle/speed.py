@@ -71,7 +71,8 @@ def measured_speed(
         try:
             found[workload.name] = _measure(run, workload, batch_sizes[workload.name], subjects)
         except (PointTooLargeError, torch.OutOfMemoryError):  # the teacher often does not fit where its student does
-            console.print(f"{workload.name}: teacher and student do not fit beside one another, so they are not timed")
+            why = "teacher and student do not fit beside one another, so they are not timed"
+            console.print(f"{workload.name}: {why}", soft_wrap=True)
     return found
 
 

@@ -1,13 +1,17 @@
 """Finds every error of a run before anything runs, and estimates what the run will take.
 
 Reads what :class:`~puzzle.run.Run` reads; computes the search problem on made-up scores and costs of exactly the units
-that would be made, so a bound on something that will not be measured is found now. Writes nothing.
+that would be made, so a bound on something that will not be measured, or on bytes or counts that no choice keeps, is
+found now. Writes nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
 
 from puzzle import checkpoint, pipeline, plans, search
 from puzzle.artifacts import read_json
@@ -21,10 +25,13 @@ from puzzle.pruning import combinations, pruned_shape
 from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
 from puzzle.run import STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
+from puzzle.search import mip
 from puzzle.search.constraints import OBJECTIVES, workloads
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.search.halving import HALVING, num_distilled, num_rungs
 from puzzle.search.meaning import meaning
+from puzzle.search.metrics import METRICS
+from puzzle.search.problem import Row
 from puzzle.tables import ScoreTable
 from puzzle.training_log import check_trackers
 from puzzle.types import ConfigError, Costs, CostSetting, MissingMeasurementError, PuzzleError, Score
@@ -134,7 +141,14 @@ def _check_constraints(run: Run) -> None:
     for name in sorted(name for name in asked if is_quality(name, tasks) and name != "kl_nats"):
         if run.estimated:
             raise ConfigError(f"{run.constraints}: {name} needs exact scores; set score.mode: exact")
-    search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
+    programmes = search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
+    mip.check_possible([replace(problem, rows=tuple(filter(_is_known, problem.rows))) for problem in programmes])
+
+
+def _is_known(row: Row) -> bool:
+    """Whether it bounds what follows from shapes alone: bytes and counts, not times and scores."""
+    metric = METRICS.get(row.quantity.name.rpartition(".")[2])
+    return metric is not None and not metric.phases
 
 
 def _promised_costs(run: Run) -> Costs:
@@ -247,19 +261,29 @@ def _search_plan(run: Run) -> list[str]:
 def _to_do(run: Run, rate: float) -> tuple[list[str], list[str]]:
     """A table of the stages with their minutes at ``rate`` FLOP/s, and the units that are missing."""
     lines = [f"{'stage':<12}{'to do':>8}{'of':>8}{'minutes':>10}"]
-    units: list[str] = []
+    units: list[Path] = []
     total = 0.0
     for stage in pipeline.stages_of(run):
         planned = stage.plan(run)
         to_do = [unit for unit in planned if pipeline.unit_state(unit) != "done"]
-        units += [f"  {unit.path}" for unit in to_do]
+        units += [unit.path for unit in to_do]
         minutes = _stage_flops(run, stage.name) * len(to_do) / max(1, len(planned)) / (rate * EFFICIENCY) / 60
         total += minutes
         lines.append(f"{stage.name:<12}{len(to_do):>8}{len(planned):>8}{minutes:>10.1f}")
     lines.append(
         f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)"
     )
-    return lines, units
+    return lines, _by_folder(units)
+
+
+def _by_folder(units: Iterable[Path]) -> list[str]:
+    """A line for each folder, with its units or, of many, the first and the last: a library has thousands."""
+    lines = []
+    for folder, paths in groupby(units, key=lambda path: path.parent):
+        names = [path.name for path in paths]
+        listed = ", ".join(names) if len(names) <= 3 else f"{len(names)} units, {names[0]} to {names[-1]}"
+        lines.append(f"  {folder}: {listed}")
+    return lines
 
 
 def _dry_pruning(run: Run) -> str:

@@ -46,7 +46,8 @@ def locate(kind: Literal["space", "constraints", "grid", "table"], name: str) ->
     if (shipped := folder / f"{name}{suffix}").is_file():
         return shipped
     known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob(f"*{suffix}"))
-    raise ConfigError(f"{kind} {name!r}: no such file, and no shipped one of that name{_nearest(name, known)}")
+    shipped_ones = f"and no shipped one of that name{_nearest(name, known)}"
+    raise ConfigError(f"{kind} {name!r}: no such file (looked in {Path.cwd()}), {shipped_ones}")
 
 
 def locate_config(where: Path) -> Path:

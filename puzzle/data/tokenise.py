@@ -106,7 +106,7 @@ def tokenise_all(
     for index, source in enumerate(sources):
         if not is_pinned(source):
             advice = "read at an unknown commit; name one as its revision to repeat this exactly"
-            console.print(f"{source.label}: {advice}", markup=False)
+            console.print(f"{source.label}: {advice}", markup=False, soft_wrap=True)
         seen = 0
 
         def report(num_tokens: int, label: str = source.label) -> None:

@@ -44,6 +44,9 @@ class ParetoFront:
         problem = replace(tables, run=replace(tables.run, constraints=None, pick=None, limits=free)).problems[0]
         return cls(tables, problem, pareto.front(problem, x))
 
+    def __repr__(self) -> str:
+        return f"ParetoFront({len(self)} points, {self.front.objective_name} over {self.front.cost_name})"
+
     def __len__(self) -> int:
         return len(self.front)
 

@@ -72,7 +72,8 @@ def grid_points(grid: GridFile, shape: ModelShape) -> tuple[GridPoint, ...]:
         if (excess := point.total_tokens - shape.max_position_embeddings) > 0:
             raise ConfigError(
                 f"profiling grid: {GRID_KEY[point.phase]} contains {point.context_tokens}, but the model has "
-                f"{shape.max_position_embeddings} positions; at most {point.context_tokens - excess} is allowed"
+                f"{shape.max_position_embeddings} positions; at most {point.context_tokens - excess} is allowed; "
+                "name a copy of the grid's file without it in profile.grid"
             )
     return points
 

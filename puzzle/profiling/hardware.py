@@ -99,7 +99,10 @@ def hardware(device: str) -> Hardware:
     """The sheet of a device by its name in workloads. ConfigError naming the known ones."""
     if device not in HARDWARE:
         known = ", ".join(HARDWARE)
-        raise ConfigError(f"no hardware sheet for device {device!r}, so nothing to estimate from; known: {known}")
+        raise ConfigError(
+            f"no hardware sheet for device {device!r}, so nothing to estimate from; known: {known}; "
+            "name one of them as the workload's device, or time this one (profile.backend: measured)"
+        )
     return HARDWARE[device]
 
 

@@ -317,5 +317,6 @@ def _check_context(
         if workload.context_tokens > shortest.context_tokens:
             raise MissingMeasurementError(
                 f"workload {workload.name}: isl + osl is {workload.context_tokens} tokens, but {shortest.item_id} was "
-                f"scored on {shortest.context_tokens}; shorten it, or set data.sequence_tokens in a new run"
+                f"scored on {shortest.context_tokens}; shorten it, or set data.sequence_tokens to at least "
+                f"{workload.context_tokens} in a new run"
             )

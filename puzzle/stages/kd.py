@@ -141,7 +141,7 @@ def _foretell(run: Run, schedule: Schedule) -> None:
         told = (
             f"forecast from {step / schedule.steps:.0%} of the tokens: KL {found.mean:.4f} ± {found.standard_error:.4f}"
         )
-        console.print(f"{'kd':<10} {told} at the end, on what it is trained on", markup=False)
+        console.print(f"{'kd':<10} {told} at the end, on what it is trained on", markup=False, soft_wrap=True)
 
 
 def _published(

@@ -203,7 +203,6 @@ CASES: list[tuple[Callable[[Project], None], int, tuple[str, ...]]] = [
     (unknown_metric, 2, ("memory_gb", "memory_gib")),
     (unknown_constraint_key, 2, ("limit.yaml:2", "unknown key 'workloads.chat.ols'")),
     (unmeasured_bound, 4, ("4 tokens lie outside", "prefill", "puzzle profile")),
-    (infeasible_bound, 3, ("memory_gib", "smallest")),
     (variant_that_does_not_divide, 2, ("space.yaml", "3 does not divide the teacher's 4 KV heads")),
     (grid_too_long, 2, ("prefill_tokens", "64 positions")),
 ]
@@ -225,6 +224,15 @@ def test_one_clear_line_and_the_right_exit_code(
     for word in words:
         assert word in lines[0]
     assert not list(project.folder.rglob(".aside-*"))
+
+
+def test_a_limit_that_no_choice_keeps_is_found_before_anything_runs(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infeasible_bound(project)
+    assert main(["run", str(project.config)]) == 3
+    assert "memory_gib ≤ 1e-09 cannot be met: the smallest possible is" in capsys.readouterr().err
+    assert not project.run.exists()
 
 
 def test_validate_finds_every_error_at_once(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,7 @@ def test_it_answers_as_the_command_line_did(finished: Project) -> None:
 def test_a_solution_is_shown_with_its_slack_and_yields_its_constraint_file(copy: Project, tmp_path: Path) -> None:
     run = puzzle.open_run(copy.config)
     front = run.pareto("chat.memory_gib")
+    assert repr(front) == f"ParetoFront({len(front)} points, kl_nats over chat.memory_gib)"
     point = len(front) // 2
     view = front.at(point)
     (bound,) = view.bounds.itertuples()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -219,7 +220,7 @@ def test_dry_run_writes_nothing(project: Project, capsys: pytest.CaptureFixture[
     assert main(["--debug", "run", str(project.config), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "GiB of memory" in printed
-    assert "library/trained/L001.ffn.linear" in printed
+    assert re.search(r"library/trained: \d+ units, L000\.attention\.\S+ to L001\.ffn\.\S+\n", printed)
     assert not project.run.exists()
 
 
