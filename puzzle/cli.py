@@ -222,6 +222,10 @@ def _stage(options: argparse.Namespace) -> None:
         cli_evaluate.evaluate_folder(options)
         return
     run = open_run(options)
+    if options.stage == "evaluate" and options.teacher:
+        raise ConfigError(f"--teacher is for model folders; {options.run} is a run, which names its own")
+    if options.stage == "export":
+        cli_export.check_push(run, options)
     if options.stage == "refine":
         cli_search.refine(options)
         return

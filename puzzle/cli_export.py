@@ -73,6 +73,17 @@ def print_exports(run: Run) -> None:
         print(unit.path)
 
 
+def check_push(run: Run, options: argparse.Namespace) -> None:
+    """ConfigError where something else than one format is to be uploaded, before anything is exported."""
+    from puzzle.plans import export_formats
+
+    if options.push_to_hub is None and (options.public or options.unverified):
+        raise ConfigError("--public and --unverified are of an upload; say --push-to-hub ORG/NAME, too")
+    formats = export_formats(run)
+    if options.push_to_hub is not None and len(formats) > 1:
+        raise ConfigError(f"--push-to-hub takes one format, and there are {', '.join(formats)}; choose with --target")
+
+
 def push(run: Run, options: argparse.Namespace) -> None:
     """Uploads what was exported, where that was asked for."""
     if options.push_to_hub is None:
@@ -80,11 +91,8 @@ def push(run: Run, options: argparse.Namespace) -> None:
     from puzzle.export import hub
     from puzzle.plans import plan_export
 
-    units = plan_export(run)
-    if len(units) > 1:
-        formats = ", ".join(unit.path.name for unit in units)
-        raise ConfigError(f"--push-to-hub takes one format, and there are {formats}; choose with --target")
-    print(hub.push(units[0].path, options.push_to_hub, options.public, options.unverified))
+    (unit,) = plan_export(run)
+    print(hub.push(unit.path, options.push_to_hub, options.public, options.unverified))
 
 
 def _print(unit: artifacts.Unit) -> None:
@@ -103,7 +111,7 @@ def _verify(options: argparse.Namespace) -> None:
             f"{folder}: no export (it has no {artifacts.MARKER}); give what `puzzle export` or `convert` wrote"
         )
     unit = artifacts.read_unit(folder)
-    if "format" not in unit.payload:
+    if unit.payload.get("format") not in publish.CHECKED_IN:
         raise ConfigError(f"{folder}: no export; give what `puzzle export` or `convert` wrote")
     artifacts.check_contents(folder)
     usual = publish.CHECKED_IN[unit.payload["format"]]
