@@ -221,7 +221,10 @@ def _experts(config: Mapping[str, Any], family: _Family, num_layers: int) -> dic
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the checkpoint, each present and whole."""
     if (folder / _INDEX).is_file():
-        names = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
+        files = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise CorruptFileError(f"{folder / _INDEX}: has no weight_map of file names; fetch the checkpoint again")
+        names = sorted(set(files.values()))
     else:
         names = ["model.safetensors"]
     for name in names:

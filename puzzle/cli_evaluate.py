@@ -58,6 +58,7 @@ def evaluate_folder(options: argparse.Namespace) -> None:
     from ruamel.yaml.comments import CommentedMap
 
     from puzzle import yamlfiles
+    from puzzle.checkpoint import tokenizer_fingerprint
     from puzzle.config import EvaluateConfig
     from puzzle.harness import Answerer, Harness
     from puzzle.report.tasks import table
@@ -65,8 +66,12 @@ def evaluate_folder(options: argparse.Namespace) -> None:
 
     given = [("teacher", options.teacher)] if options.teacher else []
     folders = [*given, ("student" if options.teacher else options.run.resolve().name, options.run)]
+    if foreign := [one for one in options.set if not one.startswith("evaluate.")]:
+        raise ConfigError(f"--set {foreign[0]}: of a model folder only evaluate.… can be set")
     asked = [one.removeprefix("evaluate.") for one in overrides(options) if one.startswith("evaluate.")]
     settings = yamlfiles.validated(EvaluateConfig, options.run, CommentedMap(), asked)
     harness, compute = Harness(settings), Compute.choose(options.device or "auto", "auto")
+    for _, folder in folders:
+        tokenizer_fingerprint(folder)  # says what it looked for
     subjects = [Answerer(name, load_model(folder, compute), load_tokenizer(folder)) for name, folder in folders]
     print(table([figure for task in settings.tasks for figure in harness.figures(task, subjects)]))

@@ -111,7 +111,7 @@ def _verify(options: argparse.Namespace) -> None:
             f"{folder}: no export (it has no {artifacts.MARKER}); give what `puzzle export` or `convert` wrote"
         )
     unit = artifacts.read_unit(folder)
-    if "format" not in unit.payload:
+    if unit.payload.get("format") not in publish.CHECKED_IN:
         raise ConfigError(f"{folder}: no export; give what `puzzle export` or `convert` wrote")
     artifacts.check_contents(folder)
     usual = publish.CHECKED_IN[unit.payload["format"]]

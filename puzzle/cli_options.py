@@ -66,7 +66,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "refine.evaluations": vars(options).get("evaluations"),
         "refine.seed": vars(options).get("refine_seed"),
         "export.targets": vars(options).get("target"),
-        "evaluate.tasks": tasks and f"[{tasks}]",
+        "evaluate.tasks": None if tasks is None else [name.strip() for name in tasks.split(",")],
         "evaluate.task_folder": vars(options).get("task_folder"),
         "export.gguf_type": vars(options).get("gguf_type"),
         "additivity.architectures": vars(options).get("architectures"),

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from puzzle import yamlfiles
 from puzzle.config import EvaluateConfig
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.report.tasks import TaskFigure
@@ -42,11 +44,15 @@ class Harness:
             raise ConfigError(f"tasks need lm-eval, which cannot be imported here ({error}): {INSTALL}") from None
         self._settings = settings
         folder = settings.task_folder
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"evaluate.task_folder: {folder} is no folder")
         self._manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if not set(settings.tasks) <= set(self._manager.all_tasks):  # going through lm-eval's own takes seconds
             self._manager = TaskManager(include_path=folder)
         for name in settings.tasks:
             if name not in self._manager.all_tasks:
+                for file in sorted(Path(folder).rglob("*.yaml")) if folder is not None else ():
+                    yamlfiles.read_yaml(file)  # lm-eval passes over one that is no YAML
                 where = "" if folder is None else f", nor is there one in {folder}"
                 raise ConfigError(f"lm-eval has no task {name!r}{where}{nearest(name, self._manager.all_tasks)}")
 
@@ -78,6 +84,12 @@ class Harness:
             )
         except OSError as error:  # what `datasets` makes of a hub out of reach, or a file that is not there
             raise ConfigError(f"task {task}: its questions cannot be read ({error})".splitlines()[0]) from None
+        except RuntimeError:  # the model's, not the task's
+            raise
+        except Exception as error:  # a task's templates, splits and metrics are code: they fail in any way
+            cause = error.__cause__ or error
+            said = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise ConfigError(f"task {task}: lm-eval cannot ask it ({said}); look at its YAML and questions") from error
         return found
 
 

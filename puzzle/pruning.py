@@ -124,15 +124,18 @@ def combinations(settings: PruneConfig, shape: ModelShape, count: int) -> tuple[
     """At most ``count`` of the grid, the nearest to its ``params`` first; the settings alone where there is no grid.
 
     Combinations that no student of the family can have are left out, and so are those of sizes that came before.
-    ConfigError where none is left.
+    ConfigError where none is left, or one of the sizes is beyond the teacher's.
     """
     grid = settings.grid
     if grid is None:
         return (settings,)
+    for name, sizes in grid.axes.items():
+        for size in sizes:
+            _size(f"grid.{name}", size, getattr(shape, name.replace("key_value", "kv")))
     of_shape: dict[ModelShape, PruneConfig] = {}
     refused: ConfigError | None = None
-    for sizes in itertools.product(*grid.axes.values()):
-        one = settings.model_copy(update={"grid": None, **dict(zip(grid.axes, sizes, strict=True))})
+    for choice in itertools.product(*grid.axes.values()):
+        one = settings.model_copy(update={"grid": None, **dict(zip(grid.axes, choice, strict=True))})
         try:
             of_shape.setdefault(pruned_shape(one, shape), one)
         except ConfigError as error:

@@ -52,6 +52,11 @@ DEFAULT_SPACE = "demo"
 NO_LIMITS = ConstraintFile(constraints={})
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
+GRID_AND_TOURNAMENT = (
+    "combinations of prune.grid are chosen from in a tournament: give both, prune.grid and tournament: {candidates: 4, "
+    "tokens: 500000}, or neither"
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -127,12 +132,14 @@ class Run:
     def pruning(self) -> PruneConfig:
         """What is pruned; of several combinations, the winner of their tournament.
 
-        ConfigError where the run is a search, CorruptFileError where nobody has won yet.
+        ConfigError where the run is a search, or has a grid and no tournament; CorruptFileError where nobody has won.
         """
         if self.config.prune is None:
             raise ConfigError("this run is a search; a pruning has a section prune: in its config")
         if self.config.prune.grid is None:
             return self.config.prune
+        if not self.config.tournament.candidates:
+            raise ConfigError(GRID_AND_TOURNAMENT)
         winner: int = artifacts.read_unit(self.contest).payload["tournament"]["winner"]
         return self.contenders[winner].pruning
 
@@ -279,9 +286,10 @@ class Run:
                 f"{self.constraints} asks for {count} searches; `puzzle search` does them all, and anything else takes "
                 f"one of them: --pick 1 ({self.picks[0]}) to --pick {count} ({self.picks[-1]})"
             )
-        if not 1 <= (self.pick or 1) <= count:
-            raise ConfigError(f"--pick {self.pick}: {count} searches are asked for, numbered from 1")
-        return self.picks[(self.pick or 1) - 1].file
+        pick = 1 if self.pick is None else self.pick
+        if not 1 <= pick <= count:
+            raise ConfigError(f"--pick {pick}: {count} searches are asked for, numbered from 1")
+        return self.picks[pick - 1].file
 
     def each_pick(self) -> tuple[Run, ...]:
         """This run, once for each search that is asked for and not chosen from."""

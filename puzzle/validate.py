@@ -23,7 +23,7 @@ from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
 from puzzle.pruning import combinations, pruned_shape
 from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
-from puzzle.run import STORED_DTYPES, Run
+from puzzle.run import GRID_AND_TOURNAMENT, STORED_DTYPES, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search import mip
 from puzzle.search.constraints import OBJECTIVES, workloads
@@ -185,16 +185,20 @@ def _check_pruning(run: Run) -> None:
     if run.config.refine.evaluations:
         raise ConfigError("refine is of a search, and this run is a pruning (prune:); leave it out")
     if (settings.grid is not None) != bool(run.config.tournament.candidates):
-        raise ConfigError(
-            "combinations of prune.grid are chosen from in a tournament: give both, prune.grid and "
-            "tournament: {candidates: 4, tokens: 500000}, or neither"
-        )
-    for one in combinations(settings, run.shape, run.config.tournament.candidates):
+        raise ConfigError(GRID_AND_TOURNAMENT)
+    asked = run.config.tournament.candidates
+    found = combinations(settings, run.shape, asked)
+    for one in found:
         pruned_shape(one, run.shape)
+    if len(found) < asked:
+        raise ConfigError(
+            f"tournament.candidates is {asked}, but of prune.grid {len(found)} can compete; give more sizes (or a "
+            f"larger within), or {f'candidates: {len(found)}' if len(found) > 1 else 'this one in prune itself'}"
+        )
     workloads(run.constraint_file, run.shape)
     known = {*OBJECTIVES.values(), *run.config.score.tasks}
-    if (asked := settings.layers_metric) not in known:
-        raise ConfigError(f"prune.layers_metric: no score is called {asked!r}; there are {', '.join(sorted(known))}")
+    if (metric := settings.layers_metric) not in known:
+        raise ConfigError(f"prune.layers_metric: no score is called {metric!r}; there are {', '.join(sorted(known))}")
 
 
 # what can be wrong, and whether looking for it takes a teacher that was found

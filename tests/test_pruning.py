@@ -60,8 +60,8 @@ def test_same_sizes_come_once_and_impossible_ones_not_at_all() -> None:
 
 
 def test_what_cannot_be_is_said() -> None:
-    with pytest.raises(ConfigError, match="prune.hidden_size is 128, but the teacher has 64"):
-        combinations(settings(hidden_size=[128]), SHAPE, 2)
+    with pytest.raises(ConfigError, match="prune.grid.hidden_size is 128, but the teacher has 64"):
+        combinations(settings(hidden_size=[32, 128]), SHAPE, 2)
     with pytest.raises(ConfigError, match=r"no combination has 10 parameters, 5% more or less \(the nearest has"):
         combinations(settings(params=10, **SIZES), SHAPE, 2)
     with pytest.raises(ValidationError, match="give lists"):

@@ -215,8 +215,10 @@ def verify(export_dir: Path, runtime: str, python: Path | None = None, reference
         if run.returncode == NOT_INSTALLED:
             needs = RUNTIMES[runtime].needs
             return Verdict(runtime, reason="not installed here" + (f": {needs}" if needs else ""))
-        if run.returncode != 0:
+        if run.returncode != 0 or not result_file.exists():
             lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+            if python and lines[-1].startswith("ModuleNotFoundError"):
+                raise ConfigError(f"{python}: {lines[-1]}; give the python of {runtime}'s environment")
             raise CorruptFileError(f"{export_dir}: could not be checked in {runtime}, in a clean process: {lines[-1]}")
         found = json.loads(result_file.read_text())
         rounds = not exact or found.get("rounds", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ class ParetoFront:
     def within(self, limit: float) -> SolutionView:
         """The best architecture whose cost, in the unit that it is named by, is at most ``limit``."""
         point = self.front.best_within(limit)
-        if point is None:
+        if point is None or math.isnan(limit):
             raise ConfigError(
                 f"nothing has {self.front.cost_name} ≤ {limit:g}; the least is {self.front.cost[0]:.6g} "
                 f"{self.front.cost_unit}"

@@ -7,6 +7,8 @@ against the workload that it is of, as far as it says what it measured: `latency
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle import artifacts
 from puzzle.search.constraints import workloads
 from puzzle.search.goal import nearest
-from puzzle.types import ConfigError, Workload
+from puzzle.types import ConfigError, PuzzleError, Workload
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -47,20 +49,29 @@ def note_bench(run: Run, given: str) -> None:
 
 def bench_figures(path: Path, workload: Workload, batch_size: int) -> dict[str, float]:
     """By our metrics' names. ConfigError where the file is none of theirs, or of another workload."""
-    found = artifacts.read_json(path)
+    text = path.read_bytes()
     try:
-        if "mean_ttft_ms" in found:
-            _check_served(path, found, workload, batch_size)
-            return {ours: float(found[theirs]) for theirs, ours in SERVE.items() if theirs in found}
-        if "avg_latency" in found:
-            return {"e2e_ms": found["avg_latency"] * 1e3}
-        tokens = found["total_num_tokens"] / found["num_requests"]
-        _check_tokens(path, "tokens of prompt and answer", tokens, workload.context_tokens)
-        return {ours: float(found[theirs]) for theirs, ours in THROUGHPUT.items()}
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        found = _figures(path, json.loads(text), workload, batch_size)
+        if odd := [name for name, value in found.items() if not 0 < value < math.inf]:
+            raise ValueError(f"{odd[0]} is {found[odd[0]]}")
+        return found
+    except PuzzleError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{path}: not what `vllm bench` writes (serve --save-result; latency, throughput --output-json): {error!r}"
         ) from None
+
+
+def _figures(path: Path, found: Any, workload: Workload, batch_size: int) -> dict[str, float]:
+    if "mean_ttft_ms" in found:
+        _check_served(path, found, workload, batch_size)
+        return {ours: float(found[theirs]) for theirs, ours in SERVE.items() if theirs in found}
+    if "avg_latency" in found:
+        return {"e2e_ms": float(found["avg_latency"]) * 1e3}
+    tokens = found["total_num_tokens"] / found["num_requests"]
+    _check_tokens(path, "tokens of prompt and answer", tokens, workload.context_tokens)
+    return {ours: float(found[theirs]) for theirs, ours in THROUGHPUT.items()}
 
 
 def _check_served(path: Path, found: Mapping[str, Any], workload: Workload, batch_size: int) -> None:
@@ -78,7 +89,7 @@ def _check_served(path: Path, found: Mapping[str, Any], workload: Workload, batc
 
 
 def _check_tokens(path: Path, what: str, found: float, expected: int) -> None:
-    if abs(found - expected) > TOLERANCE * expected:
+    if not abs(found - expected) <= TOLERANCE * expected:  # nor may it be a NaN
         raise ConfigError(f"{path}: {found:,.0f} {what} per request, where the workload has {expected:,}")
 
 

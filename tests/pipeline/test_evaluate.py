@@ -86,6 +86,12 @@ def test_tasks_of_a_run_and_of_its_folders(
     (tasks / "toy.yaml").write_text(TASK.format(folder=tasks / "nowhere"))
     assert main(["evaluate", *folders, *asked]) == 2
     assert "task toy: its questions cannot be read" in capsys.readouterr().err
+    (tasks / "toy.yaml").write_text(TASK.format(folder=tasks).replace("test_split: test", "test_split: tests"))
+    assert main(["evaluate", *folders, *asked]) == 2
+    assert "task toy: lm-eval cannot ask it (KeyError: 'tests')" in capsys.readouterr().err
+    (tasks / "tai.yaml").write_text("task: [tai")
+    assert main(["evaluate", *folders, *asked[:1], "tai", *asked[2:]]) == 2
+    assert f"{tasks / 'tai.yaml'}:1: not valid YAML" in capsys.readouterr().err
 
 
 def test_what_tasks_need_is_said(
@@ -100,6 +106,17 @@ def test_what_tasks_need_is_said(
     assert "a run has its own teacher" in capsys.readouterr().err
     assert main(["evaluate", str(copy.config), "--tasks", "toy", "--task-folder", "nowhere"]) == 2
     assert "evaluate.task_folder: nowhere is no folder" in capsys.readouterr().err
+    for arguments, said in (
+        (
+            [str(run.checkpoint), "--tasks", "toy", "--vllm-bench", "a.student=x"],
+            "--vllm-bench is of a run",
+        ),
+        ([str(run.checkpoint), "--tasks", "toy", "--set", "kd.tokens=5"], "--set kd.tokens=5: of a model folder only"),
+        ([str(copy.config), "--teacher", str(run.teacher)], "is a run, which names its own"),
+        ([str(copy.config), "--tasks", ""], "evaluate.tasks.0: "),
+    ):
+        assert main(["evaluate", *arguments]) == 2
+        assert said in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.tasks", raising=False)
     for where in (copy.config, run.checkpoint):
@@ -156,9 +173,14 @@ def test_what_vllm_bench_measured_stands_beside_what_was_predicted(
         ({**THROUGHPUT, "num_requests": 5}, "32 tokens of prompt and answer per request, where the workload has 16"),
         ({**THROUGHPUT, "num_requests": 0}, "not what `vllm bench` writes"),
         ({"accuracy": 1.0}, "not what `vllm bench` writes"),
+        ({**SERVED, "mean_tpot_ms": float("nan")}, "tpot_ms is nan"),
+        ({**SERVED, "total_input_tokens": float("nan")}, "nan tokens of prompt per request"),
+        ({**SERVED, "mean_ttft_ms": "soon"}, "could not convert string to float: 'soon'"),
+        ({"avg_latency": -1}, "e2e_ms is -1000.0"),
+        (["mean_ttft_ms"], "not what `vllm bench` writes"),
     ],
 )
-def test_files_of_vllm_bench(found: dict[str, object], expected: dict[str, float] | str, tmp_path: Path) -> None:
+def test_files_of_vllm_bench(found: object, expected: dict[str, float] | str, tmp_path: Path) -> None:
     path, workload = tmp_path / "bench.json", Workload("chat", isl=8, osl=8)
     path.write_text(json.dumps(found))
     if isinstance(expected, dict):
@@ -174,7 +196,7 @@ def test_files_of_vllm_bench(found: dict[str, object], expected: dict[str, float
         ("chat=x.json", "write WORKLOAD.student=FILE"),
         ("chat.pupil=x.json", "write WORKLOAD.student=FILE"),
         ("chats.student=x.json", "no workload of that name; did you mean 'chat'?"),
-        ("chat.student=x.json", "x.json: no such file"),
+        ("chat.student=x.json", "x.json: No such file"),
     ],
 )
 def test_what_is_wrong_with_a_bench(

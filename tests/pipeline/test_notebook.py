@@ -112,6 +112,10 @@ def test_errors_are_those_of_the_command_line(copy: Project, capsys: pytest.Capt
     listed = FILES["limit.yaml"].replace("80%", '{values: ["90%", "80%"]}')
     with pytest.raises(ConfigError, match=r"pick=1 \(memory_gib 90%\) to pick=2"):
         run.search(listed)
+    with pytest.raises(ConfigError, match="--pick 0: 2 searches"):
+        run.search(listed, pick=0)
+    with pytest.raises(ConfigError, match="nothing has params ≤ nan"):
+        run.pareto().within(float("nan"))
     assert run.search(listed, pick=2).solution.items == run.search().solution.items
     assert puzzle.open_run(copy.config, listed, pick=2).search().solution.items == run.search().solution.items
     with pytest.raises(ConfigError, match="'kl' is no sum of scores; known: kl_nats"):

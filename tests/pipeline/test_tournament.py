@@ -14,6 +14,7 @@ from puzzle.pruning import change
 from puzzle.report.summary import Summary
 from puzzle.report.tournament import standings
 from puzzle.run import Run
+from puzzle.types import ConfigError
 from tests.pipeline.conftest import Project
 from tests.pipeline.test_prune import as_pruning
 
@@ -95,7 +96,7 @@ def test_a_tournament_that_was_stopped_repeats_no_rung_and_ends_as_it_would_have
 
 GRID = """prune:
   layers_by: contiguous
-  grid: {num_layers: [1, 2], intermediate_size: [32, 48, 64], num_key_value_heads: [50%, 2]}
+  grid: {num_layers: [1, 2], intermediate_size: [32, 48], num_key_value_heads: [50%, 2]}
 """
 
 
@@ -136,4 +137,8 @@ def test_what_cannot_be_is_said_before_anything_runs(contested: Project, capsys:
     assert "one candidate alone" in said("tournament.candidates=1")
     as_pruning(contested, GRID)
     assert "give both, prune.grid and tournament" in said()
+    with pytest.raises(ConfigError, match="give both, prune.grid and tournament"):
+        _ = Run.open(contested.config).pruning
     assert "after 1,000,000 tokens" in said("tournament.candidates=4")
+    several = "tournament.candidates is 9, but of prune.grid"
+    assert several in said("tournament.candidates=9", "tournament.tokens=4")
