@@ -196,7 +196,7 @@ def changed_inputs(path: Path, inputs: Mapping[str, str]) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file; CorruptFileError if there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptFileError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
@@ -204,10 +204,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CorruptFileError(f"{path}: expected a JSON object; delete it and run again")
     return data
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -112,7 +112,7 @@ def test_what_tasks_need_is_said(
             "--vllm-bench is of a run",
         ),
         ([str(run.checkpoint), "--tasks", "toy", "--set", "kd.tokens=5"], "--set kd.tokens=5: of a model folder only"),
-        ([str(copy.config), "--teacher", str(run.teacher)], "is a run, which names its own"),
+        ([str(copy.config), "--teacher", str(run.teacher)], "a run has its own teacher"),
         ([str(copy.config), "--tasks", ""], "evaluate.tasks.0: "),
     ):
         assert main(["evaluate", *arguments]) == 2

@@ -28,5 +28,8 @@ def test_a_shipped_limit_and_grid_on_a_teacher_with_room_for_them(
     if limit in ("chat-latency", "nemotron-51b"):
         assert code == 4
         assert "nothing was measured on device h100" in capsys.readouterr().err
+    elif limit == "half-memory":  # beside this teacher's workspace its weights and its cache are little
+        assert code == 3
+        assert "cannot be met: the smallest possible is" in capsys.readouterr().err
     else:
         assert code == 0
