@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from puzzle import cli_evaluate, cli_explain, cli_export, cli_search
 from puzzle.cli_options import open_run, open_runs, with_run
 from puzzle.ranks import Ranks
-from puzzle.types import ConfigError, PuzzleError
+from puzzle.types import ConfigError, InfeasibleError, PuzzleError
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -188,8 +188,14 @@ def _validate(options: argparse.Namespace) -> None:
     from puzzle.validate import validate
 
     for name, run in open_runs(options):
-        for one in run.each_pick():
-            validate(one)
+        impossible, picked = [], list(run.each_pick())
+        for one in picked:
+            try:
+                validate(one)
+            except InfeasibleError as error:  # of a list of values, the search answers those that can be met
+                impossible.append(error)
+        if len(impossible) == len(picked):
+            raise impossible[0]
         if run.config.prune is not None:
             found = "; ".join(change(run.shape, pruned_shape(one.pruning, one.shape)) for one in run.contenders)
         else:
