@@ -7,7 +7,7 @@ INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constra
 .PHONY: demo test lint verify-mlx verify-gguf verify-vllm clean
 
 demo: $(VENV)/.run
-	@test -f runs/demo.yaml || $(VENV)/bin/puzzle new runs/demo.yaml
+	@test -f runs/demo.yaml || $(VENV)/bin/puzzle new runs/demo.yaml > /dev/null
 	$(VENV)/bin/puzzle run runs/demo.yaml
 
 test: $(VENV)/.dev

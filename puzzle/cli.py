@@ -199,8 +199,9 @@ def _validate(options: argparse.Namespace) -> None:
         if run.config.prune is not None:
             found = "; ".join(change(run.shape, pruned_shape(one.pruning, one.shape)) for one in run.contenders)
         else:
-            places, points = len(run.shape.sites), len(run.grid_points)
-            found = f"{len(run.items)} items at {places} sites, {points} points of the grid"
+            found = f"{len(run.items)} items at {len(run.shape.sites)} sites"
+            if run.cost_source.units:
+                found += f", {len(run.grid_points)} points of the grid"
         print(f"{name or options.run}: valid ({found})")
 
 

@@ -1,4 +1,4 @@
-"""Progress of a stage for the person who waits: a bar with an ETA on a terminal, one line per stage elsewhere.
+"""Progress of a stage for the person who waits: a bar with an ETA on a terminal, elsewhere a line a minute.
 
 Also writes the run's events: what started, what finished, how long it took.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from puzzle.artifacts import append_event
 from puzzle.ranks import Ranks
 
 console = Console(stderr=True, highlight=False)
+QUIET_SECONDS = 60  # between two lines of a stage where there is no bar
 
 
 class Progress:
@@ -26,6 +28,7 @@ class Progress:
     def __init__(self, bars: Bars, task: TaskID, stage: str, events: Path) -> None:
         self._bars, self._task, self._stage, self._events = bars, task, stage, events
         self._done = 0.0
+        self._told = time.monotonic()
 
     def total(self, total: int, done: int) -> None:
         """Counts something finer than units from now on."""
@@ -35,6 +38,7 @@ class Progress:
     def fraction(self, share: float, what: str = "") -> None:
         """A share of one is done."""
         self._bars.update(self._task, advance=share, what=what)
+        self._tell()
 
     def done(self, *units: str) -> None:
         """These units are published."""
@@ -42,6 +46,16 @@ class Progress:
             _record(self._events, {"time": time.time(), "stage": self._stage, "event": "published", "unit": unit})
         self._done += len(units)
         self._bars.update(self._task, completed=self._done, what=units[-1])
+        self._tell()
+
+    def _tell(self) -> None:
+        """In the place of a bar."""
+        if console.is_terminal or not Ranks.current().first or time.monotonic() - self._told < QUIET_SECONDS:
+            return
+        self._told = time.monotonic()
+        task = next(one for one in self._bars.tasks if one.id == self._task)
+        eta = "" if task.time_remaining is None else f", eta {timedelta(seconds=round(task.time_remaining))}"
+        console.print(f"{self._stage:<10} {task.percentage:.0f} %{eta} {task.fields['what']}".rstrip(), soft_wrap=True)
 
 
 @contextlib.contextmanager

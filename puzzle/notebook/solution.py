@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle import search, style, yamlfiles
 from puzzle.config import ConstraintFile, score_of
 from puzzle.notebook.html import page, paragraph
-from puzzle.notebook.strip import draw, svg
+from puzzle.notebook.strip import draw, in_words, svg
 from puzzle.report.layers import Layer, layers_of
 from puzzle.report.markup import folded_text, table
 from puzzle.report.table import Table
@@ -233,7 +233,10 @@ class SolutionView:
         return style.Picture(drawn)
 
     def __repr__(self) -> str:
-        return f"SolutionView({self.headline})"
+        bounds = (
+            f"{bound}: {figure(value)} {unit}, slack {figure(slack)}" for bound, unit, value, slack in self._bounds()
+        )
+        return "\n".join([self.headline, in_words(self.blocks), *bounds])
 
     def _repr_html_(self) -> str:
         totals = tuple((f"{of.metric}, {of.unit}", *of.cells) for of in self.figures)

@@ -13,7 +13,7 @@ from puzzle.report.strip import Sizes, longest_name, strip
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "svg"]
+__all__ = ["draw", "in_words", "svg"]
 
 HEIGHT = 52.0  # of the teacher's block: two strips are to be seen at once
 
@@ -21,7 +21,7 @@ HEIGHT = 52.0  # of the teacher's block: two strips are to be seen at once
 def svg(layers: Sequence[Layer], label: str, other: Sequence[Layer] = ()) -> str:
     """The strip; ``label`` says what it is. What ``other`` has otherwise is framed."""
     sizes = Sizes.of(len(layers), longest_name([*layers, *other]), HEIGHT, turned=False)
-    return strip(layers, sizes, f"{label}: {_in_words(layers)}", other=other)
+    return strip(layers, sizes, f"{label}: {in_words(layers)}", other=other)
 
 
 def draw(axes: Axes, layers: Sequence[Layer]) -> None:
@@ -45,7 +45,7 @@ def draw(axes: Axes, layers: Sequence[Layer]) -> None:
     axes.set_title("Architecture")
 
 
-def _in_words(layers: Sequence[Layer]) -> str:
+def in_words(layers: Sequence[Layer]) -> str:
     """For those who cannot see it."""
     counts = {
         "attention": Counter(layer.attention.name for layer in layers),

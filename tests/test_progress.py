@@ -1,0 +1,22 @@
+"""Where there is no terminal, a stage says now and then how far it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from puzzle import progress
+
+
+def test_a_log_hears_of_a_long_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress.stage_progress("init", 4, tmp_path / "events.jsonl") as seen:
+        seen.done("L000.attention")
+        assert capsys.readouterr().err == ""  # it has not taken long
+        monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+        seen.fraction(0.0, "L000.ffn")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("init       25 %") and line.endswith("L000.ffn")
+    assert "4 units in" in capsys.readouterr().err
