@@ -22,6 +22,7 @@ from puzzle.variants import num_kv_heads, variant_name
 MODEL_TYPE = "nemotron-nas"
 CONFIG_CODE = "configuration_decilm"  # the file beside this one that goes into every folder
 FAMILIES = ("llama", "mistral")  # the same tensors under the same names; Mistral without its windows
+INSTEAD = "export hf, and serve it with serve_on: [transformers] or [vllm-plugin]"
 WIDTH_MULTIPLE = 256
 WIDTH_MARGIN = (
     64  # aimed below the width, so that no reader's rounding of the multiplier ends above or a multiple below
@@ -84,7 +85,10 @@ def check_vllm(shape: ModelShape, layers: Architecture) -> None:
     for layer, specs in enumerate(layers):
         for spec in specs:
             if reason := vllm_refusal(spec, shape):
-                raise ConfigError(f"layer {layer}: vLLM cannot load {_words(spec)} as nemotron-nas: {reason}")
+                raise ConfigError(
+                    f"layer {layer}: vLLM cannot load {_words(spec)} as nemotron-nas: {reason}; with "
+                    "serve_on: [vllm] in the constraint file, the search leaves such variants out"
+                )
     if not layers or layers[0][0].kind == "skip":
         raise ConfigError(
             "layer 0: vLLM cannot load attention skip as nemotron-nas: its reader wants attention in the first layer; "
@@ -97,21 +101,26 @@ def check_family(shape: ModelShape) -> None:
     if shape.family not in FAMILIES:
         raise ConfigError(
             f"a {shape.family} model cannot be written as nemotron-nas, which has Llama's layers only; "
-            f"families that can: {', '.join(FAMILIES)}"
+            f"families that can: {', '.join(FAMILIES)}; {INSTEAD}"
         )
     if shape.qkv_bias or shape.output_bias or shape.mlp_bias:
         raise ConfigError(
-            "a model with biases cannot be written as nemotron-nas, where no reader of it was seen to have them"
+            f"a model with biases cannot be written as nemotron-nas, "
+            f"where no reader of it was seen to have them; {INSTEAD}"
         )
     if any(window is not None for window in shape.windows):
-        raise ConfigError(f"a {shape.family} model with sliding windows cannot be written as nemotron-nas: it has none")
+        raise ConfigError(
+            f"a {shape.family} model with sliding windows cannot be written as nemotron-nas: it has none; {INSTEAD}"
+        )
 
 
 def check_model(teacher: Mapping[str, Any], shape: ModelShape) -> None:
     """Raises ConfigError for a teacher, by its ``config.json``, that the format could not say."""
     check_family(shape)
     if teacher.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"nemotron-nas readers know silu only, and the teacher has {teacher['hidden_act']!r}")
+        raise ConfigError(
+            f"nemotron-nas readers know silu only, and the teacher has {teacher['hidden_act']!r}; {INSTEAD}"
+        )
 
 
 def block_configs(shape: ModelShape, layers: Architecture) -> list[dict[str, Any]]:

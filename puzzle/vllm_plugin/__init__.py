@@ -34,4 +34,7 @@ def check(config: PuzzleConfig, tensor_parallel: int) -> None:
                 "search with serve_on: [vllm-plugin]"
             )
         if count % tensor_parallel and tensor_parallel % count:
-            raise ValueError(f"layer {layer}: {count} KV heads do not divide among {tensor_parallel} devices")
+            raise ValueError(
+                f"layer {layer}: {count} KV heads do not divide among {tensor_parallel} devices; serve it on as "
+                "many as divide all layers' heads, or search a space with gqa-K that they divide"
+            )
