@@ -277,6 +277,10 @@ def _to_do(run: Run, rate: float) -> tuple[list[str], list[str]]:
     lines.append(
         f"about {total:.1f} minutes at {rate * EFFICIENCY / 1e9:,.0f} GFLOP/s ({EFFICIENCY:.0%} of a measured matmul)"
     )
+    if run.config.prune is None and run.config.init.start == "best":
+        lines.append(
+            "without init's closed-form solves, which grow with the cube of the FFN's width; init.start: paper has none"
+        )
     return lines, _by_folder(units)
 
 
