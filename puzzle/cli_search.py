@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle import capabilities, config, yamlfiles
 from puzzle.cli_options import open_run, with_run
-from puzzle.report.words import figure, headline, status
+from puzzle.report.words import figure, headline, status, with_error
 from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 
 if TYPE_CHECKING:
@@ -168,12 +168,11 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
             continue
         asked = [*run.constraint_file.constraints, *([answer.minimised] if answer.minimised else [])]
         shown = [name for name in answer.totals if any(name == key or name.endswith(f".{key}") for key in asked)]
-        error = "" if answer.objective_se is None else f" ± {answer.objective_se:.4f}"
         rows.append(
             {
                 **row,
                 "status": status(answer),
-                f"{answer.objective_name} predicted": f"{answer.objective_nats:.4f}{error}",
+                f"{answer.objective_name} predicted": with_error(answer),
                 **{
                     f"{name} reached": figure(answer.totals[name]) + (" (estimate)" * (name in answer.estimated))
                     for name in shown

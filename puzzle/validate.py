@@ -142,7 +142,7 @@ def _check_constraints(run: Run) -> None:
         if run.estimated:
             raise ConfigError(f"{run.constraints}: {name} needs exact scores; set score.mode: exact")
     programmes = search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
-    mip.check_possible([replace(problem, rows=tuple(filter(_is_known, problem.rows))) for problem in programmes])
+    mip.best_of([replace(problem, rows=tuple(filter(_is_known, problem.rows))) for problem in programmes])
 
 
 def _is_known(row: Row) -> bool:

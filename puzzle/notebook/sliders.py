@@ -61,8 +61,7 @@ class Limit:
 
     def written(self, value: Fraction, quantity: Quantity) -> float:
         """The number for a constraint file that allows ``value``, and hardly anything beyond it."""
-        clear = 1 - Fraction(quantity.margin)
-        return at_least(value / clear) if self.side != "min" else -at_least(-value * clear)
+        return _written(self.side, value, quantity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +151,9 @@ def _limit(problems: Sequence[Problem], row: Row) -> Limit:
     """The slider of a bound: from what is just impossible to what asks for nothing."""
     quantity = row.quantity
     side: Side = "max" if row.lower is None else "min" if row.upper is None else "eq"
-    clear = 1 - Fraction(quantity.margin)
     bound = row.lower if row.upper is None else row.upper
     assert bound is not None, "a row has a bound"
-    start = at_least(bound / clear) if side != "min" else -at_least(-bound * clear)
+    start = _written(side, bound, quantity)
     ends = [float(end) for problem in problems for end in extremes(problem, problem.quantity(quantity.name))]
     least, most = min(ends), max(ends)
     step = _step((most - least) / STEPS or abs(most) / STEPS or 1.0, quantity.whole)
@@ -168,6 +166,11 @@ def _limit(problems: Sequence[Problem], row: Row) -> Limit:
     return Limit(
         quantity.name, side, quantity.unit, start, start - down * step, start + up * step, step, quantity.whole
     )
+
+
+def _written(side: Side, value: Fraction, quantity: Quantity) -> float:
+    clear = 1 - Fraction(quantity.margin)
+    return at_least(value / clear) if side != "min" else -at_least(-value * clear)
 
 
 def _step(wanted: float, whole: bool) -> float:

@@ -16,12 +16,17 @@ MOST_DIGITS = 12  # of a number in a constraint file
 
 def headline(solution: Solution) -> str:
     name = solution.objective_name or "kl_nats"
-    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
-    quality = f"{solution.objective_nats:.4f}{error} {objective_unit(name)} predicted"
+    quality = f"{with_error(solution)} {objective_unit(name)} predicted"
     if solution.minimised is None:
         return f"{quality} ({status(solution)}, bound {solution.bound_nats:.4f})"
     cost = f"{solution.minimised} {figure(solution.totals[solution.minimised])}"
     return f"{cost} ({status(solution)}, bound {figure(solution.cost_bound or 0.0)}), {quality}"
+
+
+def with_error(solution: Solution) -> str:
+    """The sum of scores, with its standard error where that is known."""
+    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
+    return f"{solution.objective_nats:.4f}{error}"
 
 
 def status(solution: Solution) -> str:
@@ -54,6 +59,5 @@ def at_least(value: Fraction, digits: int = MOST_DIGITS) -> float:
 def quality(solution: Solution) -> str:
     """The sum of scores with its standard error and unit."""
     name = solution.objective_name or "kl_nats"
-    error = "" if solution.objective_se is None else f" ± {solution.objective_se:.4f}"
     unit = " nats per token" if name.endswith("_nats") else ""
-    return f"{QUALITIES.get(name, name)} {solution.objective_nats:.4f}{error}{unit}"
+    return f"{QUALITIES.get(name, name)} {with_error(solution)}{unit}"

@@ -109,12 +109,6 @@ def _best_at_that_cost(problem: Problem, cost: Quantity, choice: Choice, cuts: S
     return replace(choice, chosen=better.chosen, total=cost.linear(better.chosen) - Fraction(cost.constant))
 
 
-def check_possible(problems: Sequence[Problem]) -> None:
-    """InfeasibleError, with the nearest values that can hold, if no choice keeps the bounds of any of ``problems``."""
-    if not any(minimise(problem, problem.objective, problem.rows) for problem in problems):
-        raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
-
-
 def best_of(problems: Sequence[Problem]) -> tuple[Problem, Choice]:
     """The best answer over all ``problems``, and the one that it is of; InfeasibleError if none has one."""
     answers = [(problem, minimise(problem, problem.objective, problem.rows)) for problem in problems]
