@@ -43,7 +43,7 @@ CONFIG = "run: {folder}\n"
 DROPPED = 3  # of 8 layers: what the other shapes have as many parameters as
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "width: FFN": ("prune.intermediate_size=192",),
-    "width: FFN and heads": ("prune.intermediate_size=280", "prune.num_attention_heads=6"),
+    "width: FFN and heads": ("prune.intermediate_size=363", "prune.num_attention_heads=4"),
     "width: FFN and hidden size": ("prune.intermediate_size=400", "prune.hidden_size=192"),
     "depth: Block Importance": (f"prune.num_layers={8 - DROPPED}",),
     "depth: loss, scattered": (f"prune.num_layers={8 - DROPPED}", "prune.layers_by=loss"),
@@ -60,8 +60,8 @@ LOSSES: Mapping[str, Mapping[str, float]] = {
 TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
 
 
-def pruned(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
-    """A run of the bundled teacher, or another, up to the pruned student; one folder holds all of a seed's."""
+def opened(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
+    """A run of the bundled teacher, or another, with its text; one folder holds all of a seed's."""
     given = [f"kd.tokens={options.kd_tokens}", *settings, *([f"teacher={teacher}"] if teacher else [])]
     shared = [one for one in given if not one.startswith(("prune.", "kd."))]
     folder = options.work / artifacts.fingerprint(sorted(shared))
@@ -69,36 +69,52 @@ def pruned(options: argparse.Namespace, *settings: str, teacher: Path | None = N
     options.work.mkdir(parents=True, exist_ok=True)
     config.write_text(CONFIG.format(folder=folder))
     run = Run.open(config, given)
-    for stage in ("data", "importance", "prune"):
+    pipeline.run_stage(run, "data")
+    return run
+
+
+def pruned(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
+    """A run up to the pruned student."""
+    run = opened(options, *settings, teacher=teacher)
+    for stage in ("importance", "prune"):
         pipeline.run_stage(run, stage)
     return run
+
+
+def finished(run: Run) -> Path:
+    """The pruned student's checkpoint, once it is distilled."""
+    for stage in ("kd", "evaluate", "export"):
+        pipeline.run_stage(run, stage)
+    return run.checkpoint
 
 
 def initial(run: Run) -> PuzzleForCausalLM:
     return load_model(run.student / "initial", compute_of(run))
 
 
-def before_and_after(run: Run, student: PuzzleForCausalLM) -> dict[str, Any]:
+def before_and_after(options: argparse.Namespace, run: Run, student: PuzzleForCausalLM) -> dict[str, Any]:
+    """Against the bundled teacher, whatever the run's is."""
+    judge = opened(options, f"seed={run.config.seed}", "prune.num_layers=8")
     return {
         "params": sum(parameter.numel() for parameter in student.parameters()),
-        "before": quality(run, student, "report", REPORT_SEQUENCES),
-        "after": quality(run, distilled(run, student), "report", REPORT_SEQUENCES),
+        "before": quality(judge, student, "report", REPORT_SEQUENCES),
+        "after": quality(judge, distilled(run, student), "report", REPORT_SEQUENCES),
     }
 
 
 def shapes(options: argparse.Namespace, results: Results) -> None:
     for seed in options.seeds:
         for name, settings in SHAPES.items():
-            results.once(f"{name}/{seed}", functools.partial(_shape, options, seed, settings))
+            results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, settings))
         results.once(f"from scratch: FFN and hidden size/{seed}", functools.partial(_scratch, options, seed))
         results.once(f"Puzzle/{seed}", functools.partial(_puzzle, options, seed, None))
         results.once(f"one layer less, then Puzzle/{seed}", functools.partial(_depth_then_puzzle, options, seed))
     table(results, options.seeds)
 
 
-def _shape(options: argparse.Namespace, seed: int, settings: Sequence[str]) -> dict[str, Any]:
+def of_shape(options: argparse.Namespace, seed: int, settings: Sequence[str]) -> dict[str, Any]:
     run = pruned(options, f"seed={seed}", *settings)
-    return before_and_after(run, initial(run))
+    return before_and_after(options, run, initial(run))
 
 
 def _scratch(options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -114,26 +130,29 @@ def _scratch(options: argparse.Namespace, seed: int) -> dict[str, Any]:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
             else:
                 parameter.fill_(1.0)
-    return before_and_after(run, student)
+    return before_and_after(options, run, student)
+
+
+def library(options: argparse.Namespace, seed: int, teacher: Path | None = None) -> Run:
+    """Trained and scored."""
+    settings = [f"seed={seed}", f"distill.tokens={options.bld_tokens}", f"kd.tokens={options.kd_tokens}"]
+    return make_library(options.work, *settings, *([f"teacher={teacher}"] if teacher else []))
 
 
 def _puzzle(options: argparse.Namespace, seed: int, teacher: Path | None) -> dict[str, Any]:
     """The MIP's student with as many parameters as the pruned ones."""
-    settings = [f"seed={seed}", f"distill.tokens={options.bld_tokens}", f"kd.tokens={options.kd_tokens}"]
-    run = make_library(options.work, *settings, *([f"teacher={teacher}"] if teacher else []))
+    run = library(options, seed, teacher)
     problem = problem_of(run, (8 - DROPPED) / run.shape.num_layers)  # a layer of either teacher has as many
     chosen = mip.solve([problem], {}).solutions[0].items
-    return {**before_and_after(run, student_of(run, chosen)), "items": list(chosen)}
+    return {**before_and_after(options, run, student_of(run, chosen)), "items": list(chosen)}
 
 
 def _depth_then_puzzle(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Half of the tokens distil a teacher of one layer less; the other half its Puzzle student."""
     half = options.kd_tokens // 2
     run = pruned(options, f"seed={seed}", "prune.num_layers=7", "prune.layers_by=loss", f"kd.tokens={half}")
-    for stage in ("kd", "evaluate", "export"):
-        pipeline.run_stage(run, stage)
     smaller = argparse.Namespace(**{**vars(options), "kd_tokens": half})
-    return _puzzle(smaller, seed, run.student / "export" / "hf")
+    return _puzzle(smaller, seed, finished(run))
 
 
 def losses(options: argparse.Namespace, results: Results) -> None:
@@ -143,7 +162,7 @@ def losses(options: argparse.Namespace, results: Results) -> None:
 
             def found(given: Sequence[str] = given) -> dict[str, Any]:
                 run = pruned(options, *given)
-                return before_and_after(run, initial(run))
+                return before_and_after(options, run, initial(run))
 
             results.once(f"{name}/{seed}", found)
     table(results, options.seeds)
@@ -153,7 +172,7 @@ def tokens(options: argparse.Namespace, results: Results) -> None:
     for seed in options.seeds:
         for count in TOKENS:
             given = (f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], f"kd.tokens={count}")
-            results.once(f"{count}/{seed}", functools.partial(_shape, options, seed, given[1:]))
+            results.once(f"{count}/{seed}", functools.partial(of_shape, options, seed, given[1:]))
     table(results, options.seeds)
 
 
@@ -179,7 +198,9 @@ def depth(options: argparse.Namespace, results: Results) -> None:
 
 def table(results: Results, seeds: Sequence[int]) -> None:
     for name in dict.fromkeys(name.rpartition("/")[0] for name in results.figures):
-        rows = [results.figures[f"{name}/{seed}"] for seed in seeds if f"{name}/{seed}" in results.figures]
+        rows = [row for seed in seeds if "after" in (row := results.figures.get(f"{name}/{seed}", {}))]
+        if not rows:
+            continue
         cells = [
             f"{key} {when} {_mean([row[when][key] for row in rows])}"
             for key in ("kl", "ce_gap")

@@ -76,6 +76,7 @@ def quality(run: Run, student: PuzzleForCausalLM, split: str, sequences: int) ->
 
 
 def distilled(run: Run, student: PuzzleForCausalLM) -> PuzzleForCausalLM:
+    """On the run's text, from its teacher."""
     settings, compute, tokens = run.config.kd, compute_of(run), tokens_of(run)
     job = kd.Distillation(student, teacher_of(run), settings, compute)
     steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
