@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from puzzle import artifacts, plans, training_log, yamlfiles
+from puzzle.basis import DEFAULT_SPACE
 from puzzle.pruning import change, pruned_shape
 from puzzle.report.layers import Layer, layers_of_run
 from puzzle.report.library import library_frame
@@ -20,7 +21,6 @@ from puzzle.report.searched import Absent, Search, searched
 from puzzle.report.summary import Summary
 from puzzle.report.table import Table
 from puzzle.report.tournament import standings
-from puzzle.run import DEFAULT_SPACE
 from puzzle.search.compare import Compared
 from puzzle.search.problem import solved
 from puzzle.types import InfeasibleError, MissingMeasurementError, from_json

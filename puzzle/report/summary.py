@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
+from puzzle.basis import STORED_DTYPES
 from puzzle.pruning import change, predicted
 from puzzle.report.layers import Layer, layers_of_run
 from puzzle.report.served import served_figures
@@ -19,7 +20,6 @@ from puzzle.report.tasks import ERRORS as TASK_ERRORS
 from puzzle.report.tasks import TaskFigure
 from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
-from puzzle.run import STORED_DTYPES
 from puzzle.search.problem import solved
 from puzzle.types import GIB, Solution, from_json
 
