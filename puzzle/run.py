@@ -22,7 +22,7 @@ from puzzle.scoring.draws import Draw, draw
 from puzzle.search.constraints import workloads
 from puzzle.search.problem import Problem
 from puzzle.tables import ScoreTable, read_scores
-from puzzle.types import ConfigError, Costs, Item, ModelShape, Solution, from_json
+from puzzle.types import ConfigError, Costs, Item, ModelShape, Solution
 from puzzle.variants import params
 
 GRID_AND_TOURNAMENT = (
@@ -175,8 +175,7 @@ class Run(Basis):
             return self.config.prune
         if not self.config.tournament.candidates:
             raise ConfigError(GRID_AND_TOURNAMENT)
-        winner: int = artifacts.read_unit(self.contest).payload["tournament"]["winner"]
-        return self.contenders[winner].pruning
+        return self.contenders[artifacts.read_unit(self.contest).read(int, "tournament", "winner")].pruning
 
     @cached_property
     def kept_layers(self) -> tuple[int, ...]:
@@ -184,10 +183,9 @@ class Run(Basis):
         scores: Mapping[int, float] = {}
         if not isinstance(self.pruning.layers_by, tuple) and num_dropped(self.pruning, self.shape):
             if self.pruning.layers_by == "block-importance":
-                scores = dict(enumerate(artifacts.read_unit(self.importance).payload["importance"]))
+                scores = dict(enumerate(artifacts.read_unit(self.importance).read(list[float], "importance")))
             else:
-                found = artifacts.read_unit(self.drops).payload["scores"][self.pruning.layers_metric]
-                scores = {int(layer): score for layer, score in found.items()}
+                scores = artifacts.read_unit(self.drops).read(dict[int, float], "scores", self.pruning.layers_metric)
         return kept_layers(self.pruning, self.shape, scores)
 
     @cached_property
@@ -241,7 +239,7 @@ class Run(Basis):
         table = self._read_scores()
         if not self.estimated or not self.rescored.exists():
             return table
-        names = [f"{item_id}.json" for item_id in artifacts.read_unit(self.rescored).payload["items"]]
+        names = [f"{item_id}.json" for item_id in artifacts.read_unit(self.rescored).read(list[str], "items")]
         return table.replaced(read_scores(self.folder / "rescored", names)) if names else table
 
     def _read_scores(self) -> ScoreTable:
@@ -249,7 +247,7 @@ class Run(Basis):
 
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""
-        counts = artifacts.read_unit(self.data).payload["num_tokens"]
+        counts = artifacts.read_unit(self.data).read(dict[str, int], "num_tokens")
         tokens = self.config.data.sequence_tokens
         asked = [
             ("init.sequences", "train", self.config.init.sequences),
@@ -267,9 +265,7 @@ class Run(Basis):
 
     def solutions(self) -> tuple[Solution, ...]:
         """What was found for the constraint file, best first."""
-        payload = artifacts.read_unit(self.solution).payload
-        source = f"{self.solution / artifacts.MARKER}"
-        return tuple(from_json(Solution, entry, source) for entry in payload["solutions"])
+        return tuple(artifacts.read_unit(self.solution).read(list[Solution], "solutions"))
 
     def problems(self) -> tuple[Problem, ...]:
         """The search on the run's tables as programmes, one for each combination of batch sizes."""
