@@ -16,18 +16,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError
+from puzzle.types import CorruptFileError, PuzzleError, StaleUnitError, from_json
 
 SCHEMA_VERSION = 1
 MARKER = "unit.json"
 ASIDE = ".aside-"
 CLOCK_TICK_SECONDS = 2  # the coarsest of file systems' clocks
+Kind = TypeVar("Kind")
 
 
 def _before(operation: str, path: Path) -> None:
@@ -70,13 +71,36 @@ def known_fingerprint(file: Path, key: str, known: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class File:
+    """What a file of a folder was when it was published."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Unit:
-    """A published unit as its marker tells it."""
+    """A published unit as its marker tells it; ``files`` of a folder, by their names within it."""
 
     path: Path
     inputs: dict[str, str]
     content: str
     payload: dict[str, Any]
+    files: dict[str, File] = field(default_factory=dict)
+
+    def read(self, kind: type[Kind], *keys: str) -> Kind:
+        """What the payload holds under ``keys``, each within the one before; CorruptFileError for anything else."""
+        found: Any = self.payload
+        for place, key in enumerate(keys):
+            if not isinstance(found, dict) or key not in found:
+                raise CorruptFileError(
+                    f"{self.path}: it has no {'.'.join(keys[: place + 1])}; delete {self.path} and run again"
+                )
+            found = found[key]
+        try:
+            return from_json(kind, found, f"{self.path}: {'.'.join(keys)}" if keys else self.path)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{error}; delete {self.path} and run again") from None
 
 
 def publish_json(path: Path, inputs: Mapping[str, str], payload: Mapping[str, Any]) -> Unit:
@@ -118,7 +142,7 @@ def publish_copy(source: Path, folder: Path) -> Unit:
     unit = read_unit(source)
 
     def write(aside: Path) -> Mapping[str, Any]:
-        for name in read_json(source / MARKER).get("files", {}):
+        for name in unit.files:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source / name, aside / name)
@@ -135,9 +159,8 @@ def _marker(inputs: Mapping[str, str], content: str, payload: Mapping[str, Any])
 
 def check_contents(folder: Path) -> None:
     """Reads every file of a published folder; CorruptFileError where one holds something else than was written."""
-    read_unit(folder)
-    for name, entry in read_json(folder / MARKER).get("files", {}).items():
-        if file_fingerprint(folder / name) != entry["sha256"]:
+    for name, file in read_unit(folder).files.items():
+        if file_fingerprint(folder / name) != file.sha256:
             raise CorruptFileError(
                 f"{folder / name}: not what was written (its checksum differs); make or fetch it again"
             )
@@ -147,21 +170,21 @@ def read_unit(path: Path) -> Unit:
     """The unit at ``path``. CorruptFileError if its marker is unreadable, or a file missing or of another size."""
     marker_path = path / MARKER if path.is_dir() else path
     marker = read_json(marker_path)
+    version = marker.get("schema_version")
+    if version is not None and version != SCHEMA_VERSION:
+        raise CorruptFileError(
+            f"{marker_path}: written by another version of puzzle (schema {version}, this one reads {SCHEMA_VERSION}); "
+            "use that version, or start a new run folder"
+        )
     try:
-        if marker["schema_version"] != SCHEMA_VERSION:
-            raise CorruptFileError(
-                f"{marker_path}: written by another version of puzzle (schema {marker['schema_version']}, this one "
-                f"reads {SCHEMA_VERSION}); use that version, or start a new run folder"
-            )
-        unit = Unit(path, dict(marker["inputs"]), str(marker["content"]), dict(marker["payload"]))
-        sizes = {name: int(entry["bytes"]) for name, entry in marker.get("files", {}).items()}
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(f"{marker_path}: not a unit marker ({error}); delete {path} and run again") from None
-    for name, size in sizes.items():
+        unit = from_json(Unit, {**marker, "path": path}, marker_path)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}; delete {path} and run again") from None
+    for name, known in unit.files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size:
+        if not file.is_file() or file.stat().st_size != known.bytes:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise CorruptFileError(f"{file}: expected {size} bytes, found {found}; delete {path} and run again")
+            raise CorruptFileError(f"{file}: expected {known.bytes} bytes, found {found}; delete {path} and run again")
     return unit
 
 

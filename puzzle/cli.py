@@ -284,8 +284,9 @@ def _print_report(run: Run, page: Path) -> None:
 def _print_generated(run: Run) -> None:
     from puzzle import artifacts, plans
 
-    shards = [artifacts.read_unit(unit.path).payload for unit in plans.plan_generate(run)]
-    counts = {name: sum(shard[name] for shard in shards) for name in ("documents", "new_tokens", "ended", "too_long")}
+    shards = [artifacts.read_unit(unit.path) for unit in plans.plan_generate(run)]
+    names = ("documents", "new_tokens", "ended", "too_long")
+    counts = {name: sum(shard.read(int, name) for shard in shards) for name in names}
     source = run.config.generate.prompts
     messages = ", messages: messages" if source is not None and source.messages is not None else ""
     print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from puzzle.types import ConfigError, Site, to_json
 
 if TYPE_CHECKING:
     from puzzle.run import Run
+    from puzzle.search.compare import Compared
     from puzzle.search.problem import Problem
 
 CE = "ce_delta"
@@ -93,12 +95,27 @@ def _compare(options: argparse.Namespace, run: Run) -> None:
     true = options.true or options.quantised
     measure = partial(pipeline.true_values, run, split="report", metric=metric) if true else None
     rounded = quantised_teachers(run, problem) if options.quantised else []
-    found = (*compare(problem, loss, importance, run.config.seed, measure, more), *rounded)
+    found = compare(problem, loss, importance, run.config.seed, measure, more)
+    found = (*(found if true else (_known(run, one, metric) for one in found)), *rounded)
     told = {"objective": problem.objective_name, "found": [to_json(one) for one in found]}
     artifacts.publish_json(run.comparison, plans.search_inputs(run), told)
     if problem.label:
         print(problem.label)
     print(table(found, problem))
+
+
+def _known(run: Run, found: Compared, metric: str) -> Compared:
+    """With its true value, where an evaluation of before holds for it still."""
+    from puzzle import pipeline, plans
+    from puzzle.tables import read_truth
+
+    if not found.chosen or run.context:
+        return found
+    unit = plans.truth_of(run, found.chosen, "report")
+    if pipeline.unit_state(unit) != "done":
+        return found
+    score = read_truth(unit.path).get(metric)
+    return replace(found, measured=() if score is None else score.per_sequence)
 
 
 def _importance(run: Run, options: argparse.Namespace) -> list[float] | None:

@@ -96,13 +96,13 @@ def push(run: Run, options: argparse.Namespace) -> None:
 
 
 def _print(unit: artifacts.Unit) -> None:
-    for verdict in unit.payload["verification"]:
-        print(verdict["line"])
-    print("\n".join(unit.payload["others"]), end="\n" if unit.payload["others"] else "")
+    for one in unit.read(list[dict[str, Any]], "verification") + unit.read(list[dict[str, Any]], "others"):
+        print(one["line"])
 
 
 def _verify(options: argparse.Namespace) -> None:
     from puzzle.export import publish
+    from puzzle.export.card import Untried
     from puzzle.export.verify import verify
 
     folder = options.export
@@ -121,11 +121,11 @@ def _verify(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--runtime {foreign[0]}: it does not read {unit.payload['format']}; what does: {', '.join(readable)}"
         )
-    for line in unit.payload["others"]:
-        if line.startswith(tuple(f"{runtime}: cannot load it" for runtime in runtimes)):
-            raise ConfigError(f"{folder}: {line}")
+    others = unit.read(list[Untried], "others")
+    if hopeless := [one.line for one in others if one.refuses and one.runtime in runtimes]:
+        raise ConfigError(f"{folder}: {hopeless[0]}")
     verdicts = [verify(folder, runtime, options.python) for runtime in runtimes]
     print("\n".join(verdict.line() for verdict in verdicts))  # first: the folder may be one that cannot be written
-    publish.note_verdicts(folder, verdicts, unit.payload["others"])
+    publish.note_verdicts(folder, verdicts, others)
     if failed := [verdict.runtime for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"{folder}: does not load as it should in {', '.join(failed)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from puzzle.report.words import figure, headline, status, with_error
 from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 
 if TYPE_CHECKING:
+    from puzzle.artifacts import Unit
     from puzzle.run import Run
 
 FRONT_ROWS, GRID_LIMITS = 20, 8  # of a printed front; for each of several costs
@@ -88,27 +90,40 @@ def refine(options: argparse.Namespace) -> None:
         options.evaluations = DEFAULT_EVALUATIONS
         run = open_run(options).uncontested
     pipeline.run_stage(run, "refine", options.redo)
-    payload = artifacts.read_unit(run.solution).payload
-    print(_comparison(payload, run.solutions()[0].objective_name))
+    print(_comparison(artifacts.read_unit(run.solution), run.solutions()[0].objective_name))
     print(run.solution / "architecture.json")
     print(f"to go on with it: puzzle run … --set refine.evaluations={run.config.refine.evaluations}, or in the config")
 
 
-def _comparison(payload: Mapping[str, Any], objective: str) -> str:
+@dataclass(frozen=True)
+class _Refined:
+    """A row of what refine compared; true values with their errors, None: not finite, not known."""
+
+    name: str
+    sum: float
+    predicted: float
+    select: tuple[float | None, float | None]
+    report: tuple[float | None, float | None]
+    excess: tuple[float | None, float | None]
+
+
+def _comparison(refined: Unit, objective: str) -> str:
     import pandas as pd
 
     rows = [
         {
-            "": row["name"],
-            "sum of scores": f"{row['sum']:.4f}",
-            "predicted": f"{row['predicted']:.4f}",
-            **{f"true on {split}": _measured(row[split]) for split in ("select", "report")},
-            "against the search": _measured(row["excess"], "+"),
+            "": row.name,
+            "sum of scores": f"{row.sum:.4f}",
+            "predicted": f"{row.predicted:.4f}",
+            "true on select": _measured(row.select),
+            "true on report": _measured(row.report),
+            "against the search": _measured(row.excess, "+"),
         }
-        for row in payload["comparison"]
+        for row in refined.read(list[_Refined], "comparison")
     ]
-    why = "the answer stands" if payload["stands"] else "all are spent"
-    head = f"{objective}, {payload['num_trials']} true evaluations on select ({why}); nothing was chosen on report"
+    why = "the answer stands" if refined.read(bool, "stands") else "all are spent"
+    num_trials = refined.read(int, "num_trials")
+    head = f"{objective}, {num_trials} true evaluations on select ({why}); nothing was chosen on report"
     return head + "\n" + pd.DataFrame(rows).to_string(index=False)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from puzzle import yamlfiles
@@ -44,15 +43,15 @@ class Harness:
             raise ConfigError(f"tasks need lm-eval, which cannot be imported here ({error}): {INSTALL}") from None
         self._settings = settings
         folder = settings.task_folder
-        if folder is not None and not Path(folder).is_dir():
-            raise ConfigError(f"evaluate.task_folder: {folder} is no folder")
+        own = [] if folder is None else yamlfiles.files_in(folder, "evaluate.task_folder")
         self._manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if not set(settings.tasks) <= set(self._manager.all_tasks):  # going through lm-eval's own takes seconds
             self._manager = TaskManager(include_path=folder)
         for name in settings.tasks:
             if name not in self._manager.all_tasks:
-                for file in sorted(Path(folder).rglob("*.yaml")) if folder is not None else ():
-                    yamlfiles.read_yaml(file)  # lm-eval passes over one that is no YAML
+                for file in own:
+                    if file.suffix == ".yaml":
+                        yamlfiles.read_yaml(file)  # lm-eval passes over one that is no YAML
                 where = "" if folder is None else f", nor is there one in {folder}"
                 raise ConfigError(f"lm-eval has no task {name!r}{where}{nearest(name, self._manager.all_tasks)}")
 

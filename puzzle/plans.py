@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import artifacts, checkpoint
+from puzzle import artifacts, checkpoint, yamlfiles
 from puzzle.capabilities import FORMAT_OF
 from puzzle.config import ImportanceConfig
 from puzzle.data.inputs import data_inputs, source_fingerprint
 from puzzle.data.packing import num_windows
 from puzzle.pruning import num_dropped
 from puzzle.scoring.sampling import undecided
-from puzzle.types import ConfigError, Format, Item
+from puzzle.types import ConfigError, Format, Item, Score
 from puzzle.variants import has_weights, is_teacher, made_of, shape_id, variant_name
 
 if TYPE_CHECKING:
@@ -96,9 +96,9 @@ def _is_undecided(run: Run, path: Path) -> bool:
     until = run.config.score.until_se
     if until is None or not path.exists():
         return False
-    records = [score for score in artifacts.read_unit(path).payload["scores"] if score["metric"] == "kl"]
-    scores = {score["item_id"]: score["per_sequence"] for score in records}
-    counts = artifacts.read_unit(run.data).payload["num_tokens"]
+    records = artifacts.read_unit(path).read(list[Score], "scores")
+    scores = {score.item_id: score.per_sequence for score in records if score.metric == "kl"}
+    counts = artifacts.read_unit(run.data).read(dict[str, int], "num_tokens")
     available = num_windows(counts, "score", run.config.data.sequence_tokens)
     return any(len(values) < available for values in scores.values()) and bool(undecided(scores, until))
 
@@ -305,21 +305,16 @@ def plan_evaluate(run: Run) -> list[Planned]:
 def _plan_tasks(run: Run) -> list[Planned]:
     """A unit for each task of the lm-evaluation-harness."""
     settings = run.config.evaluate
-    folder = None if settings.task_folder is None else _files_in(Path(settings.task_folder))
+    folder = settings.task_folder and [
+        (file.relative_to(settings.task_folder).as_posix(), artifacts.file_fingerprint(file))
+        for file in yamlfiles.files_in(settings.task_folder, "evaluate.task_folder")
+    ]
     inputs = {
         "teacher": run.teacher_fingerprint,
         "final": artifacts.content_of(run.student / "final"),
         "task": artifacts.fingerprint([folder, settings.task_shots, settings.task_questions, run.config.dtype]),
     }
     return [Planned(run.task(name), inputs) for name in settings.tasks]
-
-
-def _files_in(folder: Path) -> list[tuple[str, str]]:
-    """Names and fingerprints."""
-    if not folder.is_dir():
-        raise ConfigError(f"evaluate.task_folder: {folder} is no folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(file.relative_to(folder).as_posix(), artifacts.file_fingerprint(file)) for file in files]
 
 
 def _evaluated(run: Run) -> dict[str, str]:

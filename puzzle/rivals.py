@@ -28,7 +28,7 @@ ROUNDED_TO = ("fp8", "int4-g32")
 def block_importance(run: Run) -> list[float]:
     """One number a layer, from its unit; computed first where that is missing."""
     pipeline.run_stage(run, "importance")
-    return [float(number) for number in artifacts.read_unit(run.importance).payload["importance"]]
+    return artifacts.read_unit(run.importance).read(list[float], "importance")
 
 
 def evolutions(run: Run, problem: Problem, evaluations: int) -> dict[str, Callable[[], Chosen]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from puzzle import artifacts
 from puzzle.types import (
@@ -22,7 +22,6 @@ from puzzle.types import (
     Item,
     MissingMeasurementError,
     Score,
-    from_json,
     mean_and_error,
 )
 from puzzle.variants import is_teacher
@@ -113,32 +112,30 @@ def read_scores(folder: Path, names: Collection[str] | None = None) -> ScoreTabl
     failed: list[Failure] = []
     base: list[Score] = []
     seen: dict[tuple[str, str], Path] = {}
-    for unit in _units(folder, "scores"):
-        if names is not None and unit.path.name not in names:
-            continue
-        for score in _records(Score, unit, "scores"):
+    for unit in _units(folder, "scores", names):
+        for score in unit.read(list[Score], "scores"):
             if (first := seen.setdefault((score.item_id, score.metric), unit.path)) != unit.path:
                 raise CorruptFileError(
                     f"{unit.path}: {score.item_id} ({score.metric}) is in {first} too; delete one of the two"
                 )
             scores.append(score)
-        failed.extend(_records(Failure, unit, "failed", optional=True))
-        found = _records(Score, unit, "base", optional=True)
+        failed += unit.read(list[Failure], "failed") if "failed" in unit.payload else []
+        found = unit.read(list[Score], "base") if "base" in unit.payload else []
         base = max(base, found, key=lambda one: len(one[0].per_sequence) if one else 0)  # the one on most sequences
     return ScoreTable.of(scores, failed, base)
 
 
 def read_truth(path: Path) -> dict[str, Score]:
     """The true scores of a whole architecture by metric; none where its outputs are not finite."""
-    return {score.metric: score for score in _records(Score, artifacts.read_unit(path), "scores")}
+    return {score.metric: score for score in artifacts.read_unit(path).read(list[Score], "scores")}
 
 
 def read_costs(folder: Path, names: Collection[str] | None = None) -> Costs:
     """All costs in ``folder``, or those in the files of these ``names``; files in the order of their names."""
-    units = [unit for unit in _units(folder, "costs") if names is None or unit.path.name in names]
+    units = list(_units(folder, "costs", names))
     return Costs(
-        tuple(cost for unit in units for cost in _records(Cost, unit, "costs")),
-        tuple(gap for unit in units for gap in _records(Gap, unit, "gaps", optional=True)),
+        tuple(cost for unit in units for cost in unit.read(list[Cost], "costs")),
+        tuple(gap for unit in units if "gaps" in unit.payload for gap in unit.read(list[Gap], "gaps")),
     )
 
 
@@ -162,16 +159,9 @@ def costs_frame(costs: Costs) -> pd.DataFrame:
     return pd.DataFrame([asdict(cost) for cost in costs.rows], columns=list(Cost.__dataclass_fields__))
 
 
-def _units(folder: Path, kind: str) -> Iterator[artifacts.Unit]:
+def _units(folder: Path, kind: str, names: Collection[str] | None) -> Iterator[artifacts.Unit]:
     # names with a leading dot are units that a crash left aside half-written
     files = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not files:
         raise MissingMeasurementError(f"{folder}: no {kind} there; run `{COMMANDS[kind]}`")
-    return map(artifacts.read_unit, files)
-
-
-def _records(record: type[Any], unit: artifacts.Unit, key: str, optional: bool = False) -> list[Any]:
-    found = unit.payload.get(key, [] if optional else None)
-    if not isinstance(found, list):
-        raise CorruptFileError(f"{unit.path}: expected a list under {key!r}; delete it and run again")
-    return [from_json(record, entry, f"{unit.path}: {key}[{index}]") for index, entry in enumerate(found)]
+    return (artifacts.read_unit(path) for path in files if names is None or path.name in names)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from puzzle import checkpoint, pipeline, plans, search
 from puzzle.artifacts import read_json
+from puzzle.basis import STORED_DTYPES
 from puzzle.data.source import check_sources
 from puzzle.export.gguf_tokenizer import check_tokenizer
 from puzzle.export.nemotron_nas import check_model
@@ -23,7 +24,7 @@ from puzzle.profiling.source import with_stand_ins
 from puzzle.profiling.table import COMPILED_ENGINE, ENGINE, REST, SKIPPED
 from puzzle.pruning import combinations, pruned_shape
 from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
-from puzzle.run import GRID_AND_TOURNAMENT, STORED_DTYPES, Run
+from puzzle.run import GRID_AND_TOURNAMENT, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search import mip
 from puzzle.search.constraints import OBJECTIVES, workloads

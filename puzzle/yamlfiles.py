@@ -58,6 +58,13 @@ def locate_config(where: Path) -> Path:
     return recipe if recipe.is_file() and not where.exists() else where
 
 
+def files_in(folder: str, key: str) -> list[Path]:
+    """All files below the folder that ``key`` of a config names. ConfigError where there is no such folder."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{key}: {folder} is no folder")
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
 def load(kind: type[File], path: Path, overrides: Sequence[str] = ()) -> File:
     """The file as a ``kind``; ``overrides`` are ``a.b=value``, the value in YAML. ConfigError lists every mistake."""
     return validated(kind, path, read_yaml(path), overrides)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzle.blocks.layer import item_layer, part_parameters, part_state, parts_of
+from puzzle.blocks.layer import layer_with, part_parameters, part_state, parts_of
 from puzzle.blocks.loss import Goal, prediction_of, target_of
 from puzzle.blocks.nested import PrefixFfn, widths_at
 from puzzle.blocks.stream import Stream, next_hidden
@@ -64,7 +64,7 @@ class Learner:
     def __init__(self, start: Task, teacher_layer: PuzzleDecoderLayer, config: DistillConfig) -> None:
         self.start, self._config = start, config
         widest = max(start.items, key=_width)
-        self.layer = item_layer(teacher_layer, widest, start.weights)
+        self.layer = layer_with(teacher_layer, parts_of(widest), start.weights)
         self.parts: tuple[Part, ...] = tuple(parts_of(widest))
         self._prefix = PrefixFfn(self.layer) if len(start.items) > 1 else None
         self.layer.requires_grad_(False)

@@ -41,12 +41,6 @@ def parts_of(item: Item) -> dict[Part, Spec]:
     return {site.part: spec for site, spec in zip(item.sites, item.specs, strict=True)}
 
 
-def item_layer(teacher_layer: PuzzleDecoderLayer, item: Item, weights: Mapping[str, Tensor]) -> PuzzleDecoderLayer:
-    """A copy of the teacher's layer with the item in place; see :func:`layer_with`."""
-    assert {site.layer for site in item.sites} == {teacher_layer.layer_idx}
-    return layer_with(teacher_layer, parts_of(item), weights)
-
-
 def layer_with(
     teacher_layer: PuzzleDecoderLayer, specs: Mapping[Part, Spec], weights: Mapping[str, Tensor]
 ) -> PuzzleDecoderLayer:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from puzzle.artifacts import Unit
 from puzzle.config import DataConfig
 from puzzle.data.packing import Packed, num_held_out, num_windows, read_packed
 from puzzle.data.source import SPLITS
@@ -124,7 +123,7 @@ def _epoch(seed: int, epoch: int, per_epoch: int, sequence_tokens: int) -> tuple
     return int(rng.integers(sequence_tokens)), rng.permutation(per_epoch)
 
 
-def read_tokens(folder: Path, payload: Mapping[str, Any], settings: DataConfig) -> TokenData:
-    """The unit in ``folder``, whose marker holds ``payload``, cut as the settings say."""
-    splits = read_packed(folder)
-    return TokenData(splits, payload["bytes_per_token"], settings.sequence_tokens, settings.within_documents)
+def read_tokens(unit: Unit, settings: DataConfig) -> TokenData:
+    """The tokens of the run's data, cut as the settings say."""
+    bytes_per_token = unit.read(dict[str, float], "bytes_per_token")
+    return TokenData(read_packed(unit.path), bytes_per_token, settings.sequence_tokens, settings.within_documents)

@@ -69,8 +69,8 @@ def tokenise(
     if the source ends before.
     """
     done = finished(folder, inputs)
-    counts = {split: sum(unit.payload["counts"][split] for unit in done) for split in SPLITS}
-    start, ended = (done[-1].payload["stop"], done[-1].payload["ended"]) if done else (0, False)
+    counts = {split: sum(unit.read(int, "counts", split) for unit in done) for split in SPLITS}
+    start, ended = (done[-1].read(int, "stop"), done[-1].read(bool, "ended")) if done else (0, False)
     report(sum(counts.values()))
     stream = documents(source, start)
     number = len(done)
@@ -147,8 +147,8 @@ def finished(folder: Path, inputs: Mapping[str, str]) -> list[artifacts.Unit]:
     found: list[artifacts.Unit] = []
     for path in sorted(folder.glob("[0-9]*")):
         unit = artifacts.read_unit(path)
-        expected = found[-1].payload["stop"] if found else 0
-        if unit.inputs == dict(inputs) and unit.payload["start"] == expected:
+        expected = found[-1].read(int, "stop") if found else 0
+        if unit.inputs == dict(inputs) and unit.read(int, "start") == expected:
             found.append(unit)
         else:
             artifacts.remove(path)

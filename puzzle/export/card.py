@@ -18,7 +18,7 @@ from puzzle import yamlfiles
 from puzzle.capabilities import FORMAT_OF, findings, told
 from puzzle.pruning import change
 from puzzle.report.layers import Layer, block_of
-from puzzle.types import Architecture, Format, ModelShape, PuzzleError, Site, part_of
+from puzzle.types import Architecture, Format, ModelShape, PuzzleError, Site, Strict, part_of
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -175,18 +175,28 @@ def with_verdicts(card: str, verdicts: Sequence[str], others: Sequence[str] = ()
     return before + section + rest.partition(END)[2]
 
 
-def unverified(target: Format, shape: ModelShape, layers: Architecture, tried: Sequence[str]) -> tuple[str, ...]:
-    """What is known of the other runtimes that read the format: nothing was run, and what they are known to refuse."""
-    lines = []
+@dataclass(frozen=True)
+class Untried(Strict):
+    """A runtime that was not run, and what is known of it; ``refuses``: it is known that it cannot load the model."""
+
+    runtime: str
+    line: str
+    refuses: bool
+
+
+def untried(target: Format, shape: ModelShape, layers: Architecture, tried: Sequence[str]) -> tuple[Untried, ...]:
+    """The other runtimes that read the format, and those that refuse the model."""
+    found = []
     for runtime, read in FORMAT_OF.items():
         if read != target:
             continue
         refused = told(one for one in findings(runtime, layers, shape) if one.capability.status == "refused")
         if refused:
-            lines.append(f"{runtime}: cannot load it: {'; '.join(refused)}")
+            found.append(Untried(runtime, f"{runtime}: cannot load it: {'; '.join(refused)}", refuses=True))
         elif runtime not in tried:
-            lines.append(f"{runtime}: not verified (loads every block of it, by what is known)")
-    return tuple(lines)
+            line = f"{runtime}: not verified (loads every block of it, by what is known)"
+            found.append(Untried(runtime, line, refuses=False))
+    return tuple(found)
 
 
 def with_loading(card: str, own_code: bool) -> str:

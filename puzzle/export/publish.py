@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import artifacts
-from puzzle.export.card import unverified, with_loading, with_verdicts
+from puzzle.export.card import Untried, untried, with_loading, with_verdicts
 from puzzle.export.decilm import export_mlx, export_nemotron_nas
 from puzzle.export.folder import copy_licences
 from puzzle.export.gguf import GgufType, export_gguf, is_exact
@@ -66,14 +66,16 @@ def fill(
     verdicts = [verify(folder, runtime) for runtime in CHECKED_IN[target]]
     if wrong := [verdict.line() for verdict in verdicts if verdict.status == "failed"]:
         raise PuzzleError(f"the export as {target} does not load as it should: {'; '.join(wrong)}")
-    others = unverified(target, source.shape, source.layers, [one.runtime for one in verdicts])
+    others = untried(target, source.shape, source.layers, [one.runtime for one in verdicts])
     card = with_loading(card, own_code=(folder / "modeling_puzzle.py").exists())
-    (folder / CARD).write_text(with_verdicts(card, [one.line() for one in verdicts], others), encoding="utf-8")
+    lines = [one.line() for one in verdicts], [one.line for one in others]
+    (folder / CARD).write_text(with_verdicts(card, *lines), encoding="utf-8")
     (folder / VERDICTS).write_text(_verdicts_text(verdicts))
-    return {"format": target, "verification": [_marked(one) for one in verdicts], "others": list(others)}
+    tried, rest = [_marked(one) for one in verdicts], [to_json(one) for one in others]
+    return {"format": target, "verification": tried, "others": rest}
 
 
-def note_verdicts(export_dir: Path, new: Sequence[Verdict], others: Sequence[str]) -> None:
+def note_verdicts(export_dir: Path, new: Sequence[Verdict], others: Sequence[Untried]) -> None:
     """Writes what was found now, and what was found before of other runtimes, into the card of an export."""
     path = export_dir / VERDICTS
     known = artifacts.read_json(path).get("verdicts", []) if path.exists() else []
@@ -81,7 +83,7 @@ def note_verdicts(export_dir: Path, new: Sequence[Verdict], others: Sequence[str
     kept = [one for one in known if one["runtime"] not in fresh]
     lines = [*(str(one["line"]) for one in kept), *(one.line() for one in new)]
     spoken = {str(one["runtime"]) for one in kept if one["status"] != "unverified"} | fresh
-    rest = [line for line in others if line.partition(":")[0] not in spoken]
+    rest = [one.line for one in others if one.runtime not in spoken]
     card = export_dir / CARD
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     artifacts.write_text(card, with_verdicts(text, lines, rest))

@@ -23,7 +23,7 @@ from puzzle.profiling.roofline import DEFAULT, Efficiency, estimate, fit_efficie
 from puzzle.profiling.vllm import Engine
 from puzzle.profiling.vllm_costs import MeasuredModel, costs_of, num_models
 from puzzle.tables import read_costs
-from puzzle.types import GIB, Cost, Costs, CostSetting, MissingMeasurementError, ModelShape, Spec, Workload, from_json
+from puzzle.types import GIB, Cost, Costs, CostSetting, MissingMeasurementError, ModelShape, Spec, Workload
 
 DECODE_KNOTS = 9  # contexts of a workload at which an estimate is made; between them it is nearly straight
 
@@ -68,7 +68,7 @@ class CostSource:
         units = [artifacts.read_unit(path) for path in self.whole_models]
         if any(unit.inputs != self.made_from for unit in units):
             return ()
-        models = [from_json(WholeModel, unit.payload["model"], unit.path) for unit in units]
+        models = [unit.read(WholeModel, "model") for unit in units]
         return tuple(correction.fit(models).values())
 
     def _there(self) -> list[artifacts.Unit]:
@@ -77,12 +77,14 @@ class CostSource:
 
     def published(self, what: Literal["costs", "details"]) -> tuple[Cost, ...]:
         """What has been measured so far here: times of shapes, or of one norm and of the head."""
-        return tuple(from_json(Cost, one, unit.path) for unit in self._there() for one in unit.payload.get(what, ()))
+        there = [unit for unit in self._there() if what in unit.payload]
+        return tuple(cost for unit in there for cost in unit.read(list[Cost], what))
 
     @property
     def environment(self) -> Mapping[str, str]:
         """What the last unit was measured on, and when; nothing where nothing is measured."""
-        return dict(there[-1].payload.get("environment", {})) if (there := self._there()) else {}
+        there = [unit for unit in self._there() if "environment" in unit.payload]
+        return there[-1].read(dict[str, str], "environment") if there else {}
 
     def read(self) -> Costs:
         """MissingMeasurementError where nothing was measured, CorruptFileError for a table that cannot be used."""
@@ -136,7 +138,7 @@ class CostSource:
             raise MissingMeasurementError(
                 f"{missing} of {len(self.units)} models were not measured in vLLM; run `puzzle profile RUN`"
             )
-        measured = [from_json(MeasuredModel, unit.payload["measured"], unit.path) for unit in units]
+        measured = [unit.read(MeasuredModel, "measured") for unit in units]
         return costs_of(self.shape, self.specs, measured, self.engine.weights, self.engine.tensor_parallel)
 
     @cached_property

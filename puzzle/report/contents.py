@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from puzzle import artifacts, plans, training_log, yamlfiles
+from puzzle.basis import DEFAULT_SPACE
 from puzzle.pruning import change, pruned_shape
 from puzzle.report.layers import Layer, layers_of_run
 from puzzle.report.library import library_frame
@@ -20,10 +21,9 @@ from puzzle.report.searched import Absent, Search, searched
 from puzzle.report.summary import Summary
 from puzzle.report.table import Table
 from puzzle.report.tournament import standings
-from puzzle.run import DEFAULT_SPACE
 from puzzle.search.compare import Compared
 from puzzle.search.problem import solved
-from puzzle.types import InfeasibleError, MissingMeasurementError, from_json
+from puzzle.types import InfeasibleError, MissingMeasurementError
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -156,7 +156,7 @@ def _steps(run: Run) -> tuple[Mapping[str, Any], ...]:
 def _compared(run: Run) -> Comparison:
     if not run.comparison.exists():
         raise MissingMeasurementError("nothing was compared yet; run `puzzle compare RUN --true`, then this report")
-    return from_json(Comparison, artifacts.read_unit(run.comparison).payload, run.comparison)
+    return artifacts.read_unit(run.comparison).read(Comparison)
 
 
 def _trained(run: Run) -> tuple[Trained, ...]:
@@ -183,7 +183,7 @@ def _exports(run: Run) -> tuple[str, ...]:
     return tuple(
         f"{folder.name}: {verdict['line']}"
         for folder in folders
-        for verdict in artifacts.read_unit(folder).payload["verification"]
+        for verdict in artifacts.read_unit(folder).read(list[dict[str, Any]], "verification")
     )
 
 

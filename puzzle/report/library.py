@@ -17,6 +17,7 @@ from puzzle.variants import params, variant_name
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
+LOSSES = ("before", "after")  # of the payload
 COLUMNS = ("site", "variant", "start", "loss_start", "loss_end", "tokens", "bytes", "failed")
 
 
@@ -32,7 +33,8 @@ def library_frame(run: Run) -> pd.DataFrame:
     for unit, items in run.units.items():
         if not run.trained(unit).exists():
             continue
-        payload = artifacts.read_unit(run.trained(unit)).payload
+        trained = artifacts.read_unit(run.trained(unit))
+        before, after = (trained.read(dict[str, float], when) if when in trained.payload else {} for when in LOSSES)
         start = artifacts.read_unit(run.initial(unit)).payload.get("start", "") if run.initial(unit).exists() else ""
         widest = max(items, key=lambda item: sum(params(spec, run.shape) for spec in item.specs))
         for item in items:
@@ -41,11 +43,11 @@ def library_frame(run: Run) -> pd.DataFrame:
                     "site": ".".join(item.id.split(".")[:-1]),
                     "variant": "+".join(map(variant_name, item.specs)),
                     "start": start,
-                    "loss_start": payload.get("before", {}).get(item.id),
-                    "loss_end": payload.get("after", {}).get(item.id),
-                    "tokens": payload["tokens"],
+                    "loss_start": before.get(item.id),
+                    "loss_end": after.get(item.id),
+                    "tokens": trained.read(int, "tokens"),
                     "bytes": _stored_bytes(run.trained(unit)) if item is widest else 0,
-                    "failed": payload.get("failed", ""),
+                    "failed": trained.payload.get("failed", ""),
                 }
             )
     if not rows:

@@ -298,9 +298,9 @@ def _baselines(comparison: Comparison) -> str:
     return figure + table(Table(head, rows, "", 0)) + bullets(notes)
 
 
-def _true(values: Sequence[float]) -> str:
+def _true(values: Sequence[float] | None) -> str:
     if not values:
-        return ""
+        return "" if values is None else "not finite"
     mean, error = mean_and_error(values)
     return f"{mean:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
 

@@ -95,4 +95,4 @@ def _check_tokens(path: Path, what: str, found: float, expected: int) -> None:
 
 def served_figures(run: Run) -> dict[str, Mapping[str, float]]:
     """By ``WORKLOAD.MODEL``, of the run's student as it is now."""
-    return {path.stem: artifacts.read_unit(path).payload for path in sorted(run.served.glob("*.json"))}
+    return {path.stem: artifacts.read_unit(path).read(dict[str, float]) for path in sorted(run.served.glob("*.json"))}

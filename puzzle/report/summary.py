@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from puzzle import artifacts
+from puzzle.basis import STORED_DTYPES
 from puzzle.pruning import change, predicted
 from puzzle.report.layers import Layer, layers_of_run
 from puzzle.report.served import served_figures
@@ -19,9 +20,8 @@ from puzzle.report.tasks import ERRORS as TASK_ERRORS
 from puzzle.report.tasks import TaskFigure
 from puzzle.report.tasks import rows as task_rows
 from puzzle.report.tournament import standings
-from puzzle.run import STORED_DTYPES
 from puzzle.search.problem import solved
-from puzzle.types import GIB, Solution, from_json
+from puzzle.types import GIB, Solution
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -65,21 +65,21 @@ class Summary:
     @classmethod
     def of(cls, run: Run) -> Summary:
         """Of an evaluated student."""
-        evaluation = artifacts.read_unit(run.evaluation).payload
+        evaluation = artifacts.read_unit(run.evaluation)
         solution = run.solutions()[0] if run.config.prune is None else None
         return cls(
             title=f"{run.teacher_name}: {run.limits_name if solution else change(run.shape, run.student_shape)}",
             solution=solution,
             predicted=_predicted_of_search(run, solution) if solution else _predicted_of_pruning(run),
-            quality=evaluation["quality"],
-            params=evaluation["params"],
+            quality={model: evaluation.read(dict[str, Any], "quality", model) for model in MODELS},
+            params={model: evaluation.read(int, "params", model) for model in MODELS},
             stored_dtype=run.stored_dtype,
-            speed=evaluation["speed"],
+            speed=evaluation.read(dict[str, dict[str, dict[str, Any]]], "speed"),
             layers=layers_of_run(run),
             standings=standings(run),
             tasks=_answered(run),
             served=served_figures(run),
-            positions=evaluation["quality"]["student"]["positions"],
+            positions=evaluation.read(list[dict[str, Any]], "quality", "student", "positions"),
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -163,9 +163,7 @@ def _predicted_of_pruning(run: Run) -> dict[str, Mapping[str, float]]:
 
 def _answered(run: Run) -> tuple[TaskFigure, ...]:
     paths = [run.task(name) for name in run.config.evaluate.tasks]
-    return tuple(
-        from_json(TaskFigure, figure, path) for path in paths for figure in artifacts.read_unit(path).payload["figures"]
-    )
+    return tuple(figure for path in paths for figure in artifacts.read_unit(path).read(list[TaskFigure], "figures"))
 
 
 def _estimate(value: Mapping[str, float]) -> str:

@@ -31,14 +31,14 @@ class Compared:
     """``chosen`` is empty where nothing was found that fits, and ``note`` says why; or where it is no choice of items.
 
     ``objective``: as the problem's scores predict it; ``totals``: of the bounded metrics, by name; ``measured``: the
-    true objective per sequence, where that was asked for and is finite.
+    true objective per sequence, where that is known; empty where it is not finite.
     """
 
     name: str
     chosen: Chosen = ()
     objective: float | None = None
     totals: Mapping[str, float] = field(default_factory=dict, hash=False)
-    measured: tuple[float, ...] = ()
+    measured: tuple[float, ...] | None = None
     note: str = ""
 
 
@@ -73,7 +73,9 @@ def compare(
     if measure is None or not different:
         return found
     values = dict(zip(different, measure(different), strict=True))
-    return tuple(replace(one, measured=tuple(values.get(problem.in_order(one.chosen)) or ())) for one in found)
+    return tuple(
+        replace(one, measured=tuple(values[problem.in_order(one.chosen)] or ())) if one.chosen else one for one in found
+    )
 
 
 def _compared(problem: Problem, name: str, choose: Callable[[], Chosen]) -> Compared:
@@ -99,8 +101,10 @@ def _optimum(problem: Problem, objective: Mapping[str, float]) -> tuple[str, ...
     return problem.in_order(choice.chosen)
 
 
-def _truth(values: Sequence[float], first: Sequence[float]) -> list[str]:
+def _truth(values: Sequence[float] | None, first: Sequence[float] | None) -> list[str]:
     """The mean, and its excess over the first's with the standard error of the paired differences."""
+    if values is None:
+        return ["", ""]
     mean = f"{mean_and_error(values)[0]:.4f}" if values else "not finite"
     if not values or not first:
         return [mean, ""]

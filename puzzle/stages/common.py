@@ -72,7 +72,7 @@ def machine_of(run: Run) -> Machine:
 
 
 def tokens_of(run: Run) -> TokenData:
-    return read_tokens(run.data, artifacts.read_unit(run.data).payload, run.config.data)
+    return read_tokens(artifacts.read_unit(run.data), run.config.data)
 
 
 def num_batches(sequences: int) -> int:

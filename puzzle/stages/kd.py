@@ -171,6 +171,6 @@ def _winners(run: Run, inputs: Mapping[str, str]) -> artifacts.Unit | None:
     """Where the winner of the run's tournament stood at its end, if there was one and it is there still."""
     if not run.config.tournament.candidates:
         return None
-    winner = artifacts.read_unit(run.contest).payload["tournament"]["winner"]
+    winner = artifacts.read_unit(run.contest).read(int, "tournament", "winner")
     checkpoint = newest(run.student / "tournament" / str(winner) / "kd")
     return checkpoint if checkpoint is not None and checkpoint.inputs == dict(inputs) else None

@@ -137,8 +137,7 @@ class _Field:
         return self.folder(candidate) / f"after-{steps:08d}.json"
 
     def _kl(self, candidate: int, steps: int) -> list[float]:
-        kl: list[float] = artifacts.read_unit(self._figure(candidate, steps)).payload["kl_nats"]
-        return kl
+        return artifacts.read_unit(self._figure(candidate, steps)).read(list[float], "kl_nats")
 
     def _distil(self, candidate: int, steps: int, progress: Progress) -> None:
         """Brings a candidate to ``steps`` from its last checkpoint, or from where it is built."""
@@ -158,7 +157,7 @@ class _Field:
             with training_log.opened(folder, job.step, ()) as log:
                 job.run(batches, steps, whole, functools.partial(_tell, job, log, progress, name))
             artifacts.publish_folder(folder / "kd" / f"step-{steps:08d}", inputs, job.save)
-        if last is not None and last.payload["step"] < steps:
+        if last is not None and last.read(int, "step") < steps:
             artifacts.remove(last.path)
         kl = compared(job.finish(), teacher_of(run), self.select).kl_nats.tolist()
         artifacts.publish_json(self._figure(candidate, steps), inputs, {"kl_nats": kl})

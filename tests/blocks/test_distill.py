@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from puzzle.blocks.distill import Distilled, Task, distill
-from puzzle.blocks.layer import item_layer, parts_of
+from puzzle.blocks.layer import layer_with, parts_of
 from puzzle.blocks.loss import Goal, local_loss
 from puzzle.blocks.nested import prefix, widths_at
 from puzzle.blocks.stream import InMemory, OnDisk, Stream
@@ -83,7 +83,7 @@ def test_every_variant_gets_better_and_the_teacher_stays(teacher_folder: Path, l
 def test_the_reported_loss_is_that_of_the_returned_weights(teacher: Teacher) -> None:
     items = items_at([2])
     for item, result in zip(items, train(teacher, items, 5).values(), strict=True):
-        layer = item_layer(teacher.layer(2), item, result.weights)
+        layer = layer_with(teacher.layer(2), parts_of(item), result.weights)
         with torch.no_grad():
             one = held_out_at(teacher, 2).at(teacher.layer(2), 0)
             expected = local_loss(layer, tuple(parts_of(item)), one)
@@ -193,7 +193,7 @@ def test_a_nested_ffn_holds_every_width(teacher: Teacher) -> None:
     before = distill([start], stream_at(teacher, 1, 0), held_out_at(teacher, 1), config)[start.unit]
     for item in start.items:
         width = item.specs[0].intermediate_size  # type: ignore[union-attr]
-        layer = item_layer(teacher.layer(1), item, prefix(result.weights, width or 0))
+        layer = layer_with(teacher.layer(1), parts_of(item), prefix(result.weights, width or 0))
         with torch.no_grad():
             one = held_out_at(teacher, 1).at(teacher.layer(1), 0)
             assert local_loss(layer, ("ffn",), one).item() == pytest.approx(result.after[item.id], rel=1e-5)
@@ -226,7 +226,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(teacher: Teacher) -> None:
     """Two who each take rows, and sum totals and gradients, are one who takes all."""
     whole, half = batch(0), [batch(0).rows(slice(0, 1)), batch(0).rows(slice(1, 4))]
     item = items_at([0])[1]
-    layer = item_layer(teacher.layer(0), item, start_of(layers_of(teacher), item).weights)
+    layer = layer_with(teacher.layer(0), parts_of(item), start_of(layers_of(teacher), item).weights)
     passes = [run_layer(teacher.layer(0), teacher.embed(part), teacher.context(part)) for part in half]
     totals = [Goal.of(one.after, one.context).total for one in passes]
 
@@ -242,7 +242,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(teacher: Teacher) -> None:
 def test_the_layer_loss_of_an_attention_variant_sees_the_ffn(teacher: Teacher) -> None:
     one = held_out_at(teacher, 1).at(teacher.layer(1), 0)
     item = site_item(Site(1, "attention"), AttentionSpec("skip"))
-    layer = item_layer(teacher.layer(1), item, {})
+    layer = layer_with(teacher.layer(1), parts_of(item), {})
     expected = Goal.of(one.after, one.context).loss(one.before + layer.ffn_delta(one.before))
     assert local_loss(layer, ("attention",), one).item() == pytest.approx(expected.item())
 

@@ -81,4 +81,4 @@ def make_unit(settings: DataConfig, run_dir: Path, tokenizer: Any = None) -> art
 
 def make_tokens(settings: DataConfig, run_dir: Path, tokenizer: Any = None) -> TokenData:
     unit = make_unit(settings, run_dir, tokenizer)
-    return read_tokens(unit.path, unit.payload, settings)
+    return read_tokens(unit, settings)

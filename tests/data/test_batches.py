@@ -132,7 +132,7 @@ def test_what_is_read_is_what_was_written_cut_to_any_length(tmp_path: Path) -> N
     unit = make_unit(DataConfig(text=str(path)), tmp_path / "run")
     for sequence_tokens in (10, 64):
         settings = DataConfig(text=str(path), sequence_tokens=sequence_tokens, within_documents=True)
-        tokens = read_tokens(unit.path, unit.payload, settings)
+        tokens = read_tokens(unit, settings)
         assert tokens.num_sequences("score") == unit.payload["num_tokens"]["score"] // sequence_tokens
         batch = tokens.sequences("score", 2, 0)
         assert batch.ids.shape == (2, sequence_tokens)

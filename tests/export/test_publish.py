@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from puzzle import artifacts
 from puzzle.cli import main
 from puzzle.export import card, publish
-from puzzle.export.card import Licence, converted_card, unverified, with_verdicts
+from puzzle.export.card import Licence, converted_card, untried, with_verdicts
 from puzzle.export.shards import write_sharded
 from puzzle.export.verify import RUNTIMES, Verdict
 from puzzle.types import Architecture, AttentionSpec, FfnSpec, ModelShape
@@ -189,11 +189,12 @@ def test_verdicts_are_replaced_and_added() -> None:
 
 
 def test_other_runtimes_are_said_to_be_unverified_or_to_refuse() -> None:
-    lines = unverified("nemotron-nas", SHAPE, LAYERS, ["torch"])
-    assert lines[0].startswith("vllm: cannot load it: vllm refuses attention skip at layer 0")
-    assert lines[2] == "tensorrt-llm: not verified (loads every block of it, by what is known)"
-    (line,) = unverified("hf", SHAPE, LAYERS, ["transformers"])
-    assert line == "vllm-plugin: not verified (loads every block of it, by what is known)"
+    first, _, third = untried("nemotron-nas", SHAPE, LAYERS, ["torch"])
+    assert first.refuses and first.line.startswith("vllm: cannot load it: vllm refuses attention skip at layer 0")
+    assert not third.refuses
+    assert third.line == "tensorrt-llm: not verified (loads every block of it, by what is known)"
+    (plugin,) = untried("hf", SHAPE, LAYERS, ["transformers"])
+    assert plugin.line == "vllm-plugin: not verified (loads every block of it, by what is known)"
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,35 @@ def test_a_damaged_marker_is_named(finished: Project, tmp_path: Path, capsys: py
     assert str(marker) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("unit", "key", "value", "command"),
+    [
+        ("data", "payload.num_tokens", [1, 2], "score --redo"),
+        ("library/trained/L000.ffn.linear", "inputs", ["teacher"], "distill"),
+        ("library/trained/L000.ffn.linear", "files", [], "distill"),
+        ("library/trained/L000.ffn.linear", "payload.tokens", "many", "show library"),
+        ("scores/L001.ffn.json", "payload.scores", {"kl": 1.0}, "pareto"),
+        ("costs/decode.b1.t8.json", "payload.costs", ["1 ms"], "pareto"),
+        ("solutions/*", "payload.solutions", None, "search"),
+        ("students/*/evaluation.json", "payload.quality", [], "evaluate"),
+        ("students/*/export/hf", "payload.others", ["vllm: not verified"], "export"),
+    ],
+)
+def test_a_unit_of_the_wrong_kind_is_named_with_what_to_do(
+    copy: Project, capsys: pytest.CaptureFixture[str], unit: str, key: str, value: object, command: str
+) -> None:
+    (path,) = copy.run.glob(unit)
+    marker = path / "unit.json" if path.is_dir() else path
+    content = json.loads(marker.read_text())
+    section, _, name = key.rpartition(".")
+    (content[section] if section else content)[name] = value
+    marker.write_text(json.dumps(content))
+    assert main([*command.split(), str(copy.run)]) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert f"delete {path} and run again" in line
+
+
 def test_a_teacher_without_a_pad_token_goes_all_the_way(project: Project) -> None:
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         path = project.folder / "teacher" / name

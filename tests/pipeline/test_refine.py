@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
 from puzzle import plans
-from puzzle.artifacts import read_unit
+from puzzle.artifacts import Unit, read_unit
 from puzzle.cli import main
 from puzzle.cli_search import _comparison
 from puzzle.run import Run
@@ -105,6 +106,17 @@ def test_compare_evaluates_every_architecture_on_report(copy: Project, capsys: p
     before = truths(copy)
     assert main(["--debug", "compare", str(copy.config), "--true"]) == 0
     assert truths(copy) == before
+    found = read_unit(run.comparison).payload["found"]
+    assert main(["--debug", "compare", str(copy.config)]) == 0  # what is known already is told without an evaluation
+    assert "true kl_nats" in capsys.readouterr().out
+    assert read_unit(run.comparison).payload["found"] == found
+    assert truths(copy) == before
+    gone = Path(next(iter(before)))
+    gone.unlink()
+    assert main(["--debug", "compare", str(copy.config)]) == 0
+    known = [one["measured"] for one in read_unit(run.comparison).payload["found"]]
+    assert None in known and any(known)
+    assert not gone.exists()
 
 
 def test_refine_is_about_quality_of_changes_to_the_teacher(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +152,8 @@ def test_an_objective_that_is_no_kl_is_studied_and_goes_on_where_it_was(copy: Pr
 def test_what_is_not_finite_is_said_in_the_table() -> None:
     row = {"name": "search", "sum": 0.1, "predicted": 0.1, "select": [0.2, 0.01], "report": [None, None]}
     rows = [{**row, "excess": [None, None]}, {**row, "report": [0.3, None], "excess": [-0.1, 0.02]}]
-    text = _comparison({"comparison": rows, "stands": False, "num_trials": 2}, "kl_nats")
+    refined = Unit(Path("refined"), {}, "", {"comparison": rows, "stands": False, "num_trials": 2})
+    text = _comparison(refined, "kl_nats")
     _, head, first, second = text.splitlines()
     assert first.count("not finite") == 2 and "0.2000 ± 0.0100" in first
     assert "0.3000" in second and "-0.1000 ± 0.0200" in second and "true on report" in head

@@ -34,7 +34,7 @@ def test_the_mip_is_first_and_best_and_all_keep_the_bounds(shape: ModelShape) ->
         assert problem.violations(one.chosen) == ()
         assert one.objective == float(problem.objective_of(one.chosen))
         assert one.totals == {"params": float(problem.quantity("params").value(one.chosen))}
-        assert one.measured == ()
+        assert one.measured is None
 
 
 def test_loss_only_is_the_optimum_of_other_scores_told_in_the_problems_own(shape: ModelShape) -> None:
