@@ -32,6 +32,7 @@ LEAST_WINDOWS = 4  # how many windows of a window variant the sequences must hol
 MOST_EXACT_LAYERS = 30  # beyond, scores are estimated: the time of exact ones grows with the square of the layers
 DEFAULT_SPACE = "demo"
 NO_LIMITS = ConstraintFile(constraints={})
+FIRST = "first"  # as kd.teacher: in a chain of steps, its own teacher
 STORED_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
@@ -83,6 +84,33 @@ class Basis:
     def teacher_name(self) -> str:
         """For people: the hub id, or the folder's name."""
         return Path(self.config.teacher).name if Path(self.config.teacher).is_dir() else self.config.teacher
+
+    @cached_property
+    def distilling(self) -> Self:
+        """This run with the teacher that distils the student in the place of its own; itself where they are one.
+
+        ConfigError where that one speaks of other tokens, or takes shorter sequences.
+        """
+        named = self.config.kd.teacher
+        if named is None or not self.config.kd.needs_teacher:
+            return self
+        if named == FIRST:
+            raise ConfigError(
+                "kd.teacher: first is the teacher of a chain of steps, and this run is none; give a folder or a hub id"
+            )
+        folder = checkpoint.locate_teacher(named, "kd.teacher")
+        if folder.resolve() == self.teacher.resolve():
+            return self
+        other = replace(self, config=self.config.model_copy(update={"teacher": named}))
+        if other.shape.vocab_size != self.shape.vocab_size:
+            raise ConfigError(
+                f"kd.teacher: {folder} predicts {other.shape.vocab_size} tokens and {self.teacher} "
+                f"{self.shape.vocab_size}; predictions are compared token by token, so take one with as many"
+            )
+        checkpoint.check_same_tokens(self.teacher, folder, "kd.teacher")
+        if (tokens := self.config.data.sequence_tokens) > (most := other.shape.max_position_embeddings):
+            raise ConfigError(f"data.sequence_tokens is {tokens}, but kd.teacher takes at most {most} tokens; lower it")
+        return other
 
     @cached_property
     def shape(self) -> ModelShape:

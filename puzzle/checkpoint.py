@@ -74,24 +74,25 @@ TOKENIZER_FILES = (
 _INDEX = "model.safetensors.index.json"
 
 
-def locate_teacher(teacher: str) -> Path:
+def locate_teacher(teacher: str, key: str = "teacher") -> Path:
     """The folder of ``teacher``: ``demo``, a local folder, or a hub id (downloaded, or found in the local cache).
 
-    ``org/name@revision`` pins a branch, tag or commit. With HF_HUB_OFFLINE=1 nothing but the cache is asked.
+    ``org/name@revision`` pins a branch, tag or commit. With HF_HUB_OFFLINE=1 nothing but the cache is asked. ``key``:
+    where the config names it, for errors.
     """
     if teacher == "demo":
         return DEMO_TEACHER
     folder = Path(teacher)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"teacher: {teacher} is no model folder (it has no config.json)")
+            raise ConfigError(f"{key}: {teacher} is no model folder (it has no config.json)")
         return folder
     if folder.exists() or teacher.count("/") != 1 or teacher.startswith((".", "/", "~")):
-        raise ConfigError(f"teacher: {teacher}: no such folder; give a Hugging Face folder, a hub id, or `demo`")
-    return _download(teacher)
+        raise ConfigError(f"{key}: {teacher}: no such folder; give a Hugging Face folder, a hub id, or `demo`")
+    return _download(teacher, key)
 
 
-def _download(teacher: str) -> Path:
+def _download(teacher: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -119,7 +120,7 @@ def _download(teacher: str) -> Path:
     except Exception as error:  # the hub client raises whatever its HTTP library does; all of it means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         said = f"{repo_id}: no such local folder, and not to be had from the hub ({reason})"
-    raise ConfigError(f"teacher: {said}")
+    raise ConfigError(f"{key}: {said}")
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -261,7 +262,7 @@ def checkpoint_fingerprint(folder: Path, memory: Path) -> str:
     hundreds of GB are read once; it is written only where its folder exists already."""
     with remembered(memory) as known:
         files = (folder / "config.json", *weight_files(folder))
-        return fingerprint({file.name: known_fingerprint(file, file.name, known) for file in files})
+        return fingerprint({file.name: known_fingerprint(file, str(file), known) for file in files})
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -270,3 +271,30 @@ def tokenizer_fingerprint(folder: Path) -> str:
         raise ConfigError(f"{folder}: no tokenizer here; looked for {', '.join(VOCABULARY_FILES)}")
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return fingerprint({file.name: file_fingerprint(file) for file in files})
+
+
+def check_same_tokens(own: Path, other: Path, key: str) -> None:
+    """ConfigError where the tokenizer in ``other``, which the config names at ``key``, numbers tokens otherwise."""
+    if tokenizer_fingerprint(own) == tokenizer_fingerprint(other):
+        return
+    left, right = _numbered(own), _numbered(other)
+    if differing := sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token)):
+        raise ConfigError(
+            f"{key}: {other} has other tokens than {own} ({len(differing):,} differ, such as {differing[0]!r}); "
+            "predictions are compared token by token, so take a model with the same tokenizer"
+        )
+
+
+def _numbered(folder: Path) -> dict[str, Any]:
+    """Numbers by token; where there is no tokenizer.json, fingerprints by file of what stands in its place."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        files = [folder / name for name in VOCABULARY_FILES if (folder / name).is_file()]
+        return {file.name: file_fingerprint(file) for file in files}
+    data = read_json(path)
+    try:
+        found = data["model"]["vocab"]
+        numbers = found if isinstance(found, dict) else {token: number for number, (token, _) in enumerate(found)}
+        return {**numbers, **{added["content"]: added["id"] for added in data.get("added_tokens") or []}}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path}: missing or malformed field ({error}); fetch the tokenizer again") from None

@@ -60,13 +60,18 @@ STAGES: tuple[Stage, ...] = (
     Stage("report", ("export",), plans.plan_report, "write what was found as one page"),
 )
 IMPORTANCE = Stage(
-    "importance", ("data",), plans.plan_importance, "measure what layers, heads and channels do to the residual stream"
+    "importance",
+    ("data",),
+    plans.plan_importance,
+    "measure what layers, heads and channels do to the residual stream",
+    True,
 )
 PRUNE = Stage(
     "prune",
     ("importance", "tournament"),
     plans.plan_prune,
     "make every layer as narrow, and the model as shallow, as asked",
+    True,
 )
 ON_REQUEST: tuple[Stage, ...] = (  # of a search; `puzzle run` leaves them out
     Stage("additivity", ("score",), plans.plan_additivity, "see how far sums of scores are from the truth", True),

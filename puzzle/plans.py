@@ -245,7 +245,8 @@ def plan_tournament(run: Run) -> list[Planned]:
 
 
 def _tournament_settings(run: Run) -> list[Any]:
-    return [run.config.tournament.model_dump(), _kd_settings(run), run.num_sequences("select")]
+    settings = [run.config.tournament.model_dump(), _kd_settings(run), run.num_sequences("select")]
+    return [*settings, *_distilled_by(run).values()]
 
 
 def tournament_inputs(run: Run) -> dict[str, str]:
@@ -278,20 +279,27 @@ def kd_inputs(run: Run, initial: Path) -> dict[str, str]:
     """What the distillation of the student in ``initial`` rests on."""
     return {
         **_teacher_and_data(run),
+        **_distilled_by(run),
         "initial": artifacts.content_of(initial),
         "kd": _slice(run, _kd_settings(run)),
     }
 
 
+def _distilled_by(run: Run) -> dict[str, str]:
+    """The teacher that distils, where it is not the run's own."""
+    return {} if run.distilling is run else {"kd_teacher": run.distilling.teacher_fingerprint}
+
+
 def _kd_settings(run: Run) -> list[Any]:
-    # how a step is cut up, how often it is saved and who is told changes nothing
-    nothing = {"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs"}
+    # how a step is cut up, how often it is saved and who is told changes nothing; the teacher counts by its content
+    nothing = {"checkpoint_steps", "micro_batch_size", "checkpoint_activations", "report_to", "max_epochs", "teacher"}
     return [run.config.kd.model_dump(exclude=nothing), run.config.dtype]
 
 
 def plan_evaluate(run: Run) -> list[Planned]:
     inputs = {
         **_teacher_and_data(run),
+        **_distilled_by(run),
         "initial": artifacts.content_of(run.student / "initial"),
         "final": artifacts.content_of(run.student / "final"),
         "evaluate": _slice(run, {"sequences": run.config.evaluate.sequences, "positions": True}),

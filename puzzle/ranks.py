@@ -193,7 +193,14 @@ def rows_of(batch_size: int, team: Sequence[int], rank: int) -> slice:
     return slice(batch_size * place // size, batch_size * (place + 1) // size)
 
 
-def team_sum(team: Sequence[int]) -> Callable[[list[Any]], None]:
+AddUp = Callable[[list[Any]], None]  # sums tensors in place over the ranks that share the work
+
+
+def alone(tensors: list[Any]) -> None:
+    """The sum over one rank."""
+
+
+def team_sum(team: Sequence[int]) -> AddUp:
     """A function that sums lists of tensors in place over the team; to be made by all ranks in the same order."""
     import torch.distributed as dist
 

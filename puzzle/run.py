@@ -201,6 +201,7 @@ class Run(Basis):
         return {
             **pruned,
             "teacher": self.teacher_name,
+            **({"distilled_by": self.distilling.teacher_name} if self.distilling is not self else {}),
             "text": self.config.data.label,
             "constraints": self.constraints.name if self.constraints and self.pick is None else self.limits_name,
             "bld_tokens": self.config.distill.tokens,

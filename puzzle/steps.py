@@ -16,6 +16,7 @@ from pathlib import Path
 from ruamel.yaml.comments import CommentedMap
 
 from puzzle import yamlfiles
+from puzzle.basis import FIRST
 from puzzle.config import RunConfig
 from puzzle.run import Run
 from puzzle.types import ConfigError
@@ -66,7 +67,9 @@ class Chain:
         for name, config in self.steps:
             if teacher is not None and not teacher.is_dir():
                 return
-            update = {} if teacher is None else {"teacher": str(teacher)}
+            update: dict[str, object] = {} if teacher is None else {"teacher": str(teacher)}
+            if config.kd.teacher == FIRST:
+                update["kd"] = config.kd.model_copy(update={"teacher": config.teacher})
             limits = None if config.constraints is None else yamlfiles.locate("constraints", config.constraints)
             run = Run(Path(config.run), config.model_copy(update=update), limits)
             yield name, run

@@ -209,12 +209,14 @@ FILES: tuple[Check, ...] = (
     (False, _check_device),
     (False, lambda run: check_trackers(run.config.kd.report_to or ())),
     (True, lambda run: checkpoint.weight_files(run.teacher)),
+    (True, lambda run: checkpoint.weight_files(run.distilling.teacher)),
     (True, lambda run: checkpoint.tokenizer_fingerprint(run.teacher)),
 )
 SETTINGS: tuple[Check, ...] = (
     (False, lambda run: run.constraint_file),
     (False, _check_tasks),
     (True, _check_sequences),
+    (True, lambda run: run.distilling),
 )
 SEARCH: tuple[Check, ...] = (
     (False, _check_tournament),
@@ -241,7 +243,7 @@ def dry_run(run: Run) -> str:
     lines, units = _to_do(run, rate)
     library = 2 * STORED_DTYPES[run.stored_dtype] * sum(run.unit_params(unit) for unit in run.units)
     teacher = model_params(run.shape)
-    memory = (4 + 4 + ADAM_BYTES) * teacher  # GKD: the teacher beside a student that is hardly smaller
+    memory = 4 * model_params(run.distilling.shape) + (4 + ADAM_BYTES) * teacher  # GKD: a student hardly smaller
     disk = (library + 4 * 8 * teacher) / 2**30
     lines.append(f"{disk:.2f} GiB of disk, {memory / 2**30:.2f} GiB of memory, and activations")
     return "\n".join([*lines, "units:", *units])
@@ -309,8 +311,8 @@ def _stage_flops(run: Run, stage: str) -> float:
     tokens = run.config.data.sequence_tokens
     trained = [item for items in run.units.values() for item in items]
     variant = sum(flops_per_token(spec, run.shape, tokens / 2) for item in trained for spec in item.specs)
-    head = 2 * run.shape.vocab_size * run.shape.hidden_size
-    forward = sum(flops_per_token(spec, run.shape, tokens / 2) for spec in run.keep_specs) + head
+    head, forward = _forward_flops(run)
+    distilling = _forward_flops(run.distilling)[1]
     one_pass = forward * (2 + num_draws(run.config.score.sequences)) + variant if run.estimated else 0.0
     several = [len({site.layer for site in item.sites}) > 1 for item in run.items]  # those are never estimated
     exact = sum(several) if run.estimated else sum(not is_teacher(item) for item in run.items)
@@ -320,9 +322,9 @@ def _stage_flops(run: Run, stage: str) -> float:
         "prune": 4 * forward * (run.config.init.start == "best"),
         "distill": TRAIN_FORWARDS * variant * (1.5 if run.config.distill.loss_at == "layer" else 1) + forward,
         "score": one_pass + (forward / 2 + head) * exact,
-        "tournament": (1 + TRAIN_FORWARDS) * forward,  # the student counted as large as the teacher
-        "kd": (1 + TRAIN_FORWARDS) * forward,
-        "evaluate": 6 * forward,
+        "tournament": distilling + TRAIN_FORWARDS * forward,  # the student counted as large as the teacher
+        "kd": distilling + TRAIN_FORWARDS * forward,
+        "evaluate": 6 * forward + (3 * (forward + distilling) if run.distilling is not run else 0.0),
     }
     count = {
         "init": run.config.init.sequences * tokens,
@@ -335,6 +337,13 @@ def _stage_flops(run: Run, stage: str) -> float:
         "evaluate": run.config.evaluate.sequences * tokens,
     }
     return per_token.get(stage, 0.0) * count.get(stage, 0)
+
+
+def _forward_flops(run: Run) -> tuple[float, float]:
+    """Of the teacher for a token: its head's alone, and all."""
+    seen = run.config.data.sequence_tokens / 2
+    head = 2 * run.shape.vocab_size * run.shape.hidden_size
+    return head, sum(flops_per_token(spec, run.shape, seen) for spec in run.keep_specs) + head
 
 
 def _matmul_flops_per_s(run: Run) -> float:

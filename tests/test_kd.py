@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle import kd
+from puzzle.blocks.prune import student_config
 from puzzle.build import build_student
 from puzzle.config import KdConfig
 from puzzle.data.batches import Batch
+from puzzle.kd.losses import EMBEDDING, layer_pairs
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.schedule import warmup_cosine
 from puzzle.teacher import Compute, freeze
-from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, Site
+from puzzle.types import AttentionSpec, ConfigError, FfnSpec, Item, ModelShape, Site
 from puzzle.variants import site_item
 
 FP32 = Compute(torch.device("cpu"), bf16=False)
@@ -171,6 +174,21 @@ def test_layers_and_embedding_of_a_narrower_and_shallower_student(made_of: list[
         expected = expected + 0.5 * (1 - F.cosine_similarity(mapped, right, dim=-1)).mean()
         expected = expected + 0.25 * ((mapped - right).square().sum(-1) / right.square().sum(-1)).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_layers_are_compared_with_those_they_were_made_of_by_however_many_steps() -> None:
+    """12 layers, of which 6 stay, and of those 3."""
+    shape = ModelShape("llama", 0, 32, 4, 2, 8, 48, 128, 64, True)
+    first = small(12, 32).config
+    middle = student_config(first, replace(shape, num_layers=6), [0, 1, 2, 5, 10, 11])
+    last = student_config(middle, replace(shape, num_layers=3), [1, 3, 4])
+    assert (last.layers_from, last.layers_of) == ([1, 5, 10], 12)
+    assert [layer for _, layer in layer_pairs(last, middle, False)] == [1, 3, 4]
+    assert [layer for _, layer in layer_pairs(last, first, False)] == [1, 5, 10]
+    assert layer_pairs(middle, middle, True) == ((EMBEDDING, EMBEDDING), *((layer, layer) for layer in range(6)))
+    # of another line: those as deep, 2/12, 6/12 and 11/12 of 24 layers
+    assert [layer for _, layer in layer_pairs(last, small(24, 32).config, False)] == [3, 11, 21]
+    assert layer_pairs(small(4, 32).config, small(2, 32).config, False) == ((0, 0), (1, 0), (2, 1), (3, 1))
 
 
 def test_layers_that_the_teacher_has_not_are_refused() -> None:

@@ -22,13 +22,13 @@ from puzzle.blocks.nested import PrefixFfn, widths_at
 from puzzle.blocks.stream import Stream, next_hidden
 from puzzle.config import DistillConfig
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.ranks import AddUp, alone
 from puzzle.schedule import BETAS, CLIP_NORM, warmup_cosine
 from puzzle.teacher import LayerPass, run_layer
 from puzzle.types import FfnSpec, Item, Part
 
 NUM_CHECKS = 20  # looks at every unit in a whole training: has it failed, is it still getting better?
 LEAST_GAIN = 0.001  # relative, of the held-out loss from check to check
-AddUp = Callable[[list[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def distill(
     held_out: Stream,
     config: DistillConfig,
     on_step: Callable[[int], None] = lambda num_units: None,
-    add_up: AddUp = lambda tensors: None,
+    add_up: AddUp = alone,
 ) -> dict[str, Distilled]:
     """Trains ``starts`` on the batches of ``stream``, one a step; all of a layer share the teacher's pass over it.
 
@@ -211,7 +211,7 @@ class _Group:
         place = {id(learner): index for index, learner in enumerate(learners)}
         for index in range(held_out.num_batches):
             for one, of_layer in self._passes(learners, held_out, index):
-                goals = self._goals(of_layer, one, lambda tensors: None)
+                goals = self._goals(of_layer, one, alone)
                 for learner in of_layer:
                     with held_out.teacher.autocast():
                         sums[place[id(learner)]] += learner.losses(one, goals[learner.parts]).cpu().double()

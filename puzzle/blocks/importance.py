@@ -43,11 +43,16 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights[..., None]).sum(1) / weights.sum(1).clamp_min(1)[:, None]
 
 
+# of numbers by sequence (S, ...) those of all processes, in order
+AllRows = Callable[[Tensor], Tensor]
+
+
 @dataclass
 class Scores:
     """An accumulator for one kind of channel: of each sequence one number per channel."""
 
     how: ImportanceConfig
+    all_rows: AllRows
     _rows: list[Tensor] = field(default_factory=list)
 
     def add(self, values: Tensor, weights: Tensor) -> None:
@@ -56,7 +61,7 @@ class Scores:
 
     def total(self) -> Tensor:
         """(N,) over all sequences, fp64."""
-        rows = torch.cat(self._rows).double()[None]  # (1, sequences, N)
+        rows = self.all_rows(torch.cat(self._rows).double())[None]  # (1, sequences, N)
         return AGGREGATIONS[self.how.batch](rows, torch.ones_like(rows[..., 0]))[0]
 
 
@@ -70,11 +75,16 @@ class LayerImportance:
     block: float
 
 
-def layer_importance(layer: PuzzleDecoderLayer, passes: Iterable[LayerPass], how: ImportanceConfig) -> LayerImportance:
+def layer_importance(
+    layer: PuzzleDecoderLayer,
+    passes: Iterable[LayerPass],
+    how: ImportanceConfig,
+    all_rows: AllRows = lambda rows: rows,
+) -> LayerImportance:
     """Of a teacher's layer; ``passes`` computes them as it is iterated, each batch once."""
     attention, head_dim = output_projection(layer, "attention"), int(layer.self_attn.head_dim)  # type: ignore[arg-type]
     down = output_projection(layer, "ffn") if hasattr(layer.mlp, "down_proj") else None
-    heads, channels, hidden = Scores(how), Scores(how), [Scores(how) for _ in PARTS]
+    heads, channels, *hidden = (Scores(how, all_rows) for _ in range(2 + len(PARTS)))
     cosines: list[Tensor] = []
     norms = [norm for part in PARTS if (norm := layer.norm_of(part)) is not None]
     with contextlib.ExitStack() as stack:
@@ -88,9 +98,9 @@ def layer_importance(layer: PuzzleDecoderLayer, passes: Iterable[LayerPass], how
                 scores.add(calls[0][1].abs(), weights)
             if gated:
                 channels.add(gated[0][0].abs(), weights)
-            cosines.append(F.cosine_similarity(one.before, one.after, dim=-1).flatten())  # (tokens,)
+            cosines.append(F.cosine_similarity(one.before, one.after, dim=-1).double().mean(1).cpu())  # (B,)
             for calls in (*seen.values(), gated):
                 calls.clear()
-    block = 1 - torch.cat(cosines).double().mean().item()
+    block = 1 - all_rows(torch.cat(cosines)).mean().item()  # sequences are of equal length
     of_hidden = torch.stack([scores.total() for scores in hidden]).sum(0)
     return LayerImportance(heads.total(), channels.total() if down is not None else None, of_hidden, block)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.ranks import AddUp, alone
 from puzzle.teacher import Context, LayerPass, attention_delta
 from puzzle.types import Part
 
@@ -38,7 +39,7 @@ class Goal:
         target: Tensor,
         context: Context,
         kind: LossKind = "mse",
-        add_up: Callable[[list[Tensor]], None] = lambda tensors: None,
+        add_up: AddUp = alone,
     ) -> Goal:
         """``add_up`` sums tensors in place over those who share the batch."""
         target = target.float()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from puzzle.ranks import AddUp
 from puzzle.types import PuzzleError
 
 RIDGE_TO_ZERO = 0.1  # times the λ towards the teacher's columns, which are nearer to the solution than zero is
@@ -64,6 +65,12 @@ class Moments:
             if targets is not None:
                 self.cross += (weighted.T @ targets.flatten(0, -2)[used].float()).to(self.cross.device)
         self.num_tokens += len(flat)
+
+    def add_up_by(self, add_up: AddUp) -> None:
+        """Sums over processes, each of which has added tokens of its own."""
+        count = torch.tensor([self.num_tokens], dtype=torch.float64)
+        add_up([tensor for tensor in (self.gram, self.cross, count) if tensor.numel()])
+        self.num_tokens = int(count.item())
 
     def check_finite(self) -> None:
         """NotFiniteError where some feature or target was not, or no token had a weight: :func:`token_weights`."""

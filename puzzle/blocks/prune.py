@@ -105,6 +105,7 @@ def choose_heads(scores: Tensor, teacher: ModelShape, student: ModelShape) -> Ke
 
 def student_config(teacher: PuzzleConfig, shape: ModelShape, layers: Sequence[int]) -> PuzzleConfig:
     """Of a model of ``shape`` whose layers are those of the teacher's."""
+    line = getattr(teacher, "layers_from", None) if hasattr(teacher, "layers_of") else None
     values = {
         **teacher.with_layers(layers, [KEEP_BLOCK] * len(layers)).to_dict(),
         "hidden_size": shape.hidden_size,
@@ -113,7 +114,9 @@ def student_config(teacher: PuzzleConfig, shape: ModelShape, layers: Sequence[in
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,  # no longer what follows from the others
         "rms_norm_eps": teacher.rms_norm_eps * teacher.hidden_size / shape.hidden_size,
-        "layers_from": list(layers),  # what global distillation compares each with
+        # what global distillation compares each with, by its number in the first model of the line
+        "layers_from": [line[layer] for layer in layers] if line else list(layers),
+        "layers_of": teacher.layers_of if line else teacher.num_hidden_layers,
     }
     config: PuzzleConfig = PuzzleConfig.from_dict(values)
     config._attn_implementation = teacher._attn_implementation

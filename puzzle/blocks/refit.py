@@ -38,6 +38,7 @@ from puzzle.blocks.prune import Kept, scaled_gain
 from puzzle.blocks.stream import InMemory, Store
 from puzzle.data.batches import Batch
 from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.ranks import AddUp, alone
 from puzzle.space import PARTS
 from puzzle.teacher import Context, Teacher, attention_delta, run_layer
 from puzzle.types import Part
@@ -47,6 +48,8 @@ READERS: dict[Part, tuple[str, ...]] = {
     "ffn": ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.gate.weight", "mlp.experts.gate_up_proj"),
 }
 
+Seen = Iterable[tuple[Tensor, Tensor, Tensor]]  # what the student's norm gives, what the teacher's does, token weights
+
 
 @dataclass
 class SideBySide:
@@ -54,11 +57,13 @@ class SideBySide:
 
     ``own`` holds the student's stream before the block that is next, (B, T, D'), of whose channels ``kept`` (D',) are
     the teacher's (None: all); ``before``, ``middle`` and ``after`` the teacher's around both blocks of the layer.
+    ``add_up``: over the processes that have the other batches; each of them makes the same student.
     """
 
     teacher: Teacher
     batches: Sequence[Batch]
     kept: Tensor | None
+    add_up: AddUp = alone
     own: Store = field(default_factory=InMemory)
     before: Store = field(default_factory=InMemory)
     middle: Store = field(default_factory=InMemory)
@@ -91,6 +96,7 @@ class SideBySide:
                     seen.add(given, None, token_weights(one.middle))
         if seen is None or down is None:
             return None
+        seen.add_up_by(self.add_up)
         seen.check_finite()
         return obs_order(seen.gram, down.weight, ridge(down.in_features, seen.num_tokens))
 
@@ -101,7 +107,7 @@ class SideBySide:
             own, other = layer.norm_of(part), teacher.norm_of(part)
             assert own is not None and other is not None
             seen = ((own(hidden), other(before), weights) for hidden, before, _, weights in self._around(part))
-            to_teacher = _lift(self.kept, seen)
+            to_teacher = self._lift(seen)
             for name, parameter in layer.named_parameters():
                 if name in READERS[part]:
                     rows = kept.cut(name, teacher.get_parameter(name), layer.config.head_dim, leave="hidden")
@@ -125,9 +131,9 @@ class SideBySide:
         seen = ((norm(own), top.model.norm(hidden), token_weights(hidden)) for own, hidden in both)
         head = top.lm_head.weight
         if "lm_head.weight" in ends:
-            to_teacher = _lift(self.kept, seen)
+            to_teacher = self._lift(seen)
             return {**ends, "lm_head.weight": (head.to(to_teacher) @ to_teacher).to(head)}
-        moments = _moments(seen)
+        moments = self._moments(seen)
         own, other = (
             one.to(moments.gram) - one.to(moments.gram).mean(0) for one in (ends["model.embed_tokens.weight"], head)
         )
@@ -171,6 +177,7 @@ class SideBySide:
                     weights = weights / output.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
                 self._delta(layer, part, hidden, index)
                 moments.add(own.pop()[0], target - bias, weights)
+        moments.add_up_by(self.add_up)
         moments.check_finite()
         last.weight.copy_(moments.fit(last.weight).to(last.weight))
 
@@ -182,27 +189,24 @@ class SideBySide:
             added = self._delta(layer, part, hidden, index)
             products = torch.stack([added * (self.kept_of(after) - hidden), added * added])  # (2, B, T, D')
             sums += (weights[..., None] * products).sum((1, 2)).to(sums)
+        self.add_up([sums])
         factor = torch.where(sums[1] > 0, sums[0] / sums[1], 1.0)
         norm.weight.copy_(scaled_gain(norm.weight, layer.config, factor.to(norm.weight)))
 
+    def _moments(self, seen: Seen) -> Moments:
+        moments: Moments | None = None
+        for own, other, weights in seen:
+            moments = moments or Moments.zeros(own.shape[-1], other.shape[-1], own.device)
+            moments.add(own, other, weights)
+        assert moments is not None
+        moments.add_up_by(self.add_up)
+        moments.check_finite()
+        return moments
 
-Seen = Iterable[tuple[Tensor, Tensor, Tensor]]  # what the student's norm gives, what the teacher's does, token weights
-
-
-def _moments(seen: Seen) -> Moments:
-    moments: Moments | None = None
-    for own, other, weights in seen:
-        moments = moments or Moments.zeros(own.shape[-1], other.shape[-1], own.device)
-        moments.add(own, other, weights)
-    assert moments is not None
-    moments.check_finite()
-    return moments
-
-
-def _lift(kept: Tensor | None, seen: Seen) -> Tensor:
-    """T (D, D'), shrunk towards the channels that stay as they are, and nothing of the others."""
-    moments = _moments(seen)
-    own, other = moments.cross.shape
-    stays = torch.arange(other) if kept is None else kept.cpu()
-    prior = torch.zeros(other, own).index_put((stays, torch.arange(own)), torch.ones(()))
-    return moments.fit(prior)
+    def _lift(self, seen: Seen) -> Tensor:
+        """T (D, D'), shrunk towards the channels that stay as they are, and nothing of the others."""
+        moments = self._moments(seen)
+        own, other = moments.cross.shape
+        stays = torch.arange(other) if self.kept is None else self.kept.cpu()
+        prior = torch.zeros(other, own).index_put((stays, torch.arange(own)), torch.ones(()))
+        return moments.fit(prior)

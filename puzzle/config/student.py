@@ -47,6 +47,11 @@ class KdConfig(Model):
     """
 
     tokens: Natural = Field(10_000_000, description="0 leaves the student as it was built")
+    teacher: str | None = Field(
+        None,
+        description="who distils, where not the run's own teacher: a folder, a hub id, or in a chain first, the "
+        "teacher before any step; of the same vocabulary",
+    )
     max_epochs: PositiveFloat | None = Field(
         None, description="how often train may be gone through; tokens that take more are refused (default: any)"
     )

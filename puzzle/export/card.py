@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from puzzle import yamlfiles
 from puzzle.capabilities import FORMAT_OF, findings, told
@@ -100,7 +100,7 @@ def run_card(run: Run, target: Format) -> str:
         "base model": _text(recipe["teacher"]),
         **_changed(run),
         "text": f"{_text(recipe['text'])}, in four disjoint sets: to train on, to score on, to choose by, to report on",
-        "global distillation": f"{recipe['kd_tokens']:,} tokens",
+        "global distillation": f"{recipe['kd_tokens']:,} tokens" + _distilled_by(recipe),
         "evaluation": f"{run.config.evaluate.sequences} sequences on which nothing was chosen",
         "seed": recipe["seed"],
     }
@@ -118,6 +118,11 @@ def run_card(run: Run, target: Format) -> str:
     return _card(
         run.teacher_name, Licence.of(run.teacher), target, "finetune", figures + "\n## Layers\n\n" + drawn, made
     )
+
+
+def _distilled_by(recipe: Mapping[str, Any]) -> str:
+    """Words for another teacher than the base model."""
+    return f", from {_text(recipe['distilled_by'])}" if "distilled_by" in recipe else ""
 
 
 def _changed(run: Run) -> dict[str, str]:

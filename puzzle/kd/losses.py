@@ -11,8 +11,9 @@ unless the config says otherwise. M is the identity, or, where the widths differ
 stream has one basis. α is 1, or logits / layers, without gradient (Minitron's dynamic weight), taken from the step
 before, so that it does not depend on how a step is cut into pieces.
 
-Which teacher layer a student's layer is compared with: the same one where both have as many; the one it was made of
-where ``layers_from`` in the student's config says so; else spread evenly, last to last.
+A student's layer is compared with the teacher's that ends nearest to it, in shares of the depth. Where a model was made
+of layers of another, ``layers_from`` in its config says of which ones, numbered as in the first model of that line, which
+had ``layers_of``: so a layer is compared with the one that it was made of, by however many steps, where that is there.
 
 Shapes: B batch, T tokens, D hidden size.
 """  # noqa: E501
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -51,20 +53,28 @@ def check_comparable(student: Path, teacher: Path) -> None:
 
 def layer_pairs(student: PuzzleConfig, teacher: PuzzleConfig, embedding: bool) -> tuple[tuple[int, int], ...]:
     """Which of the student's layers is compared with which of the teacher's."""
-    own, other = student.num_hidden_layers, teacher.num_hidden_layers
-    made_of = getattr(student, "layers_from", None)
-    if own == other:
-        layers = list(range(own))
-    elif made_of is None:
-        layers = [max(0, ((place + 1) * other + own // 2) // own - 1) for place in range(own)]
-    elif len(made_of) == own and all(0 <= layer < other for layer in made_of):
-        layers = list(made_of)
-    else:
+    others = _ends(teacher)
+    later_first = range(len(others) - 1, -1, -1)
+    pairs = tuple(
+        (place, min(later_first, key=lambda layer: abs(others[layer] - end)))
+        for place, end in enumerate(_ends(student, len(others)))
+    )
+    return (((EMBEDDING, EMBEDDING),) if embedding else ()) + pairs
+
+
+def _ends(model: PuzzleConfig, made_of_depth: int | None = None) -> list[Fraction]:
+    """Where each layer ends, in shares of the depth. ``made_of_depth``: of what ``layers_from`` numbers, where the
+    config does not say; None: then it is not counted."""
+    count = model.num_hidden_layers
+    made_of, depth = getattr(model, "layers_from", None), getattr(model, "layers_of", made_of_depth)
+    if made_of is None or depth in (None, count):
+        made_of, depth = range(count), count
+    if len(made_of) != count or not all(0 <= layer < depth for layer in made_of):
         raise ConfigError(
-            f"layers_from in the student's config is {made_of}; it must name one of the teacher's {other} layers for "
-            f"each of the student's {own}"
+            f"layers_from in the student's config is {made_of}; it must name one of the teacher's {depth} layers for "
+            f"each of the student's {count}"
         )
-    return (((EMBEDDING, EMBEDDING),) if embedding else ()) + tuple(enumerate(layers))
+    return [Fraction(layer + 1, depth) for layer in made_of]
 
 
 @dataclass(frozen=True)

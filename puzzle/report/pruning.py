@@ -4,7 +4,7 @@ takes. Pure; reads the run's config, and of the teacher ``config.json`` alone.
     FLOPs of a token = 6 * active parameters of the student + 2 * those of the teacher
     GPU-hours        = FLOPs * tokens / (rate of the data sheet * share of it that is reached) / 3600
 
-forward and backward for the student, forward for the teacher; attention's own FLOPs are left out.
+forward and backward for the student, forward for the teacher that distils it; attention's own FLOPs are left out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _layers(run: Run) -> str:
 def _hours(run: Run, student: ModelShape) -> str:
     served = [one.device for one in workloads(run.constraint_file, run.shape) if one.device in HARDWARE]
     sheet, tokens = hardware((served or [DEVICE])[0]), run.config.kd.tokens
-    flops = 6 * _active(student) + 2 * _active(run.shape)
+    flops = 6 * _active(student) + 2 * _active(run.distilling.shape)
     rate = sheet.matmul_flops_per_s("bf16")
     hours = flops * tokens / (rate * EFFICIENCY) / 3600
     return (

@@ -35,6 +35,7 @@ FIGURES = {
     "ce_gap_nats": "CE gap to the teacher",
     "agreement": "top-1 agreement",
 }
+KD_TEACHER = "kd_teacher_kl_nats"  # a figure, where another teacher than the run's own distilled
 ERRORS = "Standard errors (±) are over sequences of the report split, on which nothing was chosen."
 TIMED = """\
 Times: predicted by the search from the profile; then, measured in the same rounds, the sum of the parts and the whole
@@ -61,6 +62,7 @@ class Summary:
     tasks: tuple[TaskFigure, ...]
     served: Mapping[str, Mapping[str, float]]  # workload.model → metric → what vllm bench measured
     positions: Sequence[Mapping[str, Any]]  # of the student: tokens in sight of a prediction, figures
+    distilled_by: str  # the teacher's name
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -80,6 +82,7 @@ class Summary:
             tasks=_answered(run),
             served=served_figures(run),
             positions=evaluation.read(list[dict[str, Any]], "quality", "student", "positions"),
+            distilled_by=run.distilling.teacher_name,
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -89,7 +92,10 @@ class Summary:
             ("parameters", *(f"{self.params[model]:,}" for model in MODELS)),
             (f"weights, GiB ({self.stored_dtype})", *(f"{sizes[model]:.4g}" for model in MODELS)),
         ]
-        for name, label in FIGURES.items():
+        figures = dict(FIGURES)
+        if KD_TEACHER in self.quality["student"]:
+            figures[KD_TEACHER] = f"KL to {self.distilled_by}, which distilled it"
+        for name, label in figures.items():
             rows.append((label, *(_estimate(self.quality[model][name]) for model in MODELS)))
         rows += task_rows(self.tasks, MODELS)
         for metric, amount in self.predicted["student"].items():

@@ -14,7 +14,7 @@ from puzzle.data.batches import Batch
 from puzzle.memory_plan import BldPlan, Machine
 from puzzle.plans import Planned
 from puzzle.progress import Progress
-from puzzle.ranks import Ranks, Share, rows_of, shares, team_sum
+from puzzle.ranks import AddUp, Ranks, Share, alone, rows_of, shares, team_sum
 from puzzle.run import Run
 from puzzle.schedule import num_steps
 from puzzle.stages.common import compute_of, held_out_of, machine_of, streamed_teacher, tokens_of, write_unit
@@ -59,9 +59,7 @@ def _publish(run: Run, planned: Planned, result: distill.Distilled) -> None:
 class _Job:
     """The streams that all groups of this rank train on."""
 
-    def __init__(
-        self, run: Run, plan: BldPlan, store: Store | None, steps: int, rows: slice, add_up: distill.AddUp
-    ) -> None:
+    def __init__(self, run: Run, plan: BldPlan, store: Store | None, steps: int, rows: slice, add_up: AddUp) -> None:
         settings, tokens = run.config.distill, tokens_of(run)
         self._run, self._add_up = run, add_up
         self._teacher = streamed_teacher(run, compute_of(run).dtype, plan.hold_teacher)
@@ -108,11 +106,11 @@ def _residual_store(run: Run, plan: BldPlan, ranks: Ranks) -> Iterator[Store | N
         path.unlink(missing_ok=True)
 
 
-def _sum_over_team(run: Run, costs: Mapping[str, float], ranks: Ranks, share: Share) -> distill.AddUp:
+def _sum_over_team(run: Run, costs: Mapping[str, float], ranks: Ranks, share: Share) -> AddUp:
     """Every rank makes every team's group, in the same order; it sums over its own."""
     if ranks.count == 1:
-        return lambda tensors: None
+        return alone
     every = shares(costs, ranks.count, run.config.distill.batch_size)
     teams = sorted({one.team for one in every if len(one.team) > 1})
     sums = {team: team_sum(team) for team in teams}
-    return sums.get(share.team, lambda tensors: None)
+    return sums.get(share.team, alone)

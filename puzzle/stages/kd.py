@@ -67,7 +67,7 @@ def make_kd(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
 def _check(run: Run, tokens: TokenData, ranks: Ranks) -> None:
     """ConfigError before any weights are loaded."""
     settings, sequence_tokens = run.config.kd, run.config.data.sequence_tokens
-    check_comparable(run.student / "initial", run.teacher)
+    check_comparable(run.student / "initial", run.distilling.teacher)
     if settings.batch_size % ranks.count:
         raise ConfigError(
             f"kd.batch_size is {settings.batch_size}, which {ranks.count} ranks cannot share equally; "
@@ -87,11 +87,11 @@ def _stored(run: Run, unit: Planned, batches: Callable[[int], Batch], steps: int
     if settings.signal == "online":
         return None
     forget_teacher()
-    teacher = streamed_teacher(run, compute_of(run).dtype)
+    teacher = streamed_teacher(run.distilling, compute_of(run).dtype)
     stored = Stored(run.folder / "signal", teacher, batches, steps, settings, seed)
     window = [run.config.data.sequence_tokens, run.config.data.within_documents]
     kind = [settings.signal, settings.batch_size, settings.temperature, settings.signal_samples, run.config.dtype]
-    inputs = {name: unit.inputs[name] for name in ("teacher", "data")}
+    inputs = {"teacher": run.distilling.teacher_fingerprint, "data": unit.inputs["data"]}
     stored.make({**inputs, "signal": artifacts.fingerprint([seed, window, kind])}, ranks)
     ranks.wait(run.folder, "kd")
     return stored
@@ -101,12 +101,12 @@ def _job(run: Run, ranks: Ranks, stored: Stored | None) -> Distillation:
     settings, compute = run.config.kd, compute_of(run)
     initial, online = run.student / "initial", settings.needs_teacher and stored is None
     if (mesh := mesh_of(compute.device, ranks.count)) is None:
-        teacher = teacher_of(run) if online else None
+        teacher = teacher_of(run.distilling) if online else None
         return Distillation(load_model(initial, compute), teacher, settings, compute, stored=stored)
     forget_teacher()
     # what trains is in fp32; a frozen weight that is stored in bf16 and multiplied in bf16 loses nothing by staying so
-    frozen = min(compute.dtype, stored_dtype(run), key=lambda dtype: dtype.itemsize)
-    teacher = load_sharded(run.teacher, mesh, frozen, trained=False) if online else None
+    frozen = min(compute.dtype, stored_dtype(run.distilling), key=lambda dtype: dtype.itemsize)
+    teacher = load_sharded(run.distilling.teacher, mesh, frozen, trained=False) if online else None
     student = load_sharded(initial, mesh, torch.float32, trained=True)
     return Distillation(student, teacher, settings, compute, ranks, stored)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from puzzle import artifacts, build
-from puzzle.evaluate import evaluate
+from puzzle.evaluate import Estimate, compared, evaluate
 from puzzle.export import card as model_card
 from puzzle.export import publish
 from puzzle.export.source import Source
@@ -59,6 +59,10 @@ def _evaluate(run: Run, unit: Planned) -> None:
     }
     bytes_per_token = tokens.bytes_per_token["report"]
     quality = {name: to_json(evaluate(model, teacher, batches, bytes_per_token)) for name, model in models.items()}
+    if run.distilling is not run:
+        other = teacher_of(run.distilling)
+        for name, model in models.items():
+            quality[name]["kd_teacher_kl_nats"] = to_json(Estimate.of(compared(model, other, batches).kl_nats))
     subjects = {
         "teacher": Subject(teacher, run.keep_specs),
         "student": Subject(models["student"], tuple(spec for item in run.chosen_items() for spec in item.specs)),

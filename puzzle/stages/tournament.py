@@ -145,9 +145,8 @@ class _Field:
         if not (folder / "initial").exists():
             self.candidates[candidate].publish(folder / "initial")
         inputs = plans.kd_inputs(run, folder / "initial")
-        job = kd.Distillation(
-            load_model(folder / "initial", compute_of(run)), teacher_of(run), run.config.kd, compute_of(run)
-        )
+        teacher = teacher_of(run.distilling)
+        job = kd.Distillation(load_model(folder / "initial", compute_of(run)), teacher, run.config.kd, compute_of(run))
         if (last := newest(folder / "kd")) is not None:
             job.load(last.path, last.payload)
         if job.step < steps:
@@ -159,5 +158,5 @@ class _Field:
             artifacts.publish_folder(folder / "kd" / f"step-{steps:08d}", inputs, job.save)
         if last is not None and last.read(int, "step") < steps:
             artifacts.remove(last.path)
-        kl = compared(job.finish(), teacher_of(run), self.select).kl_nats.tolist()
+        kl = compared(job.finish(), teacher, self.select).kl_nats.tolist()
         artifacts.publish_json(self._figure(candidate, steps), inputs, {"kl_nats": kl})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle import artifacts, training_log
 from puzzle.cli import main
@@ -24,6 +25,7 @@ from puzzle.run import Run
 from puzzle.sharding import load_sharded, mesh_of
 from puzzle.teacher import Compute, load_model
 from puzzle.types import ConfigError
+from puzzle.validate import _forward_flops, _stage_flops
 from tests.pipeline.conftest import Project
 from tests.pipeline.test_torchrun import launched
 
@@ -279,3 +281,84 @@ def test_a_sampled_signal_is_close_to_the_teachers(undistilled: Project) -> None
     expected = [line["kl"] for line in log_of(undistilled)]
     assert main([*command, "--set", "kd.signal=sampled", "--set", "kd.signal_samples=4000"]) == 0
     assert [line["kl"] for line in log_of(undistilled)] == pytest.approx(expected, rel=0.1)
+
+
+@pytest.fixture
+def larger(undistilled: Project) -> Path:
+    """Another teacher of the same tokens: 3 layers of 40 in the place of 2 of 32."""
+    folder = undistilled.folder / "larger"
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=40, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5, intermediate_size=56,
+        vocab_size=128, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in (undistilled.folder / "teacher").glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_another_teacher_may_distil(
+    undistilled: Project, finished: Project, larger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another depth and width; a signal on disk is its own, too, and the unit knows whose it is."""
+    config, by_larger = str(undistilled.config), ["--set", f"kd.teacher={larger}"]
+    assert main(["--debug", "validate", config, *by_larger]) == 0
+    assert main(["--debug", "kd", config, *by_larger]) == 0
+    assert [line["kl"] for line in log_of(undistilled)][0] > 2 * log_of(finished)[0]["kl"]
+    student = Run.open(undistilled.config).student
+    assert "kd_teacher" in artifacts.read_unit(student / "final").inputs
+    assert main(["kd", config]) == 6
+    assert "kd_teacher" in capsys.readouterr().err
+    predictions = [*by_larger, "--set", "kd.cosine_weight=0", "--redo"]
+    assert main(["--debug", "kd", config, *predictions]) == 0
+    expected = [line["kl"] for line in log_of(undistilled)]
+    assert main(["--debug", "kd", config, *predictions, "--set", "kd.signal=hidden"]) == 0
+    assert [line["kl"] for line in log_of(undistilled)] == pytest.approx(expected, rel=1e-5)
+    given = artifacts.read_unit(undistilled.run / "signal" / "steps-00000000").inputs["teacher"]
+    assert given == Run.open(undistilled.config, [f"kd.teacher={larger}"]).distilling.teacher_fingerprint
+    own = ["--set", "kd.cosine_weight=0", "--set", "kd.signal=hidden", "--redo"]
+    assert main(["--debug", "kd", config, *own]) == 0  # and is made anew for the run's own
+    assert artifacts.read_unit(undistilled.run / "signal" / "steps-00000000").inputs["teacher"] != given
+
+
+def test_what_another_teacher_costs_is_forecast(undistilled: Project, larger: Path) -> None:
+    alone, beside = (Run.open(undistilled.config, of) for of in ([], [f"kd.teacher={larger}"]))
+    (_, own), (_, other) = (_forward_flops(run) for run in (alone, beside.distilling))
+    assert other > own
+    more = (other - own) * alone.config.kd.tokens
+    assert _stage_flops(beside, "kd") - _stage_flops(alone, "kd") == pytest.approx(more)
+    assert _stage_flops(beside, "evaluate") > _stage_flops(alone, "evaluate")
+    alone_in_loss = ["kd.kl_weight=0", "kd.cosine_weight=0", "kd.lm_weight=1", "kd.teacher=first"]
+    language = Run.open(undistilled.config, alone_in_loss)
+    assert language.distilling is language  # nobody distils
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("vocab_size", "predicts 130 tokens and"),
+        ("tokens", "has other tokens than"),
+        ("max_position_embeddings", "data.sequence_tokens is 16, but kd.teacher takes at most 8 tokens"),
+        ("weights", "model.safetensors: missing"),
+        ("folder", "kd.teacher: nowhere: no such folder"),
+    ],
+)
+def test_a_teacher_that_cannot_distil_is_refused_before_weights_are_read(
+    undistilled: Project, larger: Path, wrong: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = larger / ("tokenizer.json" if wrong == "tokens" else "config.json")
+    (larger / "model.safetensors").unlink()
+    content = json.loads(path.read_text())
+    if wrong == "tokens":
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    elif wrong not in ("weights", "folder"):
+        content[wrong] = {"vocab_size": 130, "max_position_embeddings": 8}[wrong]
+    path.write_text(json.dumps(content))
+    where = ["--set", f"kd.teacher={'nowhere' if wrong == 'folder' else larger}"]
+    for command in ("validate", "kd"):
+        assert main([command, str(undistilled.config), *where]) in (2, 5)
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert [line for line in errors if said in line]
+        assert command == "validate" or len(errors) == 1

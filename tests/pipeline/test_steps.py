@@ -9,7 +9,10 @@ import pytest
 from puzzle import artifacts
 from puzzle.cli import main
 from puzzle.config import PruneConfig
+from puzzle.kd.losses import layer_pairs
+from puzzle.run import Run
 from puzzle.steps import Chain
+from puzzle.teacher import load_config
 from puzzle.types import ConfigError
 from tests.pipeline.conftest import Project
 
@@ -18,6 +21,7 @@ steps:
   - prune: {num_layers: 1, layers_by: [0]}
     kd: {kl_weight: 0, cosine_weight: 0, lm_weight: 1, tokens: 64}
   - constraints: CONSTRAINTS
+    kd: {teacher: first}
 """
 
 
@@ -45,6 +49,7 @@ def test_each_step_starts_from_the_student_before(
     runs = dict(opened.runs())
     assert runs["2-search"].config.teacher == str(runs["1-prune"].checkpoint)
     assert runs["2-search"].shape.num_layers == 1
+    _check_first_distilled(runs["1-prune"], runs["2-search"])
     assert len({artifacts.content_of(run.data) for run in runs.values()}) == 1
     events = artifacts.read_events(runs["2-search"].events)
     assert "data" not in {event["stage"] for event in events}  # taken over, not made again
@@ -54,6 +59,25 @@ def test_each_step_starts_from_the_student_before(
     capsys.readouterr()
     assert main(["status", str(chain)]) == 0
     assert "step 2-search" in capsys.readouterr().out
+
+
+def _check_first_distilled(first: Run, second: Run) -> None:
+    """The second step's student, of two layers the one that was left, beside the chain's own teacher."""
+    assert second.distilling.teacher == first.teacher and second.distilling.shape.num_layers == 2
+    student, teacher = load_config(second.student / "final"), load_config(first.teacher)
+    assert layer_pairs(student, teacher, False) == ((0, 1),)
+    quality = artifacts.read_unit(second.evaluation).payload["quality"]
+    of_teacher = [artifacts.read_unit(first.evaluation).payload["quality"]["student"], quality["teacher"]]
+    assert of_teacher[1]["kd_teacher_kl_nats"]["mean"] == pytest.approx(of_teacher[0]["kl_nats"]["mean"], rel=1e-3)
+    assert of_teacher[1]["kl_nats"]["mean"] == 0
+    assert (
+        quality["student"]["kd_teacher_kl_nats"]["mean"] < quality["student before GKD"]["kd_teacher_kl_nats"]["mean"]
+    )
+    assert "from teacher |" in (second.checkpoint / "README.md").read_text()
+    reopened = Run.open(second.folder)  # a step by itself knows it, too
+    assert reopened.distilling.teacher == first.teacher
+    with pytest.raises(ConfigError, match="this run is none; give a folder or a hub id"):
+        _ = Run.open(second.folder, ["kd.teacher=first"]).distilling
 
 
 def test_a_step_that_says_nothing_else_only_trains(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import puzzle
-from puzzle.artifacts import read_events
+from puzzle.artifacts import read_events, read_unit
 from puzzle.cli import main
+from puzzle.run import Run
 from tests.pipeline.conftest import Project
+from tests.pipeline.test_prune import as_pruning
 
 DRIVER = """
 import os, sys
@@ -29,6 +31,30 @@ def dying(run, planned, result):
     publish(run, planned, result)
 stage._publish = dying
 sys.exit(main(sys.argv[1:]))
+"""
+PRUNER = """
+import contextlib, os, shutil, sys
+from pathlib import Path
+from puzzle.blocks.refit import SideBySide
+from puzzle.cli import main
+from puzzle.ranks import Ranks
+from puzzle.run import Run
+
+ranks, config = Ranks.current(), sys.argv[1]
+def dying(*given):
+    if ranks.rank == 1:
+        os._exit(9)
+    return refit(*given)
+refit = SideBySide.refit
+with ranks.joined():
+    Ranks.joined = lambda _: contextlib.nullcontext()  # they are
+    for stage in ("importance", "prune"):
+        assert main(["--debug", stage, config]) == 0
+    if ranks.first:
+        shutil.copytree(Run.open(Path(config)).student / "initial", Path(config).parent / "by-two")
+    SideBySide.refit = dying
+    status = main(["prune", config, "--redo"])
+sys.exit(status)
 """
 OF_TWO = """
 import sys
@@ -139,3 +165,50 @@ def test_a_dead_rank_is_named_and_its_units_are_taken_up(
     for unit, tensors in weights(unfinished.run).items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, expected[unit][name]), (unit, name)
+
+
+def close(found: Path, expected: Path) -> bool:
+    """Whether the tensors in two files are equal, up to a millionth."""
+    own, other = load_file(found), load_file(expected)
+    assert own.keys() == other.keys()
+    near = [
+        torch.allclose(own[name], one, rtol=1e-6, atol=1e-6 * one.abs().max().item()) for name, one in other.items()
+    ]
+    return all(near)
+
+
+def test_two_ranks_prune_as_one_does_and_a_dead_one_is_named(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three batches of calibration tokens, the last a small one; what each layer's loss costs shared, too."""
+    prune = "prune: {hidden_size: 24, intermediate_size: 32, num_attention_heads: 75%, num_layers: 1, layers_by: loss}"
+    as_pruning(project, prune + "\n")
+    project.config.write_text(project.config.read_text().replace("init: {sequences: 8}", "init: {sequences: 20}"))
+    assert main(["--debug", "data", str(project.config)]) == 0
+    two = project.copy_to(tmp_path / "two")
+    two.config.write_text(project.config.read_text().replace(str(project.folder), str(two.folder)))
+    shutil.copytree(project.run, two.run)
+    for stage in ("importance", "prune"):
+        assert main(["--debug", stage, str(project.config)]) == 0
+    (tmp_path / "driver.py").write_text(PRUNER)
+    died = launched([*TORCHRUN, "--monitor-interval", "3"], str(tmp_path / "driver.py"), str(two.config))
+    assert (two.folder / "by-two").exists(), died.stderr
+    importance = Path("importance") / "importance.safetensors"
+    assert close(two.run / importance, project.run / importance)
+    blocks, costs = (
+        [read_unit(of.run / name).payload for of in (two, project)] for name in ("importance", "drops/01.json")
+    )
+    assert blocks[0]["importance"] == pytest.approx(blocks[1]["importance"], rel=1e-6)
+    for metric, of_layers in costs[1]["scores"].items():
+        assert costs[0]["scores"][metric] == pytest.approx(of_layers, rel=1e-6), metric
+    student = Run.open(two.config).student / "initial" / "model.safetensors"
+    expected = Run.open(project.config).student / "initial" / "model.safetensors"
+    assert close(two.folder / "by-two" / "model.safetensors", expected)
+
+    assert [line for line in died.stderr.splitlines() if "rank 1 (process" in line and " died; prune" in line], (
+        died.stderr
+    )
+    assert not student.exists()
+    assert main(["--debug", "prune", str(two.config)]) == 0
+    assert "rank 1 (process" in capsys.readouterr().err
+    assert close(student, expected)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from puzzle import kd
 from puzzle.artifacts import read_unit
@@ -69,6 +71,25 @@ def test_the_best_on_select_wins_and_goes_on_from_where_it_is(
     # as if there had been no tournament
     assert main(["--debug", "kd", str(contested.config), *SET, "--redo"]) == 0
     assert (run.student / "final" / "model.safetensors").read_bytes() == went_on
+
+
+def test_candidates_compete_beside_the_teacher_that_distils(
+    contested: Project,
+) -> None:
+    """And what was distilled beside another is not taken up."""
+    up_to(contested, "search")
+    other = contested.folder / "other"
+    shutil.copytree(contested.folder / "teacher", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    runs = []
+    for settings in ([], [f"kd.teacher={other}"]):
+        where = [word for one in settings for word in ("--set", one)]
+        assert main(["--debug", "tournament", str(contested.config), *SET, *where]) == 0
+        runs.append(Run.open(contested.config, [*ASKED, *settings]))
+    first, second = (read_unit(run.solution).payload["tournament"]["rungs"][0]["kl_nats"] for run in runs)
+    assert runs[0].student != runs[1].student
+    assert min(map(statistics.fmean, second)) > max(map(statistics.fmean, first))
 
 
 def test_a_tournament_that_was_stopped_repeats_no_rung_and_ends_as_it_would_have(

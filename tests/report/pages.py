@@ -90,6 +90,7 @@ def summary_of(solution: Solution, layers: tuple[Layer, ...], problem: Problem, 
         tasks=(),
         served={},
         positions=[{"first": 1, "last": 63, **quality(0.1), "teacher_ce_nats": {"mean": 2.4, "standard_error": 0.1}}],
+        distilled_by=name,
     )
 
 
