@@ -134,9 +134,9 @@ def _scratch(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def library(options: argparse.Namespace, seed: int, teacher: Path | None = None) -> Run:
-    """Trained and scored."""
+    """Trained and scored; the bundled teacher distils its students, whatever it is made from."""
     settings = [f"seed={seed}", f"distill.tokens={options.bld_tokens}", f"kd.tokens={options.kd_tokens}"]
-    return make_library(options.work, *settings, *([f"teacher={teacher}"] if teacher else []))
+    return make_library(options.work, *settings, *([f"teacher={teacher}", "kd.teacher=demo"] if teacher else []))
 
 
 def _puzzle(options: argparse.Namespace, seed: int, teacher: Path | None) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 The bundled teacher knows Python's standard library; the foreign text is C++, the headers that torch comes with. One
 shape (hidden size 192 of 256, FFNs 400 of 512), equal tokens of distillation; the corrected teacher has had as many
-tokens of the LM loss on the foreign text before. Quality is CE against the bundled teacher's on both texts, on
-sequences nothing was chosen on: below zero is better than that teacher.
+tokens of the LM loss on the foreign text: before, so that the student is made of it, or beside, so that it only
+distils. Quality is CE against the bundled teacher's on both texts, on sequences nothing was chosen on: below zero is
+better than that teacher.
 
     python benchmarks/bench_text.py [--seeds 0 1 2] [--kd-tokens N]
 """
@@ -34,6 +35,7 @@ HEADERS = Path(torch.__file__).parent / "include"
 FOREIGN_BYTES = 6_000_000
 WHOLE = "prune.num_layers=8"  # of 8: nothing goes
 BIGGEST_FILE_BYTES = 40_000
+Made = Callable[[], Path] | None
 
 
 def settings(loss: str) -> tuple[str, ...]:
@@ -65,9 +67,10 @@ def arms(options: argparse.Namespace, seed: int) -> Mapping[str, Callable[[], Pu
     def corrected() -> Path:
         return finished(pruned(options, f"seed={seed}", foreign, WHOLE, *settings("LM")))
 
-    def student(where: str, loss: str = "KL", teacher: Callable[[], Path] | None = None) -> PuzzleForCausalLM:
-        chosen = (f"seed={seed}", where, *SHAPES[SHAPE_OF_LOSSES], *settings(loss))
-        run = pruned(options, *chosen, teacher=teacher and teacher())
+    def student(where: str, loss: str = "KL", made_of: Made = None, distilled_by: Made = None) -> PuzzleForCausalLM:
+        distils = [f"kd.teacher={distilled_by()}"] if distilled_by else []
+        chosen = (f"seed={seed}", where, *SHAPES[SHAPE_OF_LOSSES], *settings(loss), *distils)
+        run = pruned(options, *chosen, teacher=made_of and made_of())
         return distilled(run, initial(run))
 
     return {
@@ -77,8 +80,9 @@ def arms(options: argparse.Namespace, seed: int) -> Mapping[str, Callable[[], Pu
         "half of each": lambda: student(both),
         "foreign text, KL and LM": lambda: student(foreign, "KL and LM"),
         "foreign text, LM": lambda: student(foreign, "LM"),
-        "foreign text, corrected teacher": lambda: student(foreign, teacher=corrected),
-        "half of each, corrected teacher": lambda: student(both, teacher=corrected),
+        "foreign text, corrected before": lambda: student(foreign, made_of=corrected),
+        "foreign text, corrected beside": lambda: student(foreign, distilled_by=corrected),
+        "half of each, corrected before": lambda: student(both, made_of=corrected),
     }
 
 

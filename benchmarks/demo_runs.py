@@ -76,9 +76,9 @@ def quality(run: Run, student: PuzzleForCausalLM, split: str, sequences: int) ->
 
 
 def distilled(run: Run, student: PuzzleForCausalLM) -> PuzzleForCausalLM:
-    """On the run's text, from its teacher."""
+    """On the run's text."""
     settings, compute, tokens = run.config.kd, compute_of(run), tokens_of(run)
-    job = kd.Distillation(student, teacher_of(run), settings, compute)
+    job = kd.Distillation(student, teacher_of(run.distilling), settings, compute)
     steps = num_steps(settings.tokens, settings.batch_size, run.config.data.sequence_tokens)
     batches = functools.partial(tokens.batch, run.config.seed, batch_size=settings.batch_size)
     job.run(batches, steps, steps, lambda _: None)
