@@ -94,6 +94,11 @@ class Run:
                 "the folder of a step"
             )
         settings = yamlfiles.load(RunConfig, path, overrides)
+        if settings.widths is not None:
+            raise ConfigError(
+                f"{where} offers several widths; `puzzle run`, `validate`, `status`, `search` and `pareto` take it "
+                "whole, any other command the folder of a search in widths/"
+            )
         folder = where if where.is_dir() else Path(settings.run)
         named = constraints or settings.constraints
         file = None if named is None else yamlfiles.locate("constraints", named)
@@ -109,6 +114,16 @@ class Run:
     def teacher_name(self) -> str:
         """For people: the hub id, or the folder's name."""
         return Path(self.config.teacher).name if Path(self.config.teacher).is_dir() else self.config.teacher
+
+    @cached_property
+    def original(self) -> Run | None:
+        """Of a search on a base that widths made: the search on the teacher that this is of."""
+        if self.config.original is None:
+            return None
+        update = {"teacher": self.config.original, "original": None}
+        whole = replace(self, config=self.config.model_copy(update=update))
+        size = whole.shape.hidden_size
+        return replace(whole, folder=self.folder.parents[2] / str(size) / "steps" / "1-search")
 
     @cached_property
     def distilling(self) -> Run:
@@ -253,6 +268,8 @@ class Run:
         """What is in place already in the model that changes are scored on; nothing where that is the teacher."""
         if self.context_file is None:
             return ()
+        if self.config.original is not None:
+            raise ConfigError("--on takes changes to a model of the teacher's own width; this search is at another")
         try:
             return self.space.items_of(artifacts.read_json(self.context_file))
         except ConfigError as error:
@@ -370,7 +387,14 @@ class Run:
         )
 
     def read_costs(self) -> Costs:
-        return self.cost_source.read()
+        found = self.cost_source.read()
+        if self.original is None:
+            return found
+        try:
+            costs = self.original.read_costs()
+        except MissingMeasurementError:  # said again for each limit that needs one
+            costs = Costs()
+        return replace(found, original=(self.original.shape, costs))
 
     def read_scores(self) -> ScoreTable:
         """The scores of the space's items, exact where they were measured again for this constraint file.
@@ -385,7 +409,10 @@ class Run:
         return table.replaced(read_scores(self.folder / "rescored", names)) if names else table
 
     def _read_scores(self) -> ScoreTable:
-        return read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
+        names = [f"{name}.json" for name in self.scored_together]
+        if self.original is not None and not self.base_score.exists():
+            raise MissingMeasurementError(f"{self.base_score}: not there yet; run `puzzle score RUN`")
+        return read_scores(self.scores, [*names, *([self.base_score.name] if self.original else [])])
 
     @property
     def estimated(self) -> bool:
@@ -433,6 +460,11 @@ class Run:
     def scores(self) -> Path:
         """Of changes to the teacher, or to the context."""
         return self.folder / "scores" / (self.context_id if self.context else "")
+
+    @property
+    def base_score(self) -> Path:
+        """Of a search at another width than the teacher's: how far its base is from that."""
+        return self.scores / "base.json"
 
     @property
     def rescored(self) -> Path:
