@@ -168,6 +168,8 @@ def _run(options: argparse.Namespace) -> None:
     from puzzle.validate import dry_run, validate
     from puzzle.widths import best, too_large
 
+    if options.redo is not None and options.redo not in pipeline.BY_NAME:
+        raise ConfigError(f"--redo: no stage is called {options.redo}; stages: {', '.join(pipeline.BY_NAME)}")
     before: Run | None = None
     offered = open_widths(options)
     for name, run in open_runs(options):
@@ -185,11 +187,13 @@ def _run(options: argparse.Namespace) -> None:
         if before is not None:
             pipeline.take_over_data(run, before)
         before = run
+        has_it = options.redo in {stage.name for stage in pipeline.stages_of(run)}
+        redo = options.redo if has_it or not name else None  # a step leaves out what only others have
         if offered is None or run.config.prune is not None:
-            _finish(run, options.redo)
+            _finish(run, redo)
         else:
             with contextlib.suppress(InfeasibleError):  # said where the searches are compared
-                pipeline.run_all(run, options.redo, before="search")
+                pipeline.run_all(run, redo, before="search")
     if offered is not None and not options.dry_run:
         chosen = best(offered.searches())
         print(f"hidden size {chosen.shape.hidden_size} is the best: {chosen.folder}", flush=True)

@@ -236,10 +236,9 @@ def _pareto_of_widths(runs: Sequence[Run], costs: Sequence[str], options: argpar
     if len(costs) > 1:
         raise ConfigError("several widths have a front against one --cost; for several, give the folder of a search")
     fronts = [(run.shape.hidden_size, front_of(run.problems()[0], costs[0])) for run in runs]
-    frame, count = joint_front(fronts), options.points or FRONT_ROWS
-    shown = (
-        frame if len(frame) <= count else frame.iloc[[round(i * (len(frame) - 1) / (count - 1)) for i in range(count)]]
-    )
+    frame = joint_front(fronts)
+    count = min(options.points or FRONT_ROWS, len(frame))
+    shown = frame.iloc[[round(row * (len(frame) - 1) / max(1, count - 1)) for row in range(count)]]
     print(shown.to_string(index=False))
     table = (options.output or runs[0].folder.parents[3] / "pareto") / "pareto.csv"
     table.parent.mkdir(parents=True, exist_ok=True)

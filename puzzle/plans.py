@@ -165,6 +165,8 @@ def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
     """Where the true scores of an architecture lie, and what they are made from."""
     if run.context:
         raise ConfigError("architectures are evaluated as changes to the teacher; leave out --on")
+    if run.original is not None and split != "score":
+        raise ConfigError("true evaluations are of changes to the teacher alone; this search is at another width")
     chosen = set(item_ids)
     changes = tuple(item for item in run.items if item.id in chosen and not is_teacher(item))
     path = run.folder / "truth" / split / f"{artifacts.fingerprint([item.id for item in changes])}.json"

@@ -120,6 +120,8 @@ class Run:
         """Of a search on a base that widths made: the search on the teacher that this is of."""
         if self.config.original is None:
             return None
+        if "widths" not in self.folder.parts:
+            raise ConfigError("original is of searches that widths made, in their folders; leave it out")
         update = {"teacher": self.config.original, "original": None}
         whole = replace(self, config=self.config.model_copy(update=update))
         size = whole.shape.hidden_size

@@ -56,7 +56,7 @@ class Widths:
         if constraints is not None:
             config = config.model_copy(update={"constraints": constraints})
         if config.refine.evaluations:
-            raise ConfigError(f"{path}: refine is of one width; leave it out, and refine in the folder of the best one")
+            raise ConfigError(f"{path}: refine is of changes to the teacher alone; leave it out, or widths")
         shape = checkpoint.read_shape(checkpoint.locate_teacher(config.teacher))
         asked: dict[int, int | str] = {}
         for given in widths.sizes:

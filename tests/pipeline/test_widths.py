@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from puzzle.artifacts import read_events
+from puzzle.artifacts import read_events, read_unit
 from puzzle.cli import main
 from puzzle.evaluate import compared
 from puzzle.pipeline import solve
@@ -121,11 +121,11 @@ def test_one_front_of_all_widths(searched: Project, capsys: pytest.CaptureFixtur
 
 
 def test_a_width_that_is_too_large_is_left_out(searched: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    """A limit between the fewest parameters of either width."""
+    """A limit just below the fewest parameters of the teacher's own width."""
     runs = opened(searched).searches()
     least = [min(front(run.problems()[0], "params").cost) for run in runs]
     limit = searched.folder / "small.yaml"
-    limit.write_text(f"constraints: {{params: {int(sum(least) / 2)}}}\n")
+    limit.write_text(f"constraints: {{params: {int(least[0]) - 1}}}\n")
     offered = Widths.open(searched.config, constraints=str(limit))
     assert offered is not None
     (only,) = offered.searches()
@@ -134,6 +134,15 @@ def test_a_width_that_is_too_large_is_left_out(searched: Project, capsys: pytest
     assert error is not None and str(error).startswith("hidden size 32: ")
     assert main(["validate", str(searched.config), "--constraints", str(limit)]) == 0
     assert "32/1-search: left out" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["--debug", "run", str(searched.config), "--constraints", str(limit), "--redo", "search"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: hidden size 32" in out and "hidden size 24 is the best" in out
+    assert only.distilling.shape.hidden_size == 32
+    figures = read_unit(only.evaluation).payload["quality"]["student"]
+    assert figures["kd_teacher_kl_nats"]["mean"] > 0
+    assert main(["refine", str(only.folder)]) == 2
+    assert "are of changes to the teacher alone" in capsys.readouterr().err
     limit.write_text("constraints: {params: 100}\n")
     assert main(["search", str(searched.config), "--constraints", str(limit)]) == 3
     # the inverse question: the cheapest that is good enough
@@ -182,7 +191,7 @@ def test_where_widths_cannot_be(project: Project, tmp_path: Path, capsys: pytest
 
     offering(project, "[24]")
     assert "offers several widths" in said("distill")
-    assert "refine is of one width" in said("run", "--set", "refine.evaluations=3")
+    assert "refine is of changes to the teacher alone" in said("run", "--set", "refine.evaluations=3")
     assert "offers several widths" in said("run", "--on", str(tmp_path / "architecture.json"))
     as_pruning(project, "prune: {num_layers: 1, layers_by: [0]}\n")
     assert "widths are of a search; a pruning takes prune.hidden_size" in said("validate")
