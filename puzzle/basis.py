@@ -71,6 +71,11 @@ class Basis:
                 "the folder of a step"
             )
         settings = yamlfiles.load(RunConfig, path, overrides)
+        if settings.widths is not None:
+            raise ConfigError(
+                f"{where} offers several widths; `puzzle run`, `validate`, `status`, `search` and `pareto` take it "
+                "whole, any other command the folder of a search in widths/"
+            )
         folder = where if where.is_dir() else Path(settings.run)
         named = constraints or settings.constraints
         file = None if named is None else yamlfiles.locate("constraints", named)
@@ -84,6 +89,18 @@ class Basis:
     def teacher_name(self) -> str:
         """For people: the hub id, or the folder's name."""
         return Path(self.config.teacher).name if Path(self.config.teacher).is_dir() else self.config.teacher
+
+    @cached_property
+    def original(self) -> Self | None:
+        """Of a search on a base that widths made: the search on the teacher that this is of."""
+        if self.config.original is None:
+            return None
+        if "widths" not in self.folder.parts:
+            raise ConfigError("original is of searches that widths made, in their folders; leave it out")
+        update = {"teacher": self.config.original, "original": None}
+        whole = replace(self, config=self.config.model_copy(update=update))
+        size = whole.shape.hidden_size
+        return replace(whole, folder=self.folder.parents[2] / str(size) / "steps" / "1-search")
 
     @cached_property
     def distilling(self) -> Self:
@@ -167,6 +184,8 @@ class Basis:
         """What is in place already in the model that changes are scored on; nothing where that is the teacher."""
         if self.context_file is None:
             return ()
+        if self.config.original is not None:
+            raise ConfigError("--on takes changes to a model of the teacher's own width; this search is at another")
         try:
             return self.space.items_of(artifacts.read_json(self.context_file))
         except ConfigError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle import cli_evaluate, cli_explain, cli_export, cli_search
-from puzzle.cli_options import open_run, open_runs, with_run
+from puzzle.cli_options import open_run, open_runs, open_widths, with_run
 from puzzle.ranks import Ranks
 from puzzle.types import ConfigError, InfeasibleError, PuzzleError
 
@@ -166,21 +166,46 @@ def _new(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from puzzle import pipeline
     from puzzle.validate import dry_run, validate
+    from puzzle.widths import best, too_large
 
+    if options.redo is not None and options.redo not in pipeline.BY_NAME:
+        raise ConfigError(f"--redo: no stage is called {options.redo}; stages: {', '.join(pipeline.BY_NAME)}")
     before: Run | None = None
+    offered = open_widths(options)
     for name, run in open_runs(options):
         if name:
             print(f"step {name}: {run.folder}", flush=True)
         if options.dry_run:
             print(dry_run(run))
             continue
+        if offered is not None and run.config.prune is None and (error := too_large(run)) is not None:
+            print(f"left out: {error}", flush=True)
+            if run.original is None:
+                pipeline.run_stage(run, "profile")  # what percentages of times are of
+            continue
         validate(run)
         if before is not None:
             pipeline.take_over_data(run, before)
-        pipeline.run_all(run, options.redo)
-        _print_report(run, run.student / "report" / "report.html")
-        print(f"checkpoints {run.student / 'export'}")
         before = run
+        has_it = options.redo in {stage.name for stage in pipeline.stages_of(run)}
+        redo = options.redo if has_it or not name else None  # a step leaves out what only others have
+        if offered is None or run.config.prune is not None:
+            _finish(run, redo)
+        else:
+            with contextlib.suppress(InfeasibleError):  # said where the searches are compared
+                pipeline.run_all(run, redo, before="search")
+    if offered is not None and not options.dry_run:
+        chosen = best(offered.searches())
+        print(f"hidden size {chosen.shape.hidden_size} is the best: {chosen.folder}", flush=True)
+        _finish(chosen)
+
+
+def _finish(run: Run, redo: str | None = None) -> None:
+    from puzzle import pipeline
+
+    pipeline.run_all(run, redo)
+    _print_report(run, run.student / "report" / "report.html")
+    print(f"checkpoints {run.student / 'export'}")
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -195,7 +220,10 @@ def _validate(options: argparse.Namespace) -> None:
             except InfeasibleError as error:  # of a list of values, the search answers those that can be met
                 impossible.append(error)
         if len(impossible) == len(picked):
-            raise impossible[0]
+            if open_widths(options) is None:  # else another hidden size may do
+                raise impossible[0]
+            print(f"{name}: left out: {impossible[0]}")
+            continue
         if run.config.prune is not None:
             found = "; ".join(change(run.shape, pruned_shape(one.pruning, one.shape)) for one in run.contenders)
         else:
@@ -233,6 +261,9 @@ def _stage(options: argparse.Namespace) -> None:
         return
     if options.stage == "evaluate":
         cli_evaluate.check_options(options)
+    if options.stage == "search" and (offered := open_widths(options)) is not None:
+        cli_search.search_widths(offered.searches(), options.redo)
+        return
     run = open_run(options)
     if options.stage == "export":
         cli_export.check_push(run, options)

@@ -11,6 +11,7 @@ from puzzle.types import ConfigError
 
 if TYPE_CHECKING:
     from puzzle.run import Run
+    from puzzle.widths import Widths
 
 
 def with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -37,10 +38,25 @@ def open_run(options: argparse.Namespace) -> Run:
     return Run.open(options.run, overrides(options), options.constraints, options.on, options.pick)
 
 
+def open_widths(options: argparse.Namespace) -> Widths | None:
+    """The searches of a config that offers several hidden sizes; None where it does not."""
+    from puzzle.widths import Widths
+
+    found = Widths.open(options.run, overrides(options), options.constraints, options.pick)
+    if found is not None and options.on is not None:
+        raise ConfigError(f"--on: {options.run} offers several widths; give the folder of a search in widths/")
+    return found
+
+
 def open_runs(options: argparse.Namespace) -> Iterator[tuple[str, Run]]:
     """The run, under an empty name; or of a chain, name and run of one step after the other, as they can be known."""
     from puzzle.steps import Chain
 
+    if (offered := open_widths(options)) is not None:
+        yield from offered.runs()
+        if offered.waiting:
+            print(f"{', '.join(offered.waiting)}: known when the step before is done")
+        return
     chain = Chain.open(options.run, overrides(options))
     if chain is None:
         yield "", open_run(options)

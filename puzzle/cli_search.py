@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import capabilities, config, yamlfiles
-from puzzle.cli_options import open_run, with_run
+from puzzle.cli_options import open_run, open_widths, with_run
 from puzzle.report.words import figure, headline, status, with_error
 from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 
@@ -79,6 +79,11 @@ def search(run: Run, stage: str, redo: bool) -> None:
             print_solutions(runs[0].unrefined)
         return
     _fan_out(runs, stage, redo)
+
+
+def search_widths(runs: Sequence[Run], redo: bool) -> None:
+    """The same for each hidden size, in one table."""
+    _fan_out([one for run in runs for one in run.each_pick()], "search", redo)
 
 
 def refine(options: argparse.Namespace) -> None:
@@ -159,11 +164,18 @@ def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
             found.append((run, error))
     if stage == "search":
         print(_table(found))
-    reasons = [f"pick {run.pick}: {answer}" for run, answer in found if not isinstance(answer, Solution)]
+    several = len({run.shape.hidden_size for run in runs}) > 1
+    reasons = [
+        f"{f'hidden size {run.shape.hidden_size}' if several else f'pick {run.pick}'}: {answer}"
+        for run, answer in found
+        if not isinstance(answer, Solution)
+    ]
     if len(reasons) == len(runs):
         raise InfeasibleError("; ".join(reasons))
     print("\n".join(reasons), end="\n" if reasons else "")
-    if stage == "search":
+    if stage == "search" and several:
+        print("`puzzle run` goes on with the best")
+    elif stage == "search":
         print(f"{runs[0].folder / 'solutions'}; to go on with one of them: puzzle run … --pick N")
 
 
@@ -175,6 +187,7 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
     for run, answer in found:
         pick = run.picks[(run.pick or 1) - 1]
         row = {
+            "hidden size": str(run.shape.hidden_size),
             "pick": str(pick.number),
             **{key: f"{value:.12g}" if isinstance(value, float) else value for key, value in pick.values},
         }
@@ -196,6 +209,8 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
                 "solution": run.unrefined.solution_id,
             }
         )
+    if len({row["hidden size"] for row in rows}) == 1:
+        rows = [{key: cell for key, cell in row.items() if key != "hidden size"} for row in rows]
     columns = [*dict.fromkeys(key for row in rows for key in row if key != "solution"), "solution"]
     return pd.DataFrame([[row.get(key, "") for key in columns] for row in rows], columns=columns).to_string(index=False)
 
@@ -205,7 +220,11 @@ def _pareto(options: argparse.Namespace) -> None:
     from puzzle.search.pareto import front as front_of
     from puzzle.search.pareto import plot
 
-    run, costs = open_run(options), options.cost or ["params"]
+    costs = options.cost or ["params"]
+    if (offered := open_widths(options)) is not None:
+        _pareto_of_widths(offered.searches(), costs, options)
+        return
+    run = open_run(options)
     problem, folder = run.problems()[0], options.output or run.folder / "pareto"
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / "pareto.csv", folder / "pareto.png"
@@ -222,6 +241,24 @@ def _pareto(options: argparse.Namespace) -> None:
     surface.plot(found, picture)
     late = f"; at {found.unfinished} limits nothing was found in time" if found.unfinished else ""
     print(f"{len(found.points)} points{late}; {table}, {picture}")
+
+
+def _pareto_of_widths(runs: Sequence[Run], costs: Sequence[str], options: argparse.Namespace) -> None:
+    """The front of all hidden sizes together, with the one that each point is of."""
+    from puzzle.search.pareto import front as front_of
+    from puzzle.widths import joint_front
+
+    if len(costs) > 1:
+        raise ConfigError("several widths have a front against one --cost; for several, give the folder of a search")
+    fronts = [(run.shape.hidden_size, front_of(run.problems()[0], costs[0])) for run in runs]
+    frame = joint_front(fronts)
+    count = min(options.points or FRONT_ROWS, len(frame))
+    shown = frame.iloc[[round(row * (len(frame) - 1) / max(1, count - 1)) for row in range(count)]]
+    print(shown.to_string(index=False))
+    table = (options.output or runs[0].folder.parents[3] / "pareto") / "pareto.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(table, index=False)
+    print(f"{len(frame)} points; {table}")
 
 
 def _chain(options: argparse.Namespace) -> None:

@@ -101,13 +101,16 @@ def _all_of(run: Run) -> dict[str, Stage]:
     return {stage.name: stage for stage in (*stages_of(run), *(ON_REQUEST if run.config.prune is None else ()))}
 
 
-def run_all(run: Run, redo: str | None = None) -> None:
-    """Makes everything that is missing, in order; with ``redo``, that stage and all that rests on it anew."""
+def run_all(run: Run, redo: str | None = None, before: str | None = None) -> None:
+    """Makes everything that is missing, in order, or only what comes ``before`` a stage; with ``redo``, that stage and
+    all that rests on it anew."""
     with _working_on(run) as ranks:
         if redo is not None and ranks.first:
             _forget([unit for stage in _resting_on(run, redo) for unit in stage.plan(run)])
         ranks.wait(run.folder, "the run")
         for stage in stages_of(run):
+            if stage.name == before:
+                break
             _make(run, stage, ranks)
 
 

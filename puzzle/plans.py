@@ -85,10 +85,16 @@ def _widths(run: Run, unit: str) -> dict[str, str]:
 
 def plan_score(run: Run) -> list[Planned]:
     paths = {name: run.scores / f"{name}.json" for name in run.scored_together}
-    return [
+    base = [Planned(run.base_score, scored_from(run, [], estimated=False) | _original(run))] if run.original else []
+    return base + [
         Planned(paths[name], scored_from(run, items, estimated=run.estimated), _is_undecided(run, paths[name]))
         for name, items in run.scored_together.items()
     ]
+
+
+def _original(run: Run) -> dict[str, str]:
+    """The teacher that the run's own was pruned from, where it is a search at another width."""
+    return {} if run.original is None else {"original": run.original.teacher_fingerprint}
 
 
 def _is_undecided(run: Run, path: Path) -> bool:
@@ -159,6 +165,8 @@ def truth_of(run: Run, item_ids: Iterable[str], split: str) -> Truth:
     """Where the true scores of an architecture lie, and what they are made from."""
     if run.context:
         raise ConfigError("architectures are evaluated as changes to the teacher; leave out --on")
+    if run.original is not None and split != "score":
+        raise ConfigError("true evaluations are of changes to the teacher alone; this search is at another width")
     chosen = set(item_ids)
     changes = tuple(item for item in run.items if item.id in chosen and not is_teacher(item))
     path = run.folder / "truth" / split / f"{artifacts.fingerprint([item.id for item in changes])}.json"
@@ -392,4 +400,5 @@ def tables(run: Run) -> dict[str, str]:
         "costs": run.cost_source.fingerprint,
         "constraints": artifacts.fingerprint(file.model_dump(mode="json", exclude=unused)),
         "space": artifacts.fingerprint([item.id for item in run.items]),
+        **({} if run.original is None else {"original": run.original.cost_source.fingerprint}),
     }

@@ -22,7 +22,7 @@ from puzzle.scoring.draws import Draw, draw
 from puzzle.search.constraints import workloads
 from puzzle.search.problem import Problem
 from puzzle.tables import ScoreTable, read_scores
-from puzzle.types import ConfigError, Costs, Item, ModelShape, Solution
+from puzzle.types import ConfigError, Costs, Item, MissingMeasurementError, ModelShape, Solution
 from puzzle.variants import params
 
 GRID_AND_TOURNAMENT = (
@@ -65,6 +65,11 @@ class Run(Basis):
     def scores(self) -> Path:
         """Of changes to the teacher, or to the context."""
         return self.folder / "scores" / (self.context_id if self.context else "")
+
+    @property
+    def base_score(self) -> Path:
+        """Of a search at another width than the teacher's: how far its base is from that."""
+        return self.scores / "base.json"
 
     @property
     def rescored(self) -> Path:
@@ -229,7 +234,14 @@ class Run(Basis):
         )
 
     def read_costs(self) -> Costs:
-        return self.cost_source.read()
+        found = self.cost_source.read()
+        if self.original is None:
+            return found
+        try:
+            costs = self.original.read_costs()
+        except MissingMeasurementError:  # said again for each limit that needs one
+            costs = Costs()
+        return replace(found, original=(self.original.shape, costs))
 
     def read_scores(self) -> ScoreTable:
         """The scores of the space's items, exact where they were measured again for this constraint file.
@@ -244,7 +256,10 @@ class Run(Basis):
         return table.replaced(read_scores(self.folder / "rescored", names)) if names else table
 
     def _read_scores(self) -> ScoreTable:
-        return read_scores(self.scores, [f"{name}.json" for name in self.scored_together])
+        names = [f"{name}.json" for name in self.scored_together]
+        if self.original is not None and not self.base_score.exists():
+            raise MissingMeasurementError(f"{self.base_score}: not there yet; run `puzzle score RUN`")
+        return read_scores(self.scores, [*names, *([self.base_score.name] if self.original else [])])
 
     def check_sequence_counts(self) -> None:
         """ConfigError where a split holds fewer sequences than a stage asks of it; needs the data unit."""

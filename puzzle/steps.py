@@ -54,6 +54,8 @@ class Chain:
                     mistakes.append(
                         f"{path}: export.targets of step {number} lacks hf, which the next step starts from"
                     )
+                if config.widths is not None:
+                    mistakes.append(f"{path}: widths in a chain of steps; choose between widths in a run of its own")
                 steps.append((name, config))
             except ConfigError as error:
                 mistakes += str(error).splitlines()

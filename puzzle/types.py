@@ -289,13 +289,15 @@ class Correction(Strict):
 class Costs:
     """All that is known of times: ``rows``, where they are missing and why, and how far sums of them are off.
 
-    ``safety``: how many standard errors of a predicted time the search keeps clear of a limit.
+    ``safety``: how many standard errors of a predicted time the search keeps clear of a limit. ``original``: shape and
+    times of the teacher that percentages are of, where it is of another width than what these are costs of.
     """
 
     rows: tuple[Cost, ...] = field(default=(), repr=False)
     gaps: tuple[Gap, ...] = ()
     corrections: tuple[Correction, ...] = ()
     safety: float = 0.0
+    original: tuple[ModelShape, Costs] | None = None
 
 
 @dataclass(frozen=True)

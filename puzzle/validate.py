@@ -168,7 +168,8 @@ def _promised_costs(run: Run) -> Costs:
     engine = COMPILED_ENGINE if run.config.profile.compile else ENGINE
     setting = CostSetting(device, weights, weights, 1, engine)
     rows = tuple(point.cost(name, setting, (1.0, 1.0, 1.0)) for point in run.grid_points for name in sorted(shapes))
-    return Costs(with_stand_ins(rows, run.config.profile.stand_in))
+    original = None if run.original is None else (run.original.shape, _promised_costs(run.original))
+    return Costs(with_stand_ins(rows, run.config.profile.stand_in), original=original)
 
 
 def _profiled_device(run: Run) -> tuple[str, str]:

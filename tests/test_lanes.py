@@ -34,7 +34,7 @@ PURE = """
     report.sections report.page
     report export.card progress
     data.tokenise pipeline notebook.html notebook.strip notebook.solution notebook.front notebook.sliders
-    notebook.widget notebook validate rivals cli_options cli_search cli_explain cli_evaluate cli_export cli
+    notebook.widget notebook validate widths rivals cli_options cli_search cli_explain cli_evaluate cli_export cli
 """.split()  # noqa: SIM905
 TORCH = """
     modeling.configuration_puzzle modeling.families_puzzle modeling.spans_puzzle modeling.layers_puzzle

@@ -26,6 +26,7 @@ from puzzle.config.student import (
     KdConfig,
     PruneConfig,
     TournamentConfig,
+    WidthsConfig,
 )
 from puzzle.config.text import DataConfig, GenerateConfig
 
@@ -43,6 +44,12 @@ class RunConfig(Model):
         None, validate_default=True, description="what the student must fit: a file, or the name of a shipped one"
     )
     space: str | None = Field(None, description="the variants on offer: a file, or a shipped one (default demo)")
+    widths: WidthsConfig | None = Field(None, description="hidden sizes to choose from: a search for each")
+    original: str | None = Field(
+        None,
+        description="of a search that widths made: the teacher before it was pruned, which percentages, scores and KL "
+        "are of",
+    )
     seed: Natural = Field(0, description="of all that is random")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="what computes")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
@@ -75,6 +82,13 @@ class RunConfig(Model):
         if constraints is None and "prune" in info.data and info.data["prune"] is None:  # not there: a mistake in it
             raise PydanticCustomError("missing", "a search needs limits")
         return constraints
+
+    @field_validator("widths")
+    @classmethod
+    def _of_a_search(cls, widths: WidthsConfig | None, info: ValidationInfo) -> WidthsConfig | None:
+        if widths is not None and info.data.get("prune") is not None:
+            raise ValueError("widths are of a search; a pruning takes prune.hidden_size, or several in prune.grid")
+        return widths
 
     @field_validator("space")
     @classmethod

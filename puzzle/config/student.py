@@ -220,6 +220,21 @@ class PruneConfig(Model):
         return self
 
 
+class WidthsConfig(Model):
+    """Hidden sizes that the search chooses from: for each below the teacher's own, the teacher is pruned to it and
+    distilled, and that is what its library, scores and costs are of."""
+
+    sizes: Widths = Field(description='hidden sizes, such as "100%" or 3072')
+    tokens: Natural = Field(10_000_000, description="of GKD for the teacher pruned to a size")
+
+    @field_validator("sizes")
+    @classmethod
+    def _some(cls, sizes: Widths) -> Widths:
+        if not sizes:
+            raise ValueError('there is nothing to choose from; give sizes, like ["100%", "75%"]')
+        return sizes
+
+
 class EvaluateConfig(Model):
     """At least two sequences: one has no standard error."""
 

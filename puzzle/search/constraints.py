@@ -106,6 +106,8 @@ def usable_items(items: Sequence[Item], scores: ScoreTable, metric: str) -> dict
     """
     found = scores.means(items, metric)
     first = min(site for item in items for site in item.sites)
+    if scores.base and metric not in scores.base:
+        raise ConfigError(f"{metric}: what the model that changes are made to has of it is not known; take kl_nats")
     paid = scores.base[metric].mean if scores.base else 0.0
     return {item: found[item.id] + (paid if first in item.sites else 0.0) for item in items if item.id in found}
 
@@ -135,7 +137,7 @@ def problems(
     _check_context(served, objective, scores, score_of(goal.quality))
     qualities = _qualities(limits, tuple(objective), scores)
     kept_ids = {item.id for item in objective}
-    made, alone = [], Setting(shape, serve_on=file.serve_on)
+    made, alone = [], Setting(shape, costs=costs, serve_on=file.serve_on)
     for sizes in itertools.product(*(workload.batch_sizes for workload in served)):
         settings = [
             Setting(shape, workload, size, costs, file.serve_on) for workload, size in zip(served, sizes, strict=True)
@@ -284,7 +286,7 @@ def _teacher(bound: Bound, setting: Setting, limits: Sequence[Bound]) -> Fractio
         and not limit.percent
         and limit.workload in (None, setting.served.name)
     ]
-    at_sizes = [Setting(setting.shape, setting.served, size, setting.costs) for size in setting.served.batch_sizes]
+    at_sizes = [replace(setting, batch_size=size) for size in setting.served.batch_sizes]
     fitting = [at for at in at_sizes if all(teacher_value("memory_gib", at) <= limit.amount for limit in memory)]
     if not fitting:
         raise ConfigError(
@@ -301,9 +303,11 @@ def teacher_items(shape: ModelShape) -> tuple[Item, ...]:
 
 
 def teacher_value(metric: str, setting: Setting) -> Fraction:
-    """The teacher's own, which no runtime needs lowered."""
-    items = teacher_items(setting.shape)
-    return quantity(metric, replace(setting, serve_on=()), items).value(item.id for item in items)
+    """The teacher's own, which no runtime needs lowered; where costs are of another width, the original's."""
+    shape, costs = setting.costs.original or (setting.shape, setting.costs)
+    items = teacher_items(shape)
+    own = replace(setting, shape=shape, costs=costs, serve_on=())
+    return quantity(metric, own, items).value(item.id for item in items)
 
 
 def _check_context(

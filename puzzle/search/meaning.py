@@ -79,7 +79,11 @@ def _lines(shape: ModelShape, costs: Costs, file: ConstraintFile, tasks: Collect
             place = _place(setting) if setting.workload else MODEL
             try:
                 (row,) = cost_rows(
-                    bound, Setting(shape), [setting] if setting.workload else [], teacher_items(shape), limits
+                    bound,
+                    Setting(shape, costs=costs),
+                    [setting] if setting.workload else [],
+                    teacher_items(shape),
+                    limits,
                 )
             except MissingMeasurementError as error:
                 yield Line(bound.key, place, bound.written, f"not known: {error}")
@@ -90,7 +94,7 @@ def _lines(shape: ModelShape, costs: Costs, file: ConstraintFile, tasks: Collect
 def _settings(bound: Bound, shape: ModelShape, costs: Costs, file: ConstraintFile) -> list[Setting]:
     """Every workload that the bound concerns, at every batch size."""
     if METRICS[bound.metric].workload == "none" or not file.workloads:
-        return [Setting(shape)]
+        return [Setting(shape, costs=costs)]
     return [
         Setting(shape, workload, size, costs)
         for workload in workloads(file, shape)

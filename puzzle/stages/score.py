@@ -17,6 +17,7 @@ from torch import Tensor
 from puzzle import artifacts
 from puzzle.blocks.stream import InMemory, OnDisk, Store
 from puzzle.memory_plan import Batches, plan_one_pass, plan_scores
+from puzzle.metrics import sequence_means, token_metrics
 from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks, shares
@@ -43,6 +44,9 @@ from puzzle.variants import has_weights, is_teacher, made_of, params
 def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     """Scores what is missing, or this rank's share of it."""
     wanted = {unit.path.stem: unit for unit in missing}
+    if (base := wanted.pop(run.base_score.stem, None)) is not None and Ranks.current().first:
+        artifacts.publish_json(base.path, base.inputs, {"scores": [], "base": [to_json(one) for one in _of_base(run)]})
+        progress.done(base.path.name)
     names = sorted(wanted, key=lambda name: (_first_layer(run, name), name))
     ranks = Ranks.current()
     pieces = shares({name: _cost(run, name) for name in names}, ranks.count, 1)[ranks.rank].pieces
@@ -58,6 +62,27 @@ def make_score(run: Run, missing: Sequence[Planned], progress: Progress) -> None
                 payload = job.payload(run.scored_together[name], {item.id: found[item.id] for item in items})
                 artifacts.publish_json(wanted[name].path, wanted[name].inputs, payload)
                 progress.done(name)
+
+
+@torch.no_grad()
+def _of_base(run: Run) -> list[Score]:
+    """Of the run's own teacher beside the original that it was pruned from; both a layer at a time."""
+    assert run.original is not None
+    batches, dtype = sequences_of(run, "score", run.num_sequences("score")), compute_of(run).dtype
+    own, other = (streamed_teacher(one, dtype) for one in (run, run.original))
+    hidden = [finals_of(ScoringContext(one, functools.partial(item_weights, run)), batches) for one in (own, other)]
+    heads = own.top.lm_head, other.top.lm_head
+    found: dict[str, list[Tensor]] = {"kl": [], "ce_delta": []}
+    for index, batch in enumerate(batches):
+        ends = [store.read(index).to(own.device) for store in hidden]
+        (tokens,) = token_metrics(ends[:1], ends[1], heads, batch)
+        found["kl"].append(sequence_means(tokens.kl_nats, batch))
+        found["ce_delta"].append(sequence_means(tokens.ce_nats - tokens.teacher_ce_nats, batch))
+    tokens_each = run.config.data.sequence_tokens
+    return [
+        Score(CONTEXT, "teacher", run.context_id, metric, "score", tuple(torch.cat(of).tolist()), tokens_each, "exact")
+        for metric, of in found.items()
+    ]
 
 
 def _first_layer(run: Run, name: str) -> int:
