@@ -4,7 +4,9 @@ Reads a Problem, its best answers by sums of scores, and a function that evaluat
 tried, best last. Begins with the best and different answers of the integer programme; then a model of interactions
 (scoring/interactions.py) is fitted to all evaluations so far, its best architectures are found by local moves
 (moves.py), and evaluated are those that it predicts to be best and those that may be, as far as it knows (the lowest of
-prediction less a standard error). All follows from evaluations and seed, so that what is stopped goes on where it was.
+prediction less a standard error). Where it knows of none that may be better, it is shown further answers of the integer
+programme, and the search ends where these change nothing. All follows from evaluations and seed, so that what is
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from puzzle.variants import is_teacher
 
 __all__ = ["Refined", "Settings", "Trial", "refine"]
 
-KIND = "interactions-of-power"
+KIND = "interactions"  # no curve of the sum: fitted to the search's answers, which are alike, it misleads beyond them
 LEAST_FIT = 8  # evaluations that a model is fitted to
 FIRST_SHARE = 3  # of the evaluations, one in so many goes to answers of the integer programme
 BATCH = 4  # evaluated between two fits
@@ -65,7 +67,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Refined:
-    """``stands``: nothing in reach may be better, as far as the model knows; else the budget was spent."""
+    """``stands``: nothing in reach may be better, as far as the model knows, and further answers of the search did not
+    change that; else the budget was spent."""
 
     trials: tuple[Trial, ...]
     stands: bool
@@ -77,17 +80,33 @@ class Refined:
 
 
 def refine(problem: Problem, answers: Sequence[Chosen], measure: Measure, settings: Settings) -> Refined:
-    """``answers``: the search's best and different ones, ``settings.first`` or what there are; the best first."""
-    trials = _measured([(one, float(problem.objective_of(one)), "search") for one in answers], measure)
+    """``answers``: the search's best and different ones, the best first, up to ``settings.evaluations`` of them.
+
+    ``settings.first`` are evaluated in any case, the others where the model knows of nothing better.
+    """
+    trials = _answered(problem, answers[: settings.first], measure)
     if not any(trial.values for trial in trials):
         raise ConfigError("no architecture that the search found has finite outputs; score the library again")
     parts = singles(problem.items, problem.objective)
+    further, shown = list(answers[settings.first :]), False
     while (left := settings.evaluations - len(trials)) > 0:
-        asked = _proposals(problem, parts, trials, min(left, BATCH), settings.seed)
-        if not asked:
+        count = min(left, BATCH)
+        asked = _proposals(problem, parts, trials, count, settings.seed)
+        if asked:
+            shown = False
+            trials += _measured(asked, measure)
+            continue
+        tried = {trial.items for trial in trials}
+        further = [one for one in further if one not in tried]
+        if shown or not further:
             return Refined(tuple(trials), stands=True)
-        trials += _measured(asked, measure)
+        shown = True
+        trials += _answered(problem, further[:count], measure)
     return Refined(tuple(trials), stands=False)
+
+
+def _answered(problem: Problem, answers: Sequence[Chosen], measure: Measure) -> list[Trial]:
+    return _measured([(one, float(problem.objective_of(one)), "search") for one in answers], measure)
 
 
 def _measured(asked: Sequence[tuple[Chosen, float, str]], measure: Measure) -> list[Trial]:

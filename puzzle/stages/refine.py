@@ -39,14 +39,14 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         problem = _problem(run, searched)
         metric = score_of(problem.objective_name)
         progress.total(settings.evaluations, 0)
-        answers = _answers(problem, settings.first, run.constraint_file.solutions.min_difference)
+        answers = _answers(problem, settings.evaluations, run.constraint_file.solutions.min_difference)
         select = truths.of("select", metric)
         if metric == "kl":
             found = refine(problem, answers, select, settings)
         else:
             # one for each solution: what other scores or another library led to is no guide here
             journal = run.folder / "truth" / f"{unit.path.name}.journal"
-            found = study(problem, answers, select, settings, journal)
+            found = study(problem, answers[: settings.first], select, settings, journal)
         rows = _comparison(problem, found, truths.of("report", metric))
         truths.end()
     best = _solution(run, searched, problem, found.best, unit.inputs)

@@ -61,7 +61,7 @@ def make_world(seed: int, num_sites: int = 5) -> World:
 
 
 def answers_of(problem: Problem, settings: Settings) -> list[Chosen]:
-    return [one.items for one in mip.solve([problem], {}, settings.first, 0.2).solutions]
+    return [one.items for one in mip.solve([problem], {}, settings.evaluations, 0.2).solutions]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -87,6 +87,21 @@ def test_refine_beats_the_answers_where_sums_are_wrong() -> None:
         of_answers = min(map(world.true, answers_of(world.problem, Settings(40, count=12))))
         gains.append(1 - found.best.true / of_answers)
     assert np.mean(gains) > 0.05
+
+
+def test_where_the_model_knows_of_nothing_better_it_is_shown_further_answers() -> None:
+    world, settings = make_world(1, num_sites=9), Settings(24)
+    answers = answers_of(world.problem, settings)
+    unlike = answers[settings.first + 1]
+
+    def sums_but_for_one(asked: Sequence[Chosen]) -> list[Sequence[float] | None]:
+        values = [float(world.problem.objective_of(items)) * (0.1 if items == unlike else 1) for items in asked]
+        return [(0.99 * value, 1.01 * value) for value in values]
+
+    found = refine(world.problem, answers, sums_but_for_one, settings)
+    assert found.best.items == unlike
+    without = refine(world.problem, answers[: settings.first], sums_but_for_one, settings)
+    assert without.stands and without.best.items == answers[0]
 
 
 @pytest.mark.parametrize("kill_after", [3, 10])
