@@ -31,20 +31,6 @@ from puzzle.types import (
 )
 from puzzle.variants import layer_item, variant_name
 
-__all__ = [
-    "FORMAT_OF",
-    "MATRIX",
-    "TARGETS",
-    "Finding",
-    "Offer",
-    "capability",
-    "findings",
-    "offer",
-    "served_as",
-    "together",
-    "told",
-]
-
 TARGETS: tuple[Target, ...] = get_args(Target)
 FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "transformers": "hf",
@@ -234,7 +220,7 @@ def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]
 
     An FFN that is left out costs the zeros that its attention may need; only an item of both parts can know better.
     """
-    at = dict(zip(item.sites, item.specs, strict=True))
+    at = item.at
     found: list[Spec] = []
     for site, spec in at.items():
         beside = at.get(Site(site.layer, "attention"))
@@ -287,7 +273,7 @@ def _not_llama_shaped(shape: ModelShape) -> str | None:
 
 def _findings(item: Item, target: Target, shape: ModelShape, windows: frozenset[int]) -> Iterable[Finding]:
     """What is not simply loaded of the item: its blocks alone, and beside each other where it has both of a layer."""
-    at = dict(zip(item.sites, item.specs, strict=True))
+    at = item.at
     for site, spec in at.items():
         found = [capability(target, spec, site.layer, shape, windows)]
         attention = at.get(Site(site.layer, "attention"))

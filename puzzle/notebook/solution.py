@@ -31,8 +31,6 @@ from puzzle.types import Costs, Solution
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
-__all__ = ["SolutionView", "Tables", "file_text"]
-
 SCORES_ADD_UP = "Quality is predicted by the sum of single scores; ± is its standard error over sequences."
 
 

@@ -18,8 +18,6 @@ from puzzle.search.problem import Problem, Row
 from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
 from puzzle.types import OutOfTimeError, Site
 
-__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of", "relative_gap"]
-
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
 LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
 
