@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from puzzle.types import (
     Architecture,
@@ -31,7 +31,6 @@ from puzzle.types import (
 )
 from puzzle.variants import layer_item, variant_name
 
-TARGETS: tuple[Target, ...] = get_args(Target)
 FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "transformers": "hf",
     "vllm-plugin": "hf",

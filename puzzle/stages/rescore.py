@@ -76,10 +76,8 @@ def _is_there(planned: Planned) -> bool:
 
 def _deciding(run: Run, table: ScoreTable) -> list[Item]:
     """Items of the best architectures under the constraint file whose KL is an estimate."""
-    conflicts = run.space.conflicts()
-    problems = search.problems(run.shape, run.items, table, run.read_costs(), run.constraint_file, conflicts)
     wanted = run.constraint_file.solutions
     count, effort = max(wanted.count, LEAST_CONTENDERS), search.effort_of(run.constraint_file)
-    solutions = mip.solve(problems, {}, count, wanted.min_difference, effort).solutions
+    solutions = mip.solve(run.problems(table), {}, count, wanted.min_difference, effort).solutions
     chosen = {item_id for solution in solutions for item_id in solution.items if (item_id, "kl") in table.scores}
     return [item for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]
