@@ -40,7 +40,7 @@ FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "llama.cpp": "gguf",
     "mlx-lm": "mlx",
 }
-LLAMA_SHAPED = ("llama", "mistral")
+LLAMA_SHAPED = ("llama", "mistral")  # the same tensors under the same names; Mistral without its windows
 WIDTH_MULTIPLE = 256  # every reader of nemotron-nas rounds FFN widths up to it; a GGUF file says them as they are
 ZERO_WIDTH = 32  # of an FFN of zeros, where a reader insists on one
 ZERO_FFN = FfnSpec("narrow", intermediate_size=ZERO_WIDTH)
@@ -112,13 +112,14 @@ def capability(target: Target, spec: Spec, layer: int, shape: ModelShape, window
             found.append(Capability(target, "refused", reason))
     if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in PADDING:
         width = spec.intermediate_size or shape.intermediate_size
-        if (padded := _padded(width)) != width:
+        if (padded := stored_width(width)) != width:
             lowered_to = f"{padded} channels, those past {width} zeros"
             found.append(Capability(target, "lowered", f"widths are multiples of {WIDTH_MULTIPLE}", lowered_to))
     return _worst(found)
 
 
-def _padded(width: int) -> int:
+def stored_width(width: int) -> int:
+    """Channels that a reader of nemotron-nas takes an FFN of ``width`` to have: those beyond ``width`` are zeros."""
     return math.ceil(width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
@@ -224,7 +225,7 @@ def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]
     for site, spec in at.items():
         beside = at.get(Site(site.layer, "attention"))
         if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in PADDING:
-            width = _padded(spec.intermediate_size or shape.intermediate_size)
+            width = stored_width(spec.intermediate_size or shape.intermediate_size)
             found.append(replace(spec, kind="narrow", intermediate_size=width))
         elif target == "llama.cpp" and spec.kind == "skip" and site == Site(0, "attention"):
             found.append(AttentionSpec("linear"))
