@@ -199,7 +199,7 @@ def main() -> int:
         version = next(iter(verdicts.values())).version
         result = {"environment": environment(), "runtime": f"{options.runtime} {version}", "differences": found}
         (RESULTS / f"verify_{options.runtime}.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(verdict.passed for verdict in verdicts.values()) else 1
+    return 0 if all(verdict.status == "passed" for verdict in verdicts.values()) else 1
 
 
 if __name__ == "__main__":

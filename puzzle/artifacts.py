@@ -170,8 +170,9 @@ def read_unit(path: Path) -> Unit:
     """The unit at ``path``. CorruptFileError if its marker is unreadable, or a file missing or of another size."""
     marker_path = path / MARKER if path.is_dir() else path
     marker = read_json(marker_path)
-    version = marker.get("schema_version")
-    if version is not None and version != SCHEMA_VERSION:
+    if "schema_version" not in marker:
+        raise CorruptFileError(f"{marker_path}: not a unit's marker; delete {path} and run again")
+    if (version := marker["schema_version"]) != SCHEMA_VERSION:
         raise CorruptFileError(
             f"{marker_path}: written by another version of puzzle (schema {version}, this one reads {SCHEMA_VERSION}); "
             "use that version, or start a new run folder"

@@ -229,10 +229,9 @@ class Basis:
         """The items of each unit of scores, by its name: those of a site, a layer's pairs, runs from a layer on."""
         names: dict[str, tuple[Item, ...]] = {}
         for item in self.items:
-            layers = {site.layer for site in item.sites}
-            several = "layer" if len(layers) == 1 else "fused" if is_fused(item) else "run"
+            several = "layer" if len(item.layers) == 1 else "fused" if is_fused(item) else "run"
             what = item.sites[0].part if len(item.sites) == 1 else several
-            name = f"L{item.sites[0].layer:03d}.{what}"
+            name = f"L{item.layers[0]:03d}.{what}"
             names[name] = (*names.get(name, ()), item)
         return names
 

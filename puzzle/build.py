@@ -19,17 +19,12 @@ from puzzle.blocks.layer import block_of, part_state
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.sharding import whole
 from puzzle.teacher import freeze, layers_of, load_state
-from puzzle.types import AttentionSpec, FfnSpec, Item, Site, Spec
-
-
-def chosen_specs(items: Sequence[Item]) -> dict[Site, Spec]:
-    """The spec at each site that ``items`` cover."""
-    return {site: spec for item in items for site, spec in zip(item.sites, item.specs, strict=True)}
+from puzzle.types import AttentionSpec, FfnSpec, Item, Site
 
 
 def blocks_of(items: Sequence[Item], num_layers: int) -> list[dict[str, Any]]:
     """``config.blocks`` of the architecture."""
-    specs = chosen_specs(items)
+    specs = {site: spec for item in items for site, spec in item.at.items()}
     blocks = []
     for layer in range(num_layers):
         attention, ffn = specs[Site(layer, "attention")], specs[Site(layer, "ffn")]
@@ -46,7 +41,7 @@ def build_student(
     config.blocks = blocks_of(items, config.num_hidden_layers)
     state = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith("model.layers.")}
     for item in items:
-        for site, spec in zip(item.sites, item.specs, strict=True):
+        for site, spec in item.at.items():
             if spec.kind == "skip":
                 continue
             kept = spec.kind == "keep"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from puzzle.types import (
     Architecture,
@@ -31,21 +31,6 @@ from puzzle.types import (
 )
 from puzzle.variants import layer_item, variant_name
 
-__all__ = [
-    "FORMAT_OF",
-    "MATRIX",
-    "TARGETS",
-    "Finding",
-    "Offer",
-    "capability",
-    "findings",
-    "offer",
-    "served_as",
-    "together",
-    "told",
-]
-
-TARGETS: tuple[Target, ...] = get_args(Target)
 FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "transformers": "hf",
     "vllm-plugin": "hf",
@@ -55,7 +40,7 @@ FORMAT_OF: Mapping[Target, Format] = {  # the export that each reads
     "llama.cpp": "gguf",
     "mlx-lm": "mlx",
 }
-LLAMA_SHAPED = ("llama", "mistral")
+LLAMA_SHAPED = ("llama", "mistral")  # the same tensors under the same names; Mistral without its windows
 WIDTH_MULTIPLE = 256  # every reader of nemotron-nas rounds FFN widths up to it; a GGUF file says them as they are
 ZERO_WIDTH = 32  # of an FFN of zeros, where a reader insists on one
 ZERO_FFN = FfnSpec("narrow", intermediate_size=ZERO_WIDTH)
@@ -127,13 +112,14 @@ def capability(target: Target, spec: Spec, layer: int, shape: ModelShape, window
             found.append(Capability(target, "refused", reason))
     if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in PADDING:
         width = spec.intermediate_size or shape.intermediate_size
-        if (padded := _padded(width)) != width:
+        if (padded := stored_width(width)) != width:
             lowered_to = f"{padded} channels, those past {width} zeros"
             found.append(Capability(target, "lowered", f"widths are multiples of {WIDTH_MULTIPLE}", lowered_to))
     return _worst(found)
 
 
-def _padded(width: int) -> int:
+def stored_width(width: int) -> int:
+    """Channels that a reader of nemotron-nas takes an FFN of ``width`` to have: those beyond ``width`` are zeros."""
     return math.ceil(width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
@@ -234,12 +220,12 @@ def served_as(item: Item, target: Target, shape: ModelShape) -> tuple[Spec, ...]
 
     An FFN that is left out costs the zeros that its attention may need; only an item of both parts can know better.
     """
-    at = dict(zip(item.sites, item.specs, strict=True))
+    at = item.at
     found: list[Spec] = []
     for site, spec in at.items():
         beside = at.get(Site(site.layer, "attention"))
         if isinstance(spec, FfnSpec) and spec.kind in ("keep", "narrow") and target in PADDING:
-            width = _padded(spec.intermediate_size or shape.intermediate_size)
+            width = stored_width(spec.intermediate_size or shape.intermediate_size)
             found.append(replace(spec, kind="narrow", intermediate_size=width))
         elif target == "llama.cpp" and spec.kind == "skip" and site == Site(0, "attention"):
             found.append(AttentionSpec("linear"))
@@ -287,7 +273,7 @@ def _not_llama_shaped(shape: ModelShape) -> str | None:
 
 def _findings(item: Item, target: Target, shape: ModelShape, windows: frozenset[int]) -> Iterable[Finding]:
     """What is not simply loaded of the item: its blocks alone, and beside each other where it has both of a layer."""
-    at = dict(zip(item.sites, item.specs, strict=True))
+    at = item.at
     for site, spec in at.items():
         found = [capability(target, spec, site.layer, shape, windows)]
         attention = at.get(Site(site.layer, "attention"))

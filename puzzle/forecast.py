@@ -20,8 +20,6 @@ import numpy as np
 
 from puzzle.schedule import warmup_cosine
 
-__all__ = ["PRIOR", "Beginning", "Forecast", "Prior", "Schedule", "forecast", "forecast_step", "num_last"]
-
 SHARE = 0.1  # of the steps, that a forecast is made from
 LEAST_STEPS = 20
 LAST_SHARE = 0.05  # of the steps, that the loss at the end is a mean of

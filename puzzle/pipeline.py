@@ -322,13 +322,8 @@ def publish_solutions(run: Run, unit: Planned, solutions: Sequence[Solution], **
     best = set(solutions[0].items)
 
     def write(aside: Path) -> Mapping[str, object]:
-        chosen = {
-            str(site): spec
-            for item in run.items
-            if item.id in best
-            for site, spec in zip(item.sites, item.specs, strict=True)
-        }
-        architecture = {site: variant_name(spec) for site, spec in chosen.items()}
+        chosen = [item for item in run.items if item.id in best]
+        architecture = {str(site): variant_name(spec) for item in chosen for site, spec in item.at.items()}
         (aside / "architecture.json").write_text(json.dumps(architecture, indent=1) + "\n", encoding="utf-8")
         found = {"solutions": [to_json(solution) for solution in solutions]}
         (aside / "solution.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -252,7 +252,7 @@ class Run(Basis):
         table = self._read_scores()
         if not self.estimated or not self.rescored.exists():
             return table
-        names = [f"{item_id}.json" for item_id in artifacts.read_unit(self.rescored).read(list[str], "items")]
+        names = [f"{item_id}.json" for item_id in artifacts.read_unit(self.rescored).read(dict[str, str], "items")]
         return table.replaced(read_scores(self.folder / "rescored", names)) if names else table
 
     def _read_scores(self) -> ScoreTable:
@@ -283,9 +283,9 @@ class Run(Basis):
         """What was found for the constraint file, best first."""
         return tuple(artifacts.read_unit(self.solution).read(list[Solution], "solutions"))
 
-    def problems(self) -> tuple[Problem, ...]:
-        """The search on the run's tables as programmes, one for each combination of batch sizes."""
-        tables = self.read_scores(), self.read_costs()
+    def problems(self, scores: ScoreTable | None = None, costs: Costs | None = None) -> tuple[Problem, ...]:
+        """The search as programmes, one for each combination of batch sizes; on the run's tables, or those given."""
+        tables = scores or self.read_scores(), costs or self.read_costs()
         return search.problems(self.shape, self.items, *tables, self.constraint_file, self.space.conflicts())
 
     def items_of(self, solution: Solution) -> tuple[Item, ...]:

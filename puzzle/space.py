@@ -100,7 +100,7 @@ class SearchSpace:
             return ()
         offered = {item.id for item in self.items()}
         # by first and last layer; that of one layer may be a pair, or not be there
-        runs = {(item.sites[0].layer, item.sites[-1].layer): item for item in self.items() if _leaves_layers_out(item)}
+        runs = {(item.layers[0], item.layers[-1]): item for item in self.items() if _leaves_layers_out(item)}
         found = []
         for (first, last), run in runs.items():
             ways = [tuple(f"{site}.skip" for site in run.sites)] if first == last else []
@@ -125,7 +125,7 @@ class SearchSpace:
         wanted = {site: name for site, name in architecture.items() if name != "keep"}
         chosen: list[Item] = []
         for item in sorted(self.items(), key=lambda item: -len(item.sites)):
-            names = {str(site): variant_name(spec) for site, spec in zip(item.sites, item.specs, strict=True)}
+            names = {str(site): variant_name(spec) for site, spec in item.at.items()}
             changed = {site for site, name in names.items() if name != "keep"}
             if changed and architecture.items() >= names.items() and changed <= wanted.keys():
                 chosen.append(item)

@@ -160,8 +160,18 @@ class Item(Strict):
     def __post_init__(self) -> None:
         _require(len(self.sites) > 0 and len(self.sites) == len(self.specs), f"{self.id}: one spec per site")
         _require(len(set(self.sites)) == len(self.sites), f"{self.id}: a site occurs twice")
-        for site, spec in zip(self.sites, self.specs, strict=True):
+        for site, spec in self.at.items():
             _require(isinstance(spec, AttentionSpec) == (site.part == "attention"), f"{self.id}: wrong spec for {site}")
+
+    @property
+    def at(self) -> dict[Site, Spec]:
+        """The spec at each site."""
+        return dict(zip(self.sites, self.specs, strict=True))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Each once, in ascending order."""
+        return tuple(sorted({site.layer for site in self.sites}))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

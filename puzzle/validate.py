@@ -16,6 +16,7 @@ from pathlib import Path
 from puzzle import checkpoint, pipeline, plans, search
 from puzzle.artifacts import read_json
 from puzzle.basis import STORED_DTYPES
+from puzzle.config import OBJECTIVES
 from puzzle.data.source import check_sources
 from puzzle.export.gguf_tokenizer import check_tokenizer
 from puzzle.export.nemotron_nas import check_model
@@ -27,7 +28,7 @@ from puzzle.report.pruning import DEVICE, EFFICIENCY, plan_text
 from puzzle.run import GRID_AND_TOURNAMENT, Run
 from puzzle.scoring.sampling import num_draws
 from puzzle.search import mip
-from puzzle.search.constraints import OBJECTIVES, workloads
+from puzzle.search.constraints import workloads
 from puzzle.search.goal import goal_of, is_quality
 from puzzle.search.halving import HALVING, num_distilled, num_rungs
 from puzzle.search.meaning import meaning
@@ -315,7 +316,7 @@ def _stage_flops(run: Run, stage: str) -> float:
     head, forward = _forward_flops(run)
     distilling = _forward_flops(run.distilling)[1]
     one_pass = forward * (2 + num_draws(run.config.score.sequences)) + variant if run.estimated else 0.0
-    several = [len({site.layer for site in item.sites}) > 1 for item in run.items]  # those are never estimated
+    several = [len(item.layers) > 1 for item in run.items]  # those are never estimated
     exact = sum(several) if run.estimated else sum(not is_teacher(item) for item in run.items)
     per_token = {
         "init": 2 * forward + variant,

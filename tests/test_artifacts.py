@@ -77,6 +77,35 @@ def test_a_file_of_another_size_is_corrupt(tmp_path: Path) -> None:
         artifacts.read_unit(tmp_path / "unit")
 
 
+KEYS = ("schema_version", "inputs", "content", "payload")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [*((key, None) for key in KEYS), *((key, ["a", "b"]) for key in (*KEYS[1:], "files"))]
+)
+def test_a_marker_of_the_wrong_kind_says_what_to_do(tmp_path: Path, key: str, value: object) -> None:
+    """Lacking a key (value None), or with a list in its place."""
+    path = tmp_path / "unit"
+    artifacts.publish_folder(path, INPUTS, write_two_files)
+    marker = json.loads((path / "unit.json").read_text())
+    changed = {name: entry for name, entry in {**marker, key: value}.items() if entry is not None}
+    (path / "unit.json").write_text(json.dumps(changed))
+    with pytest.raises(CorruptFileError) as caught:
+        artifacts.read_unit(path)
+    assert str(path / "unit.json") in str(caught.value)
+    assert f"delete {path} and run again" in str(caught.value)
+
+
+def test_what_a_payload_holds_is_read_as_what_it_should_be(tmp_path: Path) -> None:
+    unit = artifacts.publish_json(tmp_path / "unit.json", INPUTS, {"steps": {"first": 1}, "losses": [0.5, 2]})
+    assert unit.read(int, "steps", "first") == 1
+    assert unit.read(list[float], "losses") == [0.5, 2.0]
+    with pytest.raises(CorruptFileError, match=r"unit\.json: it has no steps\.last; delete .*unit\.json and run again"):
+        unit.read(int, "steps", "last")
+    with pytest.raises(CorruptFileError, match=r"unit\.json: losses: not a valid dict.*unit\.json and run again"):
+        unit.read(dict[str, float], "losses")
+
+
 def test_another_schema_is_refused_in_words(tmp_path: Path) -> None:
     path = tmp_path / "unit.json"
     artifacts.publish_json(path, INPUTS, {})

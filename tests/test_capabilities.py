@@ -12,7 +12,6 @@ from puzzle.capabilities import (
     MATRIX,
     NEMOTRON,
     PADDING,
-    TARGETS,
     Feature,
     capability,
     offer,
@@ -24,6 +23,7 @@ from puzzle.space import SearchSpace
 from puzzle.types import AttentionSpec, Capability, ConfigError, FfnSpec, Item, ModelShape, Site, Spec, Target
 from puzzle.variants import KINDS, layer_item, params, parse_variant, resolve, run_item, site_item
 
+TARGETS: tuple[Target, ...] = get_args(Target)
 SHAPE = ModelShape("llama", 4, 1024, 16, 8, 64, 2816, 512, 4096, tied_embeddings=False)
 NAMES = {
     "attention": ["keep", "gqa-2", "window-512", "window-512-sinks-4", "linear", "skip"],

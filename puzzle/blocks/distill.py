@@ -41,7 +41,7 @@ class Task:
 
     @property
     def layer(self) -> int:
-        return self.items[0].sites[0].layer
+        return self.items[0].layers[0]
 
 
 @dataclass(frozen=True)

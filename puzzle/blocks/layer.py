@@ -38,7 +38,7 @@ def config_with(config: PuzzleConfig, layer_idx: int, block: Mapping[str, Any]) 
 
 def parts_of(item: Item) -> dict[Part, Spec]:
     """The spec of each part that the item replaces."""
-    return {site.part: spec for site, spec in zip(item.sites, item.specs, strict=True)}
+    return {site.part: spec for site, spec in item.at.items()}
 
 
 def layer_with(

@@ -11,8 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from puzzle.capabilities import ZERO_FFN, ZERO_WIDTH
-from puzzle.export.nemotron_nas import stored_width
+from puzzle.capabilities import ZERO_FFN, ZERO_WIDTH, stored_width
 from puzzle.export.source import Piece
 from puzzle.types import AttentionSpec, FfnSpec, ModelShape
 

@@ -8,22 +8,21 @@ PuzzleConfig (:func:`puzzle_fields`). Writes nothing. Pure. The format is Llama'
     FFN width = int(2 * ffn_mult * hidden_size / 3), rounded up to a multiple of 256
 
 by every reader. A width that is no such multiple is stored with channels of zeros up to the next one, which is exact
-(:func:`stored_width`), and costs what the wider one does.
+(:func:`~puzzle.capabilities.stored_width`), and costs what the wider one does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from puzzle.capabilities import LLAMA_SHAPED, WIDTH_MULTIPLE, stored_width
 from puzzle.types import Architecture, AttentionSpec, ConfigError, CorruptFileError, FfnSpec, ModelShape, Spec
 from puzzle.variants import num_kv_heads, variant_name
 
 MODEL_TYPE = "nemotron-nas"
 CONFIG_CODE = "configuration_decilm"  # the file beside this one that goes into every folder
-FAMILIES = ("llama", "mistral")  # the same tensors under the same names; Mistral without its windows
 INSTEAD = "export hf, and serve it with serve_on: [transformers] or [vllm-plugin]"
-WIDTH_MULTIPLE = 256
 WIDTH_MARGIN = (
     64  # aimed below the width, so that no reader's rounding of the multiplier ends above or a multiple below
 )
@@ -43,18 +42,13 @@ _COPIED = (
 )
 
 
-def stored_width(width: int) -> int:
-    """Channels that a FFN of ``width`` is stored with: those beyond ``width`` are zeros."""
-    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-
-
 def read_width(ffn_mult: float, hidden_size: int) -> int:
     """The FFN width that readers make of ``ffn_mult``."""
     return stored_width(int(2 * ffn_mult * hidden_size / 3))
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
-    """The multiplier that every reader takes for :func:`stored_width` of ``width``."""
+    """The multiplier that every reader takes for :func:`~puzzle.capabilities.stored_width` of ``width``."""
     multiplier = (stored_width(width) - WIDTH_MARGIN) * 3 / (2 * hidden_size)
     assert read_width(multiplier, hidden_size) == stored_width(width)
     return multiplier
@@ -82,13 +76,7 @@ def vllm_refusal(spec: Spec, shape: ModelShape) -> str | None:
 def check_vllm(shape: ModelShape, layers: Architecture) -> None:
     """Raises ConfigError, naming layer and variant, where vLLM's reader would refuse the model or misread it."""
     check_family(shape)
-    for layer, specs in enumerate(layers):
-        for spec in specs:
-            if reason := vllm_refusal(spec, shape):
-                raise ConfigError(
-                    f"layer {layer}: vLLM cannot load {_words(spec)} as nemotron-nas: {reason}; with "
-                    "serve_on: [vllm] in the constraint file, the search leaves such variants out"
-                )
+    _check_specs(shape, layers, vllm_refusal, "vLLM cannot load {} as nemotron-nas")
     if not layers or layers[0][0].kind == "skip":
         raise ConfigError(
             "layer 0: vLLM cannot load attention skip as nemotron-nas: its reader wants attention in the first layer; "
@@ -96,12 +84,26 @@ def check_vllm(shape: ModelShape, layers: Architecture) -> None:
         )
 
 
+def _check_specs(
+    shape: ModelShape, layers: Architecture, refusal: Callable[[Spec, ModelShape], str | None], words: str
+) -> None:
+    """Raises ConfigError for the first spec that ``refusal`` has a reason against; ``words`` say what cannot be."""
+    for layer, specs in enumerate(layers):
+        for spec in specs:
+            if reason := refusal(spec, shape):
+                part = "attention" if isinstance(spec, AttentionSpec) else "ffn"
+                raise ConfigError(
+                    f"layer {layer}: {words.format(f'{part} {variant_name(spec)}')}: {reason}; with serve_on: [vllm] "
+                    "in the constraint file, the search leaves such variants out"
+                )
+
+
 def check_family(shape: ModelShape) -> None:
     """Raises ConfigError for a teacher whose layers are not Llama's: the format could not say what they are."""
-    if shape.family not in FAMILIES:
+    if shape.family not in LLAMA_SHAPED:
         raise ConfigError(
             f"a {shape.family} model cannot be written as nemotron-nas, which has Llama's layers only; "
-            f"families that can: {', '.join(FAMILIES)}; {INSTEAD}"
+            f"families that can: {', '.join(LLAMA_SHAPED)}; {INSTEAD}"
         )
     if shape.qkv_bias or shape.output_bias or shape.mlp_bias:
         raise ConfigError(
@@ -128,13 +130,7 @@ def block_configs(shape: ModelShape, layers: Architecture) -> list[dict[str, Any
 
     Linear maps are written, though not every reader takes them: see :func:`check_vllm`.
     """
-    for layer, specs in enumerate(layers):
-        for spec in specs:
-            if reason := format_refusal(spec, shape):
-                raise ConfigError(
-                    f"layer {layer}: {_words(spec)} cannot be written as nemotron-nas: {reason}; with serve_on: [vllm] "
-                    "in the constraint file, the search leaves such variants out"
-                )
+    _check_specs(shape, layers, format_refusal, "{} cannot be written as nemotron-nas")
     return [{"attention": _attention(attention, shape), "ffn": _ffn(ffn, shape)} for attention, ffn in layers]
 
 
@@ -151,10 +147,6 @@ def _ffn(spec: FfnSpec, shape: ModelShape) -> dict[str, Any]:
 
 def _switches(spec: Spec) -> dict[str, bool]:
     return {"no_op": spec.kind == "skip", "replace_with_linear": spec.kind == "linear"}
-
-
-def _words(spec: Spec) -> str:
-    return f"{'attention' if isinstance(spec, AttentionSpec) else 'ffn'} {variant_name(spec)}"
 
 
 def nemotron_nas_config(

@@ -112,10 +112,6 @@ class Verdict(Strict):
         return "failed" if self.failures else "passed"
 
     @property
-    def passed(self) -> bool:
-        return self.status == "passed"
-
-    @property
     def failures(self) -> tuple[str, ...]:
         """What is wrong, in words."""
         runtime = RUNTIMES[self.runtime]

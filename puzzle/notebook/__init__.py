@@ -79,7 +79,7 @@ class OpenRun:
         for (item_id, metric), score in self._tables.scores.scores.items():
             item, name = by_id[item_id], names.get(metric, metric)
             part = item.sites[0].part if len(item.sites) == 1 else "several"
-            told = (item_id, item.sites[0].layer, part, "+".join(map(variant_name, item.specs)))
+            told = (item_id, item.layers[0], part, "+".join(map(variant_name, item.specs)))
             row = rows.setdefault(item_id, dict(zip(ITEM, told, strict=True)))
             row |= {name: score.mean, f"{name}_se": score.standard_error}
             row |= dict(zip(HOW, (len(score.per_sequence), score.context_tokens, score.method), strict=True))

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from puzzle.notebook.widget import Explorer
 
-__all__ = ["ParetoFront"]
-
 
 @dataclass(frozen=True, eq=False)
 class ParetoFront:

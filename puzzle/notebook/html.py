@@ -5,8 +5,6 @@ from __future__ import annotations
 from puzzle import style
 from puzzle.report.markup import escaped
 
-__all__ = ["STYLE", "note", "page", "paragraph"]
-
 STYLE = f"""\
 <style>
 .puzzle, .puzzle .widget-html-content {{

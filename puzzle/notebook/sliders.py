@@ -16,11 +16,9 @@ from puzzle.report.words import at_least, figure
 from puzzle.search import explain, infeasible, mip
 from puzzle.search.constraints import SIGNS, Side
 from puzzle.search.explain import RowStory
-from puzzle.search.linear import Effort
 from puzzle.search.problem import Chosen, Problem, Quantity, Row, solved
+from puzzle.search.programme import Effort
 from puzzle.search.surface import extremes
-
-__all__ = ["QUICK", "Limit", "Sliders"]
 
 QUICK = Effort(relative_gap=1e-3)  # while a slider moves; once it rests the answer is proven
 STEPS = 200  # of a slider, about
@@ -139,12 +137,7 @@ def price_words(story: RowStory, unit: str) -> str:
     if not story.binds:
         return "does not bind"
     step = f"{figure(float(story.step))} {story.row.quantity.unit.partition(',')[0]}"
-    words = ("less", "more") if story.row.upper is None else ("more", "less")
-    told = [
-        f"{step} {word}: " + ("nothing fits" if gain is None else f"{gain:+.4f} {unit}")
-        for word, gain in zip(words, (story.looser, story.tighter), strict=True)
-    ]
-    return f"binds; {', '.join(told)}"
+    return f"binds; {', '.join(explain.gains(story, step, unit))}"
 
 
 def _limit(problems: Sequence[Problem], row: Row) -> Limit:
@@ -175,6 +168,5 @@ def _written(side: Side, value: Fraction, quantity: Quantity) -> float:
 
 def _step(wanted: float, whole: bool) -> float:
     """About as large, as one would say it: 1, 2 or 5 times a power of ten; of counts at least 1."""
-    power = 10.0 ** math.floor(math.log10(wanted))
-    step = min((digit * power for digit in (1, 2, 5, 10)), key=lambda size: abs(size - wanted))
-    return max(1.0, step) if whole else float(f"{step:.1g}")
+    step = float(explain.round_step(Fraction(wanted)))
+    return max(1.0, step) if whole else step

@@ -31,8 +31,6 @@ from puzzle.types import Costs, Solution
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
-__all__ = ["SolutionView", "Tables", "file_text"]
-
 SCORES_ADD_UP = "Quality is predicted by the sum of single scores; ± is its standard error over sequences."
 
 
@@ -57,8 +55,7 @@ class Tables:
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
         """One for each combination of batch sizes."""
-        tables = self.scores, self.costs, self.file
-        return search.problems(self.run.shape, self.run.items, *tables, self.run.space.conflicts())
+        return self.run.problems(self.scores, self.costs)
 
     def solve(self) -> tuple[SolutionView, ...]:
         """The file's answers, best first; InfeasibleError with the nearest values that can hold."""

@@ -13,8 +13,6 @@ from puzzle.report.strip import Sizes, longest_name, strip
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "in_words", "svg"]
-
 HEIGHT = 52.0  # of the teacher's block: two strips are to be seen at once
 
 

@@ -26,11 +26,9 @@ from puzzle.report.markup import folded_text, table
 from puzzle.report.table import Table
 from puzzle.report.words import figure, objective_unit, quality, status
 from puzzle.search.explain import RowStory
-from puzzle.search.linear import EXACT, Effort
 from puzzle.search.pareto import heights, quality_label
+from puzzle.search.programme import EXACT, Effort
 from puzzle.types import InfeasibleError, OutOfTimeError
-
-__all__ = ["Explorer"]
 
 MOST_POINTS = 1000  # of the front in the picture
 REST_S = 0.4  # without a move, after which a slider counts as at rest

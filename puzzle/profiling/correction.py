@@ -59,7 +59,7 @@ def whole_models(shape: ModelShape, items: Sequence[Item], count: int) -> dict[s
     """
     on_offer: dict[Site, list[Spec]] = {site: [keep_spec(shape, site)] for site in shape.sites}
     for item in items:
-        for site, spec in zip(item.sites, item.specs, strict=True):
+        for site, spec in item.at.items():
             # fused ones at random places could outgrow the teacher
             if spec not in on_offer[site] and not is_fused(item):
                 on_offer[site].append(spec)

@@ -50,7 +50,7 @@ def block_of(shape: ModelShape, site: Site, spec: Spec) -> Block:
 
 def layers_of(shape: ModelShape, items: Sequence[Item]) -> tuple[Layer, ...]:
     """Of the items that cover every site once."""
-    specs = {site: spec for item in items for site, spec in zip(item.sites, item.specs, strict=True)}
+    specs = {site: spec for item in items for site, spec in item.at.items()}
     blocks = {site: block_of(shape, site, specs[site]) for site in shape.sites}
     return tuple(
         Layer(blocks[Site(layer, "attention")], blocks[Site(layer, "ffn")]) for layer in range(shape.num_layers)

@@ -6,6 +6,7 @@ Reads a problem and its solution, if there is one; computes records; writes noth
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -182,10 +183,8 @@ def _trade(
 def _blocks(item: Item, shape: ModelShape, sites: Sequence[Site], known: dict[Block, int]) -> list[tuple[int, int]]:
     """Of each site of the item, by their places; new blocks are added to those that are known."""
     place = {site: index for index, site in enumerate(sites)}
-    found = []
-    for site, spec in zip(item.sites, item.specs, strict=True):
-        found.append((place[site], known.setdefault(block_of(shape, site, spec), len(known))))
-    return found
+    blocks = {site: block_of(shape, site, spec) for site, spec in item.at.items()}
+    return [(place[site], known.setdefault(block, len(known))) for site, block in blocks.items()]
 
 
 def _maps(problem: Problem, cost: str, taken: Sequence[tuple[str, ...]], chosen: set[str]) -> tuple[HeatMap, ...]:
@@ -193,15 +192,13 @@ def _maps(problem: Problem, cost: str, taken: Sequence[tuple[str, ...]], chosen:
     by_part: dict[str, list[Item]] = {}
     for item in problem.items:
         by_part.setdefault(_part(item), []).append(item)
-    counts: dict[str, int] = {}
-    for item_id in (item_id for ids in taken for item_id in ids):
-        counts[item_id] = counts.get(item_id, 0) + 1
+    counts = Counter(item_id for ids in taken for item_id in ids)
     of_cost = problem.quantity(cost).coefficients
     num_layers = 1 + max(site.layer for site in problem.sites)
     found = []
     for part, items in by_part.items():
         variants = list(dict.fromkeys(_label(item) for item in items))
-        at = {(_label(item), item.sites[0].layer): item.id for item in items}
+        at = {(_label(item), item.layers[0]): item.id for item in items}
         ids = [[at.get((variant, layer)) for layer in range(num_layers)] for variant in variants]
 
         def rows(
@@ -215,7 +212,7 @@ def _maps(problem: Problem, cost: str, taken: Sequence[tuple[str, ...]], chosen:
                 variants=tuple(variants),
                 scores=rows(lambda item_id: problem.objective[item_id]),
                 costs=rows(lambda item_id: of_cost.get(item_id, 0.0)),
-                taken=rows(lambda item_id: counts.get(item_id, 0) / len(taken)) if taken else (),
+                taken=rows(lambda item_id: counts[item_id] / len(taken)) if taken else (),
                 chosen=tuple(
                     next((place for place, row in enumerate(ids) if row[layer] in chosen), None)
                     for layer in range(num_layers)
@@ -228,13 +225,13 @@ def _maps(problem: Problem, cost: str, taken: Sequence[tuple[str, ...]], chosen:
 def _part(item: Item) -> str:
     if len(item.sites) == 1:
         return item.sites[0].part
-    return "layer" if len({site.layer for site in item.sites}) == 1 else "run of layers"
+    return "layer" if len(item.layers) == 1 else "run of layers"
 
 
 def _label(item: Item) -> str:
     if _part(item) != "run of layers":
         return "+".join(map(variant_name, item.specs))
-    return f"{variant_name(item.specs[0])}, {item.sites[-1].layer - item.sites[0].layer + 1} layers"
+    return f"{variant_name(item.specs[0])}, {len(item.layers)} layers"
 
 
 def _reached(problem: Problem, solution: Solution | None) -> tuple[Reached, ...]:

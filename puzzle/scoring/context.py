@@ -29,7 +29,7 @@ class ScoringContext:
         specs: dict[Part, Spec] = {}
         owner: dict[Part, Item] = {}
         for item in (*self.items, *changed):
-            for site, spec in zip(item.sites, item.specs, strict=True):
+            for site, spec in item.at.items():
                 if site.layer == index:
                     specs[site.part], owner[site.part] = spec, item
         layer = self.teacher.layer(index)

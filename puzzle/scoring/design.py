@@ -44,7 +44,7 @@ def singles(items: Iterable[Item], scores: Mapping[str, float]) -> tuple[Single,
     alone = {(item.sites[0], item.specs[0]): max(scores[item.id], 0.0) for item in scored if len(item.sites) == 1}
     found = []
     for item in scored:
-        parts = [alone.get(part, np.nan) for part in zip(item.sites, item.specs, strict=True)]
+        parts = [alone.get(part, np.nan) for part in item.at.items()]
         weights = parts if sum(parts) > 0 else [1.0] * len(parts)  # nan is not
         shares = tuple(float(weight / sum(weights)) for weight in weights)
         found.append(Single(item.id, item.sites, shares, scores[item.id]))

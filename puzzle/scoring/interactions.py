@@ -183,12 +183,8 @@ class InteractionModel(Strict):
         several = np.array([len(items) > 1 for items in architectures])
         return self._estimates(sums, value, self.noise * (several + leverage))
 
-    def pair_nats(self, item_a: str, item_b: str) -> float:
-        """What two items that share no site cost together beyond their scores; ConfigError unless additive."""
-        return self.interactions([(item_a, item_b)])[0].value_nats
-
     def interactions(self, pairs: Sequence[tuple[str, str]]) -> tuple[Interaction, ...]:
-        """The same for many pairs at once."""
+        """What pairs of items that share no site cost together beyond their scores; ConfigError unless additive."""
         if self.kind not in ADDITIVE:
             raise ConfigError(f"{self.kind} is no sum over pairs of items; kinds that are: {', '.join(ADDITIVE)}")
         amplitudes = self.design.amplitudes[[self.design.place(item_id) for pair in pairs for item_id in pair]]

@@ -90,7 +90,7 @@ def _of_group(
     gradients: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """KL by item of a group, (sequences,); ``gradients`` are brought to the layer's input, if given."""
-    own = {item.id: context.layer(item.sites[0].layer, [item]) for item in group}
+    own = {item.id: context.layer(item.layers[0], [item]) for item in group}
     found: dict[str, list[Tensor]] = {item.id: [] for item in group}
     for place, batch in enumerate(batches):
         one = backward(place)

@@ -18,10 +18,9 @@ from puzzle.tables import ScoreTable
 from puzzle.types import Conflict, Costs, InfeasibleError, Item, ModelShape, Solution
 
 if TYPE_CHECKING:
-    from puzzle.search.linear import Effort
-    from puzzle.search.pareto import Front
+    from puzzle.search.programme import Effort
 
-__all__ = ["effort_of", "pareto_front", "problems", "search"]
+__all__ = ["effort_of", "problems", "search"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,10 +56,7 @@ def search(
     if found.note:
         _log.warning(found.note)
     return tuple(
-        replace(
-            solution,
-            objective_se=scores.standard_error(solution.items, score_of(solution.objective_name)),
-        )
+        replace(solution, objective_se=scores.standard_error(solution.items, score_of(solution.objective_name)))
         for solution in found.solutions
     )
 
@@ -70,22 +66,3 @@ def effort_of(constraints: ConstraintFile) -> Effort:
     from puzzle.search.programme import RELATIVE_GAP, Effort
 
     return Effort(max(constraints.solver.gap, RELATIVE_GAP), constraints.solver.time_limit_s)
-
-
-def pareto_front(
-    shape: ModelShape,
-    items: Sequence[Item],
-    scores: ScoreTable,
-    costs: Costs,
-    constraints: ConstraintFile,
-    cost: str,
-    conflicts: Sequence[Conflict] = (),
-) -> Front:
-    """All architectures that are best for what they cost, at the workloads' first batch sizes.
-
-    ``cost`` is a metric that adds up over items, named as in a constraint file: ``params``, ``chat.e2e_ms``. The
-    file's bounds are not applied, ``conflicts`` are.
-    """
-    from puzzle.search import pareto
-
-    return pareto.front(problems(shape, items, scores, costs, constraints, conflicts)[0], cost)

@@ -18,17 +18,6 @@ from puzzle.search.problem import Problem, Row
 from puzzle.types import ConfigError, InfeasibleError, Item, Site
 from puzzle.variants import variant_name
 
-__all__ = [
-    "best_uniform",
-    "feasible_uniform",
-    "greedy",
-    "importance_depth",
-    "most_params",
-    "published_greedy",
-    "random_feasible",
-    "Walk",
-]
-
 ATTEMPTS_PER_CHOICE = 20
 LEAST_STEP = 1e-12  # of a bound: what rounding alone gains could go round in circles
 
@@ -178,10 +167,7 @@ def _spelt(problem: Problem, dropped: frozenset[int]) -> tuple[str, ...] | None:
     fitting = tuple(
         item
         for item in problem.items
-        if all(
-            spec.kind == ("skip" if site.layer in dropped else "keep")
-            for site, spec in zip(item.sites, item.specs, strict=True)
-        )
+        if all(spec.kind == ("skip" if site.layer in dropped else "keep") for site, spec in item.at.items())
     )
     if {site for item in fitting for site in item.sites} != set(problem.sites):
         return None

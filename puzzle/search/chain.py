@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from puzzle import variants
-from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise
+from puzzle.search.linear import Choice, Cut, minimise
 from puzzle.search.problem import Problem, Row
+from puzzle.search.programme import EXACT, Effort
 from puzzle.search.surface import additive, extremes
 from puzzle.types import ConfigError, InfeasibleError, Item, ModelShape, OutOfTimeError, Site, Spec
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
-
-__all__ = ["Chain", "Link", "chain", "even_limits", "is_reduction"]
 
 Links = tuple[tuple[str, ...], ...]  # the items of every architecture
 NotAfter = Mapping[Site, Mapping[str, frozenset[str]]]  # by site and item there: what is no reduction of it
@@ -116,7 +115,16 @@ def chain(
             raise InfeasibleError(f"no architecture keeps {' and '.join(row.written for row in of)}")
         free.append(choice)
     not_after = _not_after(problem, shape)
-    ways = [_down(problem, rows, not_after, effort), _up(problem, rows, not_after, effort)]
+
+    def no_reductions(chosen: set[str]) -> set[str]:
+        return {other for at in not_after.values() for item_id in chosen & set(at) for other in at[item_id]}
+
+    def reduced_to_others(chosen: set[str]) -> set[str]:
+        return {item_id for at in not_after.values() for item_id, others in at.items() if others & chosen}
+
+    down = _greedy(problem, rows, no_reductions, effort)  # from the loose end, each of what is left
+    up = _greedy(problem, rows[::-1], reduced_to_others, effort)  # from the tight end, each of what can become it
+    ways = [down, up and up[::-1]]
     best = min(filter(None, ways), key=lambda way: sum(map(problem.objective_of, way)), default=None)
     bound, proven = sum(choice.bound for choice in free), False
     if len(problem.items) * len(rows) <= MOST_VARIABLES:
@@ -147,7 +155,7 @@ def chain(
 def _not_after(problem: Problem, shape: ModelShape) -> NotAfter:
     at: dict[Site, list[tuple[Item, Spec]]] = {site: [] for site in problem.sites}
     for item in problem.items:
-        for site, spec in zip(item.sites, item.specs, strict=True):
+        for site, spec in item.at.items():
             at[site].append((item, spec))
     allowed = functools.cache(lambda after, before: is_reduction(after, before, shape))  # layers share specs
     return {
@@ -158,39 +166,25 @@ def _not_after(problem: Problem, shape: ModelShape) -> NotAfter:
     }
 
 
-def _down(problem: Problem, rows: Sequence[Sequence[Row]], not_after: NotAfter, effort: Effort) -> Links | None:
-    """From the loose end, each of what is left; None where that leads to a limit that nothing left keeps."""
+def _greedy(
+    problem: Problem, rows: Sequence[Sequence[Row]], banned_by: Callable[[set[str]], set[str]], effort: Effort
+) -> Links | None:
+    """One link after the other, each the best of what the one before does not ban.
+
+    None where time was up, or that leads to a limit that nothing left keeps (or a bound from below of the problem).
+    """
     links: list[tuple[str, ...]] = []
     banned: set[str] = set()
     for of in rows:
-        choice = _best(problem, of, banned, effort)
+        try:
+            choice = minimise(problem, problem.objective, of, [Cut(dict.fromkeys(banned, 1), 0)], effort)
+        except OutOfTimeError:
+            return None
         if choice is None:
             return None
         links.append(choice.chosen)
-        chosen = set(choice.chosen)
-        banned = {other for at in not_after.values() for item_id in chosen & set(at) for other in at[item_id]}
+        banned = banned_by(set(choice.chosen))
     return tuple(links)
-
-
-def _up(problem: Problem, rows: Sequence[Sequence[Row]], not_after: NotAfter, effort: Effort) -> Links | None:
-    """From the tight end, each of what can be reduced to the one before."""
-    links: list[tuple[str, ...]] = []
-    banned: set[str] = set()
-    for of in rows[::-1]:
-        choice = _best(problem, of, banned, effort)
-        if choice is None:
-            return None  # time was up, or a row of the problem's own bounds from below
-        links.append(choice.chosen)
-        chosen = set(choice.chosen)
-        banned = {item_id for at in not_after.values() for item_id, others in at.items() if others & chosen}
-    return tuple(links[::-1])
-
-
-def _best(problem: Problem, rows: Sequence[Row], banned: Collection[str], effort: Effort) -> Choice | None:
-    try:
-        return minimise(problem, problem.objective, rows, [Cut(dict.fromkeys(banned, 1), 0)], effort)
-    except OutOfTimeError:
-        return None
 
 
 def _joint(

@@ -21,8 +21,6 @@ from puzzle.search.linear import minimise
 from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.types import ConfigError, InfeasibleError, mean_and_error
 
-__all__ = ["Compared", "compare", "table"]
-
 MIP = "MIP"
 
 

@@ -32,20 +32,6 @@ from puzzle.types import (
     Workload,
 )
 
-__all__ = [
-    "OBJECTIVES",
-    "Bound",
-    "bounds",
-    "cost_of",
-    "cost_rows",
-    "problems",
-    "tasks_in",
-    "teacher_items",
-    "teacher_value",
-    "usable_items",
-    "workloads",
-]
-
 SIGNS = {"min": "≥", "max": "≤", "eq": "="}
 Side = Literal["min", "max", "eq"]
 MOST_COMBINATIONS = 1000  # of batch sizes: a programme for each

@@ -16,8 +16,6 @@ from puzzle.search.baselines import Walk, best_uniform
 from puzzle.search.problem import Problem
 from puzzle.types import ConfigError
 
-__all__ = ["Step", "evolve"]
-
 OFFSPRING = 16  # of a generation
 MOST_SWITCHES = 3
 STALE_GENERATIONS = 100  # without an offspring that was not evaluated before: the neighbourhood is exhausted

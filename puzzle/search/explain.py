@@ -13,22 +13,8 @@ from fractions import Fraction
 
 from puzzle.search.linear import Choice, Cut, minimise
 from puzzle.search.problem import Problem, Row
-from puzzle.types import ConfigError, Item, Site
+from puzzle.types import ConfigError, Site
 from puzzle.variants import variant_name
-
-__all__ = [
-    "Change",
-    "Explanation",
-    "Forced",
-    "RowStory",
-    "alternatives",
-    "changes",
-    "alternatives_text",
-    "explain",
-    "kept",
-    "prices",
-    "text",
-]
 
 SHARE = Fraction(1, 100)  # of a bound that it is moved by
 DIGITS = 4
@@ -63,6 +49,11 @@ class RowStory:
     @property
     def binds(self) -> bool:
         return self.without < 0
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        """Of the bound's number, where it is made looser and tighter."""
+        return ("less", "more") if self.row.upper is None else ("more", "less")
 
 
 @dataclass(frozen=True)
@@ -122,7 +113,9 @@ def kept(problem: Problem, chosen: Sequence[str]) -> tuple[Forced, ...]:
     """
     found = []
     for site in problem.sites:
-        keeping = [item.id for item in problem.items if _keeps_attention(item, site)]
+        if site.part != "attention":
+            continue
+        keeping = [item.id for item in problem.items if site in item.sites and item.at[site].kind == "keep"]
         for item_id in set(keeping) & set(chosen):
             found.append(_without(problem, chosen, item_id, keeping))
     return _cheapest_first(found)
@@ -141,11 +134,6 @@ def alternatives(problem: Problem, chosen: Sequence[str], site: Site) -> tuple[F
         rivals = [other.id for other in problem.items if set(item.sites) & set(other.sites) and other is not item]
         found.append(_without(problem, chosen, item.id, rivals))
     return _cheapest_first(found)
-
-
-def _keeps_attention(item: Item, site: Site) -> bool:
-    pairs = zip(item.sites, item.specs, strict=True)
-    return site.part == "attention" and any(at == site and spec.kind == "keep" for at, spec in pairs)
 
 
 def _cheapest_first(found: Iterable[Forced]) -> tuple[Forced, ...]:
@@ -184,13 +172,18 @@ def _step(row: Row, share: Fraction) -> Fraction:
     """About that share of the bound, as one would say it: 1, 2 or 5 times a power of ten; of counts at least 1."""
     bound = abs(row.upper if row.upper is not None else row.lower or Fraction(0))
     wanted = bound * share or Fraction(1)
-    power = Fraction(10) ** math.floor(math.log10(wanted))
-    step = min((digit * power for digit in (1, 2, 5, 10)), key=lambda size: abs(size - wanted))
+    step = round_step(wanted)
     if row.quantity.whole:
         return max(Fraction(round(step)), Fraction(1))
     if row.lower is not None and row.upper is None and row.quantity.numerator is not None:
         return min(step, row.lower / 2)  # a rate stays positive
     return step
+
+
+def round_step(wanted: Fraction) -> Fraction:
+    """1, 2 or 5 times a power of ten, about as large."""
+    power = Fraction(10) ** math.floor(math.log10(wanted))
+    return min((digit * power for digit in (1, 2, 5, 10)), key=lambda size: abs(size - wanted))
 
 
 def _without(problem: Problem, chosen: Sequence[str], item_id: str, banned: Sequence[str]) -> Forced:
@@ -236,13 +229,19 @@ def _row_lines(story: RowStory, problem: Problem, unit: str) -> list[str]:
     state = f"binds; without it {story.without:+.4f} {unit}" if story.binds else "does not bind"
     lines = [f"{row.written}: {_number(story.value)} {quantity.unit}, {_number(story.slack)} from the bound: {state}"]
     step = f"{_number(story.step)} {quantity.unit.partition(',')[0]}"  # without ", estimated"
-    words = ("less", "more") if row.upper is None else ("more", "less")
-    for word, gain in zip(words, (story.looser, story.tighter), strict=True):
-        lines.append(f"  {step} {word}: " + ("nothing fits" if gain is None else f"{gain:+.4f} {unit}"))
+    lines += [f"  {gain}" for gain in gains(story, step, unit)]
     if story.gives_way:
-        lines.append(f"  {step} {words[1]} would change:")
+        lines.append(f"  {step} {story.directions[1]} would change:")
         lines += [f"    {_change_words(change, problem)}" for change in story.gives_way]
     return lines
+
+
+def gains(story: RowStory, step: str, unit: str) -> list[str]:
+    """What the bound ``step`` looser, then tighter, buys or costs, in words; ``unit`` is the quality's."""
+    return [
+        f"{step} {word}: " + ("nothing fits" if gain is None else f"{gain:+.4f} {unit}")
+        for word, gain in zip(story.directions, (story.looser, story.tighter), strict=True)
+    ]
 
 
 def _forced_words(forced: Forced, problem: Problem, unit: str) -> str:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from puzzle.config import ConstraintFile, ValuesFile
 from puzzle.types import ConfigError
 
-__all__ = ["Pick", "picks"]
-
 MOST_SEARCHES = 1000
 
 

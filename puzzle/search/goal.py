@@ -13,8 +13,6 @@ from puzzle.config import OBJECTIVES, BoundFile, ConstraintFile
 from puzzle.search.metrics import METRICS
 from puzzle.types import ConfigError
 
-__all__ = ["Goal", "goal_of", "is_quality", "nearest"]
-
 
 @dataclass(frozen=True)
 class Goal:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from puzzle.types import ConfigError
 
-__all__ = ["HALVING", "Rung", "halving", "num_distilled", "num_rungs"]
-
 HALVING = 2  # one in so many goes on
 Losses = Callable[[Sequence[int], int], Sequence[float]]  # of candidates by their numbers, after so many steps
 

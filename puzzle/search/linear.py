@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from time import monotonic
 
@@ -17,8 +17,6 @@ import numpy as np
 from puzzle.search.problem import Problem, Row
 from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
 from puzzle.types import OutOfTimeError, Site
-
-__all__ = ["EXACT", "Choice", "Cut", "Effort", "minimise", "programme_of", "relative_gap"]
 
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
 LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
@@ -82,7 +80,7 @@ def minimise(
     ids = [item.id for item in problem.items]
     place = {item_id: index for index, item_id in enumerate(ids)}
     begin = None
-    if start is not None and _allowed(problem, rows, [*conflict_cuts, *cuts], start):
+    if start is not None and _allowed(problem, rows, cuts, start):
         begin = np.array(sorted(place[item_id] for item_id in start))
     while True:
         all_cuts = [*conflict_cuts, *cuts, *forbidden]
@@ -127,12 +125,8 @@ def _least(problem: Problem, objective: Mapping[str, float]) -> float:
 def _allowed(problem: Problem, rows: Sequence[Row], cuts: Sequence[Cut], chosen: Sequence[str]) -> bool:
     if not problem.by_id.keys() >= set(chosen):
         return False
-    covered = sorted(site for item_id in chosen for site in problem.by_id[item_id].sites)
-    return (
-        covered == sorted(problem.sites)
-        and all(row.holds(chosen) for row in rows)
-        and all(cut.holds(chosen) for cut in cuts)
-    )
+    broken = replace(problem, rows=tuple(rows)).violations(chosen)
+    return not broken and all(cut.holds(chosen) for cut in cuts)
 
 
 def _excess(row: Row, chosen: Sequence[str]) -> Fraction:

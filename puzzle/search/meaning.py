@@ -20,8 +20,6 @@ from puzzle.search.metrics import METRICS, Setting
 from puzzle.search.problem import Row
 from puzzle.types import GIB, Costs, Item, MissingMeasurementError, ModelShape
 
-__all__ = ["meaning"]
-
 MODEL = "the model"
 
 

@@ -16,11 +16,10 @@ from fractions import Fraction
 from time import monotonic
 
 from puzzle.search.infeasible import explain
-from puzzle.search.linear import EXACT, Choice, Cut, Effort, minimise, relative_gap
+from puzzle.search.linear import Choice, Cut, minimise, relative_gap
 from puzzle.search.problem import Problem, Quantity, Row
+from puzzle.search.programme import EXACT, Effort
 from puzzle.types import InfeasibleError, OutOfTimeError, Solution
-
-__all__ = ["Found", "best_of", "solution_of", "solve"]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ from puzzle.scoring.interactions import InteractionModel
 from puzzle.search.problem import Chosen, Problem
 from puzzle.types import Item, Site, Spec
 
-__all__ = ["Moves"]
-
 BLOCK = 2_000_000  # pairs of moves that are valued at once
 KEPT = 100_000  # of these, the best
 SLACK = 1e-9  # of a bound, within which the exact check decides
@@ -142,7 +140,7 @@ class Moves:
         left: dict[Site, Spec] = {}
         for name in gone:
             other = self.problem.by_id[name]
-            left |= {s: spec for s, spec in zip(other.sites, other.specs, strict=True) if s not in item.sites}
+            left |= {site: spec for site, spec in other.at.items() if site not in item.sites}
         found = []
         while left:
             site = min(left)
@@ -170,7 +168,7 @@ class Moves:
         """By site, the items whose first it is, those that cover most first."""
         found: dict[Site, list[tuple[str, Mapping[Site, Spec]]]] = {site: [] for site in self.problem.sites}
         for item in sorted(self.problem.items, key=lambda item: -len(item.sites)):
-            found[min(item.sites)].append((item.id, dict(zip(item.sites, item.specs, strict=True))))
+            found[min(item.sites)].append((item.id, item.at))
         return found
 
     @cached_property

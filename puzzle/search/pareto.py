@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
     from matplotlib.figure import Figure
 
-__all__ = ["Front", "draw", "front", "heights", "plot", "quality_label"]
-
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int32]
 MAX_POINTS = 5_000_000

@@ -17,8 +17,6 @@ from functools import cached_property
 from puzzle.types import ConfigError, Conflict, Item, Site, Solution
 from puzzle.variants import is_teacher
 
-__all__ = ["Chosen", "Measure", "Problem", "Quantity", "Row", "solved"]
-
 Chosen = tuple[str, ...]  # an architecture: item ids in the order of the sites
 # true values per sequence of each architecture, the same sequences for all; None where its outputs are not finite
 Measure = Callable[[Sequence[Chosen]], Sequence[Sequence[float] | None]]

@@ -29,8 +29,6 @@ from numpy.typing import NDArray
 
 from puzzle.types import PuzzleError
 
-__all__ = ["EXACT", "Answer", "Effort", "Line", "Programme", "solve"]
-
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int64]
 TOLERANCE = 1e-9  # of rows whose numbers are at most 1

@@ -25,8 +25,6 @@ from puzzle.search.fan_out import picks
 from puzzle.search.metrics import METRICS
 from puzzle.types import ConfigError
 
-__all__ = ["Imported", "convert"]
-
 WORKLOAD = "serving"
 MIB_PER_GIB = 1024
 

@@ -25,8 +25,6 @@ from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.types import ConfigError, mean_and_error
 from puzzle.variants import is_teacher
 
-__all__ = ["Refined", "Settings", "Trial", "refine"]
-
 KIND = "interactions"  # no curve of the sum: fitted to the search's answers, which are alike, it misleads beyond them
 LEAST_FIT = 8  # evaluations that a model is fitted to
 FIRST_SHARE = 3  # of the evaluations, one in so many goes to answers of the integer programme

@@ -35,9 +35,9 @@ def popular(problem: Problem, front: Front, costs: tuple[float, float], least_sh
     longest: list[int] = []  # run of each point
     for point in points:
         chosen = [problem.by_id[item_id] for item_id in front.chosen(point)]
-        longest.append(max(len({site.layer for site in item.sites}) for item in chosen))
+        longest.append(max(len(item.layers) for item in chosen))
         for item in chosen:
-            for site, spec in zip(item.sites, item.specs, strict=True):
+            for site, spec in item.at.items():
                 used[site.layer, site.part, variant_name(spec)] += 1
     popular_runs = [length for length in longest if sum(own >= length for own in longest) >= least_share * len(points)]
     runs = max(popular_runs, default=1)

@@ -22,8 +22,6 @@ from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.search.refine import Refined, Settings, Trial
 from puzzle.types import Site
 
-__all__ = ["study"]
-
 MOST_TRIALS = 40  # an evaluation: most trials of a tight problem break a bound, which costs nothing
 Options = Mapping[str, tuple[str, ...]]  # by site, the items to choose from that begin there
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle import style
-from puzzle.search.linear import EXACT, Choice, Effort, minimise
+from puzzle.search.linear import Choice, minimise
 from puzzle.search.problem import Problem, Quantity, Row
+from puzzle.search.programme import EXACT, Effort
 from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
-
-__all__ = ["Point", "Surface", "additive", "extremes", "plot", "surface"]
 
 MOST_CELLS = 100_000
 Limits = tuple[Fraction, ...]

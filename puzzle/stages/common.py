@@ -126,6 +126,6 @@ def _ffn(run: Run, item: Item) -> Mapping[str, Tensor]:
     if has_weights(item):
         return item_weights(run, item)
     config = load_config(run.teacher)
-    shards, layer = Shards(run.teacher, config), f"model.layers.{item.sites[0].layer}."
+    shards, layer = Shards(run.teacher, config), f"model.layers.{item.layers[0]}."
     read = [shards.read(layer + own, torch.device("cpu"), torch.float32) for own in part_prefixes(config, "ffn")]
     return {name.removeprefix(layer): tensor for tensors in read for name, tensor in tensors.items()}

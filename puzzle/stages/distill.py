@@ -87,7 +87,7 @@ def plan_of(run: Run, units: Sequence[str], steps: int, machine: Machine) -> Bld
     batches = memory_plan.Batches(
         steps, settings.batch_size * run.config.data.sequence_tokens, compute_of(run).dtype.itemsize
     )
-    named = [memory_plan.Unit(unit, run.units[unit][0].sites[0].layer, run.unit_params(unit)) for unit in units]
+    named = [memory_plan.Unit(unit, run.units[unit][0].layers[0], run.unit_params(unit)) for unit in units]
     wanted = None if settings.residual == "auto" else settings.residual
     return memory_plan.plan_bld(run.shape, named, batches, machine, wanted)
 

@@ -46,7 +46,7 @@ def make_rescore(run: Run, missing: Sequence[Planned], progress: Progress) -> No
 
 def _measure(run: Run, items: Sequence[Item], make_job: Callable[[], ScoreJob], progress: Progress) -> None:
     """Publishes the items' exact scores, layer by layer."""
-    for _, group in itertools.groupby(items, _layer):
+    for _, group in itertools.groupby(items, lambda item: item.layers[0]):
         here = {item.id: [item] for item in group}
         found = make_job().scores(here, {}, lambda _: None)
         for item_id, items_of in here.items():
@@ -60,12 +60,12 @@ def _agreed(run: Run, ranks: Ranks, items: Sequence[Item]) -> list[Item]:
     """What rank 0 found, in the order of the layers: solvers and folders may differ from machine to machine."""
     chosen = {item.id for item in items}
     marks = ranks.agreed(run.folder, "rescore", [item.id in chosen for item in run.items])
-    return sorted(itertools.compress(run.items, marks), key=_layer)
+    return sorted(itertools.compress(run.items, marks), key=lambda item: item.layers[0])
 
 
 def _own(run: Run, ranks: Ranks, items: Sequence[Item]) -> list[Item]:
     """This rank's share; an item costs the layers that it goes through."""
-    costs = {item.id: float(run.shape.num_layers - _layer(item)) for item in items}
+    costs = {item.id: float(run.shape.num_layers - item.layers[0]) for item in items}
     pieces = set(shares(costs, ranks.count, 1)[ranks.rank].pieces)
     return [item for item in items if item.id in pieces]
 
@@ -74,16 +74,10 @@ def _is_there(planned: Planned) -> bool:
     return artifacts.is_current(planned.path, planned.inputs, "rescore")
 
 
-def _layer(item: Item) -> int:
-    return item.sites[0].layer
-
-
 def _deciding(run: Run, table: ScoreTable) -> list[Item]:
     """Items of the best architectures under the constraint file whose KL is an estimate."""
-    conflicts = run.space.conflicts()
-    problems = search.problems(run.shape, run.items, table, run.read_costs(), run.constraint_file, conflicts)
     wanted = run.constraint_file.solutions
     count, effort = max(wanted.count, LEAST_CONTENDERS), search.effort_of(run.constraint_file)
-    solutions = mip.solve(problems, {}, count, wanted.min_difference, effort).solutions
+    solutions = mip.solve(run.problems(table), {}, count, wanted.min_difference, effort).solutions
     chosen = {item_id for solution in solutions for item_id in solution.items if (item_id, "kl") in table.scores}
     return [item for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]

@@ -86,7 +86,7 @@ def _of_base(run: Run) -> list[Score]:
 
 
 def _first_layer(run: Run, name: str) -> int:
-    return run.scored_together[name][0].sites[0].layer
+    return run.scored_together[name][0].layers[0]
 
 
 def _cost(run: Run, name: str) -> float:
@@ -206,7 +206,8 @@ class ScoreJob:
                 for item in items
                 if not _trusted(known, item) and self._goes_on(items, found, known, index)
             ]
-            for change, values in self._scorer(index).scores(_changes(wanted)) if wanted else ():
+            changes = [Change(item.id, (item,)) for item in wanted]
+            for change, values in self._scorer(index).scores(changes) if wanted else ():
                 new = change.name not in found
                 found[change.name] = Measured(values, 1, "exact") if new else found[change.name].joined(values)
                 advance(len(units) / len(wanted) * (0.5 if known else 1.0) if index == 0 else 0.0)
@@ -224,7 +225,7 @@ class ScoreJob:
     def estimates(self, units: Mapping[str, Sequence[Item]], advance: Callable[[float], None]) -> dict[str, Measured]:
         """One-pass scores of all items within one layer; of units that are undecided on more sequences."""
         found: dict[str, Measured] = {}
-        still = {name: [item for item in items if len(_layers(item)) == 1] for name, items in units.items()}
+        still = {name: [item for item in items if len(item.layers) == 1] for name, items in units.items()}
         for index, sequences in enumerate(self._rounds):
             items = [item for of in still.values() for item in of]
             share = 0.0 if index else len(units) / 2
@@ -244,8 +245,8 @@ class ScoreJob:
         draws = num_draws(run.config.score.sequences)
         plan = plan_one_pass(run.shape, self._sizes(len(batches)), draws, self._machine, self._plan.hold_teacher)
         groups: list[list[Item]] = []
-        for _, at in itertools.groupby(sorted(items, key=_layer), _layer):
-            here = list(at)
+        for layer in sorted({item.layers[0] for item in items}):
+            here = [item for item in items if item.layers[0] == layer]
             sizes = [sum(params(spec, run.shape) for spec in item.specs) for item in here]
             groups += [[here[place] for place in group] for group in plan.groups(sizes)]
         parts: dict[str, list[Tensor]] = {item.id: [] for item in items}
@@ -313,18 +314,6 @@ class ScoreJob:
                 return str(reason)
         finite = all(torch.isfinite(column).all() for column in measured.values.values())
         return None if finite else "its score is not finite"
-
-
-def _layers(item: Item) -> set[int]:
-    return {site.layer for site in item.sites}
-
-
-def _layer(item: Item) -> int:
-    return item.sites[0].layer
-
-
-def _changes(items: Sequence[Item]) -> list[Change]:
-    return [Change(item.id, (item,)) for item in items]
 
 
 def _trusted(known: Mapping[str, Measured], item: Item) -> bool:

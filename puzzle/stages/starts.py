@@ -55,7 +55,7 @@ def make_init(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     calibration = Stream.of(teacher, sequences_of(run, "train", run.config.init.sequences))
     held_out = Stream.of(teacher, held_out_of(run))
     for index in range(run.shape.num_layers):
-        here = {unit: items for unit, items in run.units.items() if items[0].sites[0].layer == index}
+        here = {unit: items for unit, items in run.units.items() if items[0].layers[0] == index}
         units = {unit: items for unit, items in here.items() if unit in wanted}
         layer = teacher.layer(index)
         if units:
@@ -73,7 +73,7 @@ def _check_memory(run: Run, units: Sequence[str]) -> None:
     """ConfigError where the starting points of a layer do not fit in the budget."""
     specs: dict[int, set[Spec]] = {}
     for item in (item for unit in units for item in run.units[unit]):
-        specs.setdefault(item.sites[0].layer, set()).update(spec for spec in item.specs if spec.kind not in WEIGHTLESS)
+        specs.setdefault(item.layers[0], set()).update(spec for spec in item.specs if spec.kind not in WEIGHTLESS)
     num_batches = math.ceil((run.config.init.sequences + HELD_OUT_SEQUENCES) / BATCH_SEQUENCES)
     batches = Batches(num_batches, BATCH_SEQUENCES * run.config.data.sequence_tokens, torch.float32.itemsize)
     check_init(run.shape, specs, batches, machine_of(run))

@@ -134,7 +134,7 @@ def test_mixed_exports_of_other_families_pass_in_a_clean_process(
     export_hf(model, tiny_tokenizer_dir, tmp_path / "out")
     write_reference(saved(model, tmp_path / "out"), tmp_path / "reference.safetensors")
     verdict = verified(tmp_path / "out", tmp_path / "reference.safetensors")
-    assert verdict.passed, verdict.failures
+    assert verdict.status == "passed", verdict.failures
 
 
 def test_a_plain_export_names_its_experts_as_all_readers_do(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -232,17 +232,17 @@ def test_every_field_can_fail() -> None:
         "chunked_difference": 0.0,
         "left_padding_difference": 0.0,
     }
-    assert Verdict("transformers", differences=good).passed
+    assert Verdict("transformers", differences=good).status == "passed"
     for name in good:
         for bad in (2e-4, float("nan"), float("inf")):
             verdict = Verdict("transformers", differences={**good, name: bad})
             assert verdict.status == "failed"
             assert len(verdict.failures) == 1
     rounded = Verdict("transformers", differences={**good, "max_logit_difference": 0.1}, rounded_allowed=0.2)
-    assert rounded.passed and rounded.line().endswith("(its numbers are rounded)")
+    assert rounded.status == "passed" and rounded.line().endswith("(its numbers are rounded)")
     other = Verdict("transformers", differences={**good, "greedy_tokens_unlike": 1.0})
     assert other.status == "failed" and "other tokens" in other.failures[0]
-    assert replace(other, rounded_allowed=0.2).passed  # rounding may choose another
+    assert replace(other, rounded_allowed=0.2).status == "passed"  # rounding may choose another
     assert Verdict("transformers", reason="not installed").status == "unverified"
 
 

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 import puzzle.export
+from puzzle.capabilities import stored_width
 from puzzle.export.nemotron_nas import (
     CONFIG_CODE,
     block_configs,
@@ -19,7 +20,6 @@ from puzzle.export.nemotron_nas import (
     ffn_mult,
     nemotron_nas_config,
     read_width,
-    stored_width,
 )
 from puzzle.types import Architecture, AttentionSpec, ConfigError, FfnSpec, ModelShape
 

@@ -228,7 +228,8 @@ def test_scores_and_pairs_add_up_to_the_prediction(fits: dict[str, Fit], paired:
     assert [(one.item_a, one.item_b) for one in found] == pairs
     total = sum(paired.scores[item_id] for item_id in items) + sum(one.value_nats for one in found)
     assert model.predict(items).mean == pytest.approx(total)
-    assert model.pair_nats(*pairs[0]) == pytest.approx(model.pair_nats(*pairs[0][::-1])) == found[0].value_nats
+    (turned,) = model.interactions([pairs[0][::-1]])
+    assert turned.value_nats == pytest.approx(found[0].value_nats)
     assert any(one.value_nats for one in found) == (kind != "sum")
 
 
@@ -293,7 +294,7 @@ def test_a_pair_interacts_by_its_sites_and_not_with_itself(paired: World) -> Non
         2 * model.rho[place, 0] * np.sqrt(share * 0.3 * scores[other])
         for place, share in zip((2, 3), known[-1].shares, strict=True)
     )
-    assert model.pair_nats(PAIR.id, other) == pytest.approx(expected)
+    assert model.interactions([(PAIR.id, other)])[0].value_nats == pytest.approx(expected)
     assert model.predict([PAIR.id, other]).mean == pytest.approx(0.3 + scores[other] + expected)
     assert model.rho[2, 3] != 0.0
     assert model.predict([PAIR.id]).mean == 0.3
@@ -328,7 +329,7 @@ def test_an_item_without_a_score_is_named(fits: dict[str, Fit], paired: World) -
     rest = tuple(one for one in paired.singles if one.item_id != lost)
     with pytest.raises(MissingMeasurementError, match=f"no kl score for {lost}; run `puzzle score RUN`"):
         cross_validated("sum", paired.evaluations(30, noise=0.02), rest)
-    for ask in (fits["sum"].model.predict, lambda items: fits["sum"].model.pair_nats(*items)):
+    for ask in (fits["sum"].model.predict, lambda items: fits["sum"].model.interactions([tuple(items)])):
         with pytest.raises(MissingMeasurementError, match="L000.ffn.fancy"):
             ask([lost, "L000.ffn.fancy"])
 
@@ -336,7 +337,7 @@ def test_an_item_without_a_score_is_named(fits: dict[str, Fit], paired: World) -
 def test_kinds_with_a_curve_have_no_sum_over_pairs(fits: dict[str, Fit]) -> None:
     for kind in set(KINDS) - set(ADDITIVE):
         with pytest.raises(ConfigError, match="no sum over pairs of items; kinds that are: sum, interactions, local"):
-            fits[kind].model.pair_nats(ITEMS[0].id, ITEMS[3].id)
+            fits[kind].model.interactions([(ITEMS[0].id, ITEMS[3].id)])
 
 
 def test_what_is_no_measurement_is_refused(paired: World) -> None:

@@ -13,7 +13,7 @@ import pytest
 from search_factories import all_choices, make_costs, make_file, make_items, make_problem, make_scores
 
 from puzzle import style
-from puzzle.search import pareto_front, search
+from puzzle.search import problems, search
 from puzzle.search.mip import solve
 from puzzle.search.pareto import Front, draw, front, plot
 from puzzle.search.problem import Problem, Quantity
@@ -108,7 +108,7 @@ def test_best_within_a_limit_is_the_searchs_answer(shape: ModelShape) -> None:
     items = make_items(shape)
     scores, costs = make_scores(items), make_costs(shape)
     chat = {"chat": {"isl": 128, "osl": 64, "batch_size": 4}}
-    whole = pareto_front(shape, items, scores, costs, make_file(workloads=chat), "chat.e2e_ms")
+    whole = front(problems(shape, items, scores, costs, make_file(workloads=chat))[0], "chat.e2e_ms")
     limit = float(whole.cost[0] + whole.cost[-1]) / 2
     file = make_file(workloads=chat, constraints={"chat.e2e_ms": limit})
     (solution,) = search(shape, items, scores, costs, file, {})
@@ -120,18 +120,18 @@ def test_best_within_a_limit_is_the_searchs_answer(shape: ModelShape) -> None:
 
 def test_teacher_ends_the_front(shape: ModelShape) -> None:
     items = make_items(shape)
-    whole = pareto_front(shape, items, make_scores(items), Costs(), make_file(), "params")
+    whole = front(problems(shape, items, make_scores(items), Costs(), make_file())[0], "params")
     assert whole.teacher_cost == 2 * 128 * 64 + 64 + 3 * (16448 + 18496)
     assert whole.cost[-1] == whole.teacher_cost
     assert whole.objective[-1] == 0
     assert whole.chosen(-1) == tuple(f"{site}.keep" for site in shape.sites)
     without = [item for item in items if item.id != "L001.ffn.keep"]
-    assert pareto_front(shape, without, make_scores(items), Costs(), make_file(), "params").teacher_cost is None
+    assert front(problems(shape, without, make_scores(items), Costs(), make_file())[0], "params").teacher_cost is None
 
 
 def test_thinned_frame_keeps_both_ends(shape: ModelShape) -> None:
     items = make_items(shape)
-    whole = pareto_front(shape, items, make_scores(items), Costs(), make_file(), "params")
+    whole = front(problems(shape, items, make_scores(items), Costs(), make_file())[0], "params")
     assert len(whole) > 20
     frame = whole.frame(count=10)
     assert list(frame.columns) == ["point", "params", "kl_nats"]
@@ -145,9 +145,9 @@ def test_what_is_no_plain_sum_is_refused(shape: ModelShape) -> None:
     items = make_items(shape)
     chat = make_file(workloads={"chat": {"isl": 128, "osl": 64, "batch_size": 4}})
     with pytest.raises(ConfigError, match="is a rate"):
-        pareto_front(shape, items, make_scores(items), make_costs(shape), chat, "chat.req_per_s")
+        front(problems(shape, items, make_scores(items), make_costs(shape), chat)[0], "chat.req_per_s")
     with pytest.raises(ConfigError, match="nothing is known of 'speed'; known: params, "):
-        pareto_front(shape, items, make_scores(items), Costs(), make_file(), "speed")
+        front(problems(shape, items, make_scores(items), Costs(), make_file())[0], "speed")
 
 
 def test_sites_that_cannot_be_covered_are_infeasible() -> None:
@@ -163,7 +163,7 @@ def test_sites_that_cannot_be_covered_are_infeasible() -> None:
 def test_plot_writes_a_png_with_and_without_a_chosen_point(shape: ModelShape, tmp_path: Path) -> None:
     items = make_items(shape)
     scores = make_scores(items)
-    whole = pareto_front(shape, items, scores, Costs(), make_file(), "params")
+    whole = front(problems(shape, items, scores, Costs(), make_file())[0], "params")
     (solution,) = search(shape, items, scores, (), make_file(constraints={"params": "70%"}), {})
     plot(whole, tmp_path / "bare.png")
     style.save(draw(whole, solution), tmp_path / "marked.png")

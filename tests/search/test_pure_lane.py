@@ -11,7 +11,7 @@ SCRIPT = """
 import json, logging, sys
 sys.path.insert(0, sys.argv[1])
 from search_factories import make_costs, make_file, make_items, make_scores, make_shape
-from puzzle.search import pareto_front, search
+from puzzle.search import problems, search
 from puzzle import tables
 shape = make_shape()
 items = make_items(shape)
@@ -22,7 +22,8 @@ file = make_file(
 )
 found = search(shape, items, make_scores(items), make_costs(shape), file, {"scores": "abc"})
 after_search = sorted(sys.modules)
-front = pareto_front(shape, items, make_scores(items), make_costs(shape), file, "params")
+from puzzle.search import pareto
+front = pareto.front(problems(shape, items, make_scores(items), make_costs(shape), file)[0], "params")
 print(json.dumps({"found": len(found), "points": len(front), "modules": after_search, "later": sorted(sys.modules)}))
 """
 

@@ -84,6 +84,13 @@ def test_unknown_and_missing_fields_are_corrupt(folder: Path) -> None:
         read_scores(folder)
 
 
+def test_only_the_files_that_are_asked_for_are_read(folder: Path) -> None:
+    (folder / "b.json").write_text("of an earlier space, and damaged")
+    assert set(read_scores(folder, ["a.json", "absent.json"]).scores) == {("L000.ffn.skip", "kl")}
+    with pytest.raises(CorruptFileError, match=r"b\.json: unreadable"):
+        read_scores(folder)
+
+
 def test_same_score_in_two_files_is_corrupt(folder: Path) -> None:
     shutil.copy(folder / "a.json", folder / "c.json")
     with pytest.raises(CorruptFileError, match=r"c\.json: L000\.ffn\.skip \(kl\) is in .*a\.json too"):
