@@ -55,7 +55,7 @@ class Task:
 
 def refined(task: Task) -> Refined:
     settings = Settings(task.evaluations, seed=task.seed)
-    return refine(task.problem, task.answers(task.evaluations, 0.2), task.select, settings)
+    return refine(task.problem, lambda count: task.answers(count, 0.2), task.select, settings)
 
 
 WAYS: dict[str, Callable[[Task], Chosen]] = {

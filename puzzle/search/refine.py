@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,29 +77,31 @@ class Refined:
         return min(self.trials, key=lambda trial: trial.true)
 
 
-def refine(problem: Problem, answers: Sequence[Chosen], measure: Measure, settings: Settings) -> Refined:
-    """``answers``: the search's best and different ones, the best first, up to ``settings.evaluations`` of them.
+def refine(
+    problem: Problem, answers: Callable[[int], Sequence[Chosen]], measure: Measure, settings: Settings
+) -> Refined:
+    """``answers``: so many, or what there are, of the search's best and different ones, the best first.
 
-    ``settings.first`` are evaluated in any case, the others where the model knows of nothing better.
+    ``settings.first`` are evaluated in any case, others where the model knows of nothing better.
     """
-    trials = _answered(problem, answers[: settings.first], measure)
+    trials = _answered(problem, answers(settings.first), measure)
     if not any(trial.values for trial in trials):
         raise ConfigError("no architecture that the search found has finite outputs; score the library again")
     parts = singles(problem.items, problem.objective)
-    further, shown = list(answers[settings.first :]), False
+    shown = False
     while (left := settings.evaluations - len(trials)) > 0:
         count = min(left, BATCH)
-        asked = _proposals(problem, parts, trials, count, settings.seed)
-        if asked:
+        if asked := _proposals(problem, parts, trials, count, settings.seed):
             shown = False
             trials += _measured(asked, measure)
             continue
         tried = {trial.items for trial in trials}
-        further = [one for one in further if one not in tried]
-        if shown or not further:
+        known = sum(trial.source == "search" for trial in trials)
+        further = [] if shown else [one for one in answers(known + count) if one not in tried]
+        if not further:
             return Refined(tuple(trials), stands=True)
         shown = True
-        trials += _answered(problem, further[:count], measure)
+        trials += _answered(problem, further, measure)
     return Refined(tuple(trials), stands=False)
 
 

@@ -7,6 +7,7 @@ that later stages go on with, and the true evaluations (stages/truth.py), which 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,14 +40,14 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         problem = _problem(run, searched)
         metric = score_of(problem.objective_name)
         progress.total(settings.evaluations, 0)
-        answers = _answers(problem, settings.evaluations, run.constraint_file.solutions.min_difference)
+        answers = functools.partial(_answers, problem, run.constraint_file.solutions.min_difference)
         select = truths.of("select", metric)
         if metric == "kl":
             found = refine(problem, answers, select, settings)
         else:
             # one for each solution: what other scores or another library led to is no guide here
             journal = run.folder / "truth" / f"{unit.path.name}.journal"
-            found = study(problem, answers[: settings.first], select, settings, journal)
+            found = study(problem, answers(settings.first), select, settings, journal)
         rows = _comparison(problem, found, truths.of("report", metric))
         truths.end()
     best = _solution(run, searched, problem, found.best, unit.inputs)
@@ -65,7 +66,7 @@ def _problem(run: Run, searched: Solution) -> Problem:
     return solved(run.problems(), searched)
 
 
-def _answers(problem: Problem, count: int, min_difference: float) -> list[Chosen]:
+def _answers(problem: Problem, min_difference: float, count: int) -> list[Chosen]:
     """The search's best that differ as asked; where there are not so many, then those that differ at all."""
     found: dict[Chosen, None] = {}
     for difference in (min_difference, 0.0):

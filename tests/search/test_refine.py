@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -60,16 +60,16 @@ def make_world(seed: int, num_sites: int = 5) -> World:
             return World(problem, seed)
 
 
-def answers_of(problem: Problem, settings: Settings) -> list[Chosen]:
-    return [one.items for one in mip.solve([problem], {}, settings.evaluations, 0.2).solutions]
+def answers_of(problem: Problem) -> Callable[[int], list[Chosen]]:
+    return lambda count: [one.items for one in mip.solve([problem], {}, count, 0.2).solutions]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interactions_are_learnt_and_the_optimum_found(seed: int) -> None:
     world, settings = make_world(seed), Settings(30)
-    answers = answers_of(world.problem, settings)
+    answers = answers_of(world.problem)
     found = refine(world.problem, answers, world.measure, settings)
-    of_answers = min(world.true(items) for items in answers)
+    of_answers = min(world.true(items) for items in answers(settings.first))
     allowed = [one for one in all_choices(world.problem) if not world.problem.violations(one)]
     best = min(map(world.true, map(world.problem.in_order, allowed)))
     assert found.best.true <= of_answers
@@ -83,16 +83,18 @@ def test_refine_beats_the_answers_where_sums_are_wrong() -> None:
     gains = []
     for seed in range(2):
         world, settings = make_world(seed, num_sites=12), Settings(40)
-        found = refine(world.problem, answers_of(world.problem, settings), world.measure, settings)
-        of_answers = min(map(world.true, answers_of(world.problem, Settings(40, count=12))))
+        answers = answers_of(world.problem)
+        found = refine(world.problem, answers, world.measure, settings)
+        of_answers = min(map(world.true, answers(settings.first)))
         gains.append(1 - found.best.true / of_answers)
     assert np.mean(gains) > 0.05
 
 
 def test_where_the_model_knows_of_nothing_better_it_is_shown_further_answers() -> None:
     world, settings = make_world(1, num_sites=9), Settings(24)
-    answers = answers_of(world.problem, settings)
-    unlike = answers[settings.first + 1]
+    answers = answers_of(world.problem)
+    first = answers(settings.first)
+    unlike = answers(settings.first + 2)[-1]
 
     def sums_but_for_one(asked: Sequence[Chosen]) -> list[Sequence[float] | None]:
         values = [float(world.problem.objective_of(items)) * (0.1 if items == unlike else 1) for items in asked]
@@ -100,20 +102,20 @@ def test_where_the_model_knows_of_nothing_better_it_is_shown_further_answers() -
 
     found = refine(world.problem, answers, sums_but_for_one, settings)
     assert found.best.items == unlike
-    without = refine(world.problem, answers[: settings.first], sums_but_for_one, settings)
-    assert without.stands and without.best.items == answers[0]
+    without = refine(world.problem, lambda count: first, sums_but_for_one, settings)
+    assert without.stands and without.best.items == first[0]
 
 
 @pytest.mark.parametrize("kill_after", [3, 10])
 def test_what_was_stopped_repeats_no_evaluation_and_ends_the_same(kill_after: int) -> None:
     settings = Settings(24)
     whole, stopped = make_world(1, num_sites=9), make_world(1, num_sites=9)
-    expected = refine(whole.problem, answers_of(whole.problem, settings), whole.measure, settings)
+    expected = refine(whole.problem, answers_of(whole.problem), whole.measure, settings)
     stopped.kill_after = kill_after
     with pytest.raises(Killed):
-        refine(stopped.problem, answers_of(stopped.problem, settings), stopped.measure, settings)
+        refine(stopped.problem, answers_of(stopped.problem), stopped.measure, settings)
     stopped.kill_after = 1_000_000
-    found = refine(stopped.problem, answers_of(stopped.problem, settings), stopped.measure, settings)
+    found = refine(stopped.problem, answers_of(stopped.problem), stopped.measure, settings)
     assert found == expected
     assert stopped.measured == whole.measured
     assert len(set(stopped.measured)) == len(stopped.measured)
@@ -121,8 +123,8 @@ def test_what_was_stopped_repeats_no_evaluation_and_ends_the_same(kill_after: in
 
 def test_no_more_evaluations_than_count_is_the_best_of_the_k_best() -> None:
     world, settings = make_world(2), Settings(5, count=8)
-    answers = answers_of(world.problem, settings)
-    found = refine(world.problem, answers, world.measure, settings)
+    found = refine(world.problem, answers_of(world.problem), world.measure, settings)
+    answers = answers_of(world.problem)(5)
     assert [trial.items for trial in found.trials] == answers
     assert len(answers) == 5
     assert found.best.true == pytest.approx(min(map(world.true, answers)))
@@ -131,15 +133,14 @@ def test_no_more_evaluations_than_count_is_the_best_of_the_k_best() -> None:
 
 def test_what_is_not_finite_is_never_the_best_and_all_of_it_is_an_error() -> None:
     world, settings = make_world(3), Settings(20)
-    answers = answers_of(world.problem, settings)
+    answers = answers_of(world.problem)
+    first = answers(1)[0]
 
     def some_fail(asked: Sequence[Chosen]) -> list[Sequence[float] | None]:
-        return [
-            None if items == answers[0] else values for items, values in zip(asked, world.measure(asked), strict=True)
-        ]
+        return [None if items == first else values for items, values in zip(asked, world.measure(asked), strict=True)]
 
     found = refine(world.problem, answers, some_fail, settings)
-    assert found.best.items != answers[0]
+    assert found.best.items != first
     assert found.trials[0].true == float("inf")
     with pytest.raises(ConfigError, match="finite"):
         refine(world.problem, answers, lambda asked: [None] * len(asked), settings)
