@@ -100,8 +100,8 @@ class Shards:
     def __init__(self, folder: Path, config: PuzzleConfig) -> None:
         self._config = config
         self._files = tensor_files(folder)
-        if not any(name.startswith("model.layers.") for name in self._files):
-            raise CorruptFileError(f"{folder}: no tensor is called model.layers.…; not a checkpoint of this family")
+        if not any(name.startswith("model.") for name in self._files):
+            raise CorruptFileError(f"{folder}: no tensor is called model.…; not a checkpoint of this family")
 
     def read(self, prefix: str, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Those whose names begin with ``prefix``, by their full names, in ``dtype`` (None: as they are)."""

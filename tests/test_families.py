@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from puzzle import variants
+from puzzle.build import write_model
 from puzzle.modeling import FAMILIES, PuzzleForCausalLM, part_prefixes, stock_state
+from puzzle.teacher import Compute, load_model
 from puzzle.types import AttentionSpec, ModelShape, Part, Site, Spec
 from tests import tiny_families
 from tests.exporting import export_hf
@@ -326,3 +328,12 @@ def is_plain(family: str, layers: tuple[str, ...]) -> bool:
     if layers == MIXED or {"linear", "skip", "window-1"} & {attention, ffn} or "sinks" in attention:
         return False
     return not attention.startswith("window") or family not in ("llama", "gemma3_text")
+
+
+def test_a_model_of_no_blocks_at_all_is_read_back(tmp_path: Path) -> None:
+    model = make_student(stock_model("llama"), [{"attention": {"kind": "skip"}, "ffn": {"kind": "skip"}}] * 4)
+    write_model(model, tmp_path, torch.float32)
+    again = load_model(tmp_path, Compute(torch.device("cpu"), bf16=False))
+    tokens = make_tokens(2, 5)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
