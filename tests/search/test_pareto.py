@@ -164,7 +164,7 @@ def test_plot_writes_a_png_with_and_without_a_chosen_point(shape: ModelShape, tm
     items = make_items(shape)
     scores = make_scores(items)
     whole = front(problems(shape, items, scores, Costs(), make_file())[0], "params")
-    (solution,) = search(shape, items, scores, (), make_file(constraints={"params": "70%"}), {})
+    (solution,) = search(shape, items, scores, Costs(), make_file(constraints={"params": "70%"}), {})
     plot(whole, tmp_path / "bare.png")
     style.save(draw(whole, solution), tmp_path / "marked.png")
     bare, marked = ((tmp_path / name).read_bytes() for name in ("bare.png", "marked.png"))
