@@ -7,6 +7,7 @@ be a usable teacher is found here, before anything runs.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,7 +263,16 @@ def checkpoint_fingerprint(folder: Path, memory: Path) -> str:
     hundreds of GB are read once; it is written only where its folder exists already."""
     with remembered(memory) as known:
         files = (folder / "config.json", *weight_files(folder))
-        return fingerprint({file.name: known_fingerprint(file, str(file), known) for file in files})
+        where = _seen_from(memory.parent.absolute(), folder.absolute())
+        return fingerprint({file.name: known_fingerprint(file, f"{where}/{file.name}", known) for file in files})
+
+
+def _seen_from(here: Path, folder: Path) -> str:
+    """Its path from ``here``, which holds when both are moved; its own where it lies on another drive."""
+    try:
+        return os.path.relpath(folder, here)
+    except ValueError:
+        return str(folder)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -170,7 +170,7 @@ class SolverFile(Model):
         1e-9, description="relative distance between the best answer found and the bound at which it stops"
     )
     time_limit_s: PositiveFloat | None = Field(
-        None, description="seconds of one search after which it stops with the best answer found"
+        None, le=1e9, description="seconds of one search after which it stops with the best answer found"
     )
 
 

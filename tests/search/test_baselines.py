@@ -28,7 +28,7 @@ from puzzle.variants import is_teacher
 
 def model_problem(shape: ModelShape, budget: str = "70%", seed: int = 0) -> Problem:
     items = make_items(shape)
-    (problem,) = problems(shape, items, make_scores(items, seed), (), make_file(constraints={"params": budget}))
+    (problem,) = problems(shape, items, make_scores(items, seed), Costs(), make_file(constraints={"params": budget}))
     return problem
 
 

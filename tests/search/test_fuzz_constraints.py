@@ -41,3 +41,7 @@ def test_so_are_any_bytes(tmp_path: Path) -> None:
 
 def test_undamaged_files_are_valid() -> None:
     assert all(check(text, solve=True) for text in GOOD)
+
+
+def test_what_an_hour_of_it_found_is_an_error_now() -> None:
+    assert not check('{"constraints":{},"solver":{"time_limit_s":86400000000000}}', solve=True)
