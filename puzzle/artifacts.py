@@ -49,11 +49,14 @@ def file_fingerprint(path: Path) -> str:
 
 @contextlib.contextmanager
 def remembered(path: Path) -> Iterator[dict[str, Any]]:
-    """What ``path`` remembers, and what is added to it in the block; kept only where its folder exists already."""
+    """What ``path`` remembers, and what is added to it in the block; kept only where its folder exists already.
+
+    Of processes launched together the first one keeps it: they read the same files at the same time.
+    """
     known = read_json(path) if path.exists() else {}
     before = dict(known)
     yield known
-    if known != before and path.parent.is_dir():
+    if known != before and path.parent.is_dir() and os.environ.get("RANK", "0") == "0":
         write_text(path, json.dumps(known, indent=1) + "\n")
 
 

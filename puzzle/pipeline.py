@@ -198,11 +198,12 @@ def _working_on(run: Run) -> Iterator[Ranks]:
     """The run's folder for this process, or for the ranks that were launched together; tidied before and after."""
     ranks = Ranks.current()
     if not ranks.first:
-        with ranks.joined():
-            ranks.wait(run.folder, "the run")
-            yield ranks
+        ranks.join()
+        ranks.wait(run.folder, "the run")
+        yield ranks
         return
-    with artifacts.exclusive(run.folder), ranks.joined():
+    with artifacts.exclusive(run.folder):
+        ranks.join()
         _name_the_dead(run)
         _prepare(run)
         ranks.wait(run.folder, "the run")

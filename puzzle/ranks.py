@@ -8,6 +8,7 @@ what it is at in ``ranks/N.json``: a note left behind names a rank that died.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -44,24 +45,24 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    @contextlib.contextmanager
-    def joined(self) -> Iterator[None]:
-        """Connects the processes; does nothing for one alone."""
+    def join(self) -> None:
+        """Connects the processes, once, until this one ends; does nothing for one alone.
+
+        Not anew for each run of a command: a launcher's store would still hold the addresses of the time before.
+        """
         if self.count == 1:
-            yield
             return
         import torch
         import torch.distributed as dist
 
+        if dist.is_initialized():
+            return
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=PATIENCE)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
 
     def wait(self, folder: Path, what: str) -> None:
         """Until all are here. PuzzleError naming who is not, if one has died."""

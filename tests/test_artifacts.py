@@ -169,3 +169,11 @@ def test_nothing_in_the_package_unpickles_or_trusts_remote_code() -> None:
             assert word not in text, path
         if path.name not in ("verify_child.py", "verify_torch.py"):  # they load an export as a stranger would
             assert "trust_remote_code=True" not in text.replace('", trust_remote_code=True"', ""), path
+
+
+def test_of_several_ranks_the_first_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, kept in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        with artifacts.remembered(tmp_path / "known.json") as known:
+            known["file"] = "hash"
+        assert (tmp_path / "known.json").exists() == kept

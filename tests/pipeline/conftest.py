@@ -35,6 +35,15 @@ FILES = {
     ),
 }
 
+WIDTHS_LIMITS = """\
+workloads:
+  chat: {isl: 8, osl: 8, batch_size: [1, 2], weights: fp32, kv: fp32, device: cpu}
+constraints:
+  params: 80%
+  chat.memory_gib: 90%
+  chat.output_tok_per_s: 1%
+"""
+
 
 @dataclass(frozen=True)
 class Project:
@@ -110,3 +119,22 @@ def copy(finished: Project, tmp_path: Path) -> Project:
     text = finished.config.read_text().replace(str(finished.folder), str(tmp_path / "copy"))
     (tmp_path / "copy" / "config.yaml").write_text(text)
     return Project(tmp_path / "copy")
+
+
+def offering(project: Project, sizes: str) -> Project:
+    """The project with these hidden sizes to choose from."""
+    project.config.write_text(project.config.read_text() + f"widths: {{sizes: {sizes}, tokens: 64}}\n")
+    (project.folder / "limit.yaml").write_text(WIDTHS_LIMITS)
+    grid = project.folder / "grid.yaml"
+    grid.write_text(grid.read_text().replace("batch_sizes: [1]", "batch_sizes: [1, 2]"))
+    return project
+
+
+@pytest.fixture(scope="session")
+def searched(pristine_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with two hidden sizes, run to its end once."""
+    from puzzle.cli import main
+
+    project = offering(pristine_project.copy_to(tmp_path_factory.mktemp("widths") / "project"), '["100%", 24]')
+    assert main(["--debug", "run", str(project.config)]) == 0
+    return project

@@ -16,7 +16,7 @@ import puzzle
 from puzzle.artifacts import read_events, read_unit
 from puzzle.cli import main
 from puzzle.run import Run
-from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import Project, offering
 from tests.pipeline.test_prune import as_pruning
 
 DRIVER = """
@@ -33,7 +33,7 @@ stage._publish = dying
 sys.exit(main(sys.argv[1:]))
 """
 PRUNER = """
-import contextlib, os, shutil, sys
+import os, shutil, sys
 from pathlib import Path
 from puzzle.blocks.refit import SideBySide
 from puzzle.cli import main
@@ -46,15 +46,12 @@ def dying(*given):
         os._exit(9)
     return refit(*given)
 refit = SideBySide.refit
-with ranks.joined():
-    Ranks.joined = lambda _: contextlib.nullcontext()  # they are
-    for stage in ("importance", "prune"):
-        assert main(["--debug", stage, config]) == 0
-    if ranks.first:
-        shutil.copytree(Run.open(Path(config)).student / "initial", Path(config).parent / "by-two")
-    SideBySide.refit = dying
-    status = main(["prune", config, "--redo"])
-sys.exit(status)
+for stage in ("importance", "prune"):
+    assert main(["--debug", stage, config]) == 0
+if ranks.first:
+    shutil.copytree(Run.open(Path(config)).student / "initial", Path(config).parent / "by-two")
+SideBySide.refit = dying
+sys.exit(main(["prune", config, "--redo"]))
 """
 OF_TWO = """
 import sys
@@ -165,6 +162,42 @@ def test_a_dead_rank_is_named_and_its_units_are_taken_up(
     for unit, tensors in weights(unfinished.run).items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, expected[unit][name]), (unit, name)
+
+
+def test_two_ranks_choose_between_widths_as_one_does_and_a_dead_one_is_named(searched: Project, tmp_path: Path) -> None:
+    """Several runs in one command; the second one's library is where a rank dies."""
+    project = offering(searched.copy_to(tmp_path / "project"), '["100%", 24]')
+    shutil.copytree(searched.run, project.run)
+    whole, narrow = Path("widths/32/steps/1-search"), Path("widths/24/steps/2-search")
+    for name in ("scores", "solutions", "students"):
+        for one in (whole, narrow):
+            shutil.rmtree(project.run / one / name, ignore_errors=True)
+    shutil.rmtree(project.run / narrow / "library" / "trained")
+    for name, text in (("driver.py", DRIVER), ("of_two.py", OF_TWO)):
+        (tmp_path / name).write_text(text)
+    died = launched([*TORCHRUN, "--monitor-interval", "3"], str(tmp_path / "driver.py"), "run", str(project.config))
+    assert died.returncode != 0
+    (line,) = [line for line in died.stderr.splitlines() if " died; distill goes on" in line]
+    assert "rank 1 (process" in line and "rank 0 (process" not in line
+
+    done = launched(ACCELERATE, str(tmp_path / "of_two.py"), "--debug", "run", str(project.config))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" is the best: ") == done.stdout.count("\nstep 24/2-search: ") == 1
+    assert "rank 1 (process" in done.stderr
+    for one in (whole, narrow):
+        found, expected = weights(project.run / one), weights(searched.run / one)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[unit][name], own) for unit in found for name, own in expected[unit].items())
+        scores = [
+            {path.name: path.read_text() for path in (of.run / one / "scores").iterdir()} for of in (project, searched)
+        ]
+        assert scores[0] == scores[1] and scores[0]
+        assert not list((project.run / one / "ranks").iterdir())
+    (student,) = project.run.glob("widths/*/steps/*-search/students/limit-*")
+    other = searched.run / student.relative_to(project.run)
+    tensors = load_file(other / "final" / "model.safetensors")
+    for name, tensor in load_file(student / "final" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-5)
 
 
 def close(found: Path, expected: Path) -> bool:
