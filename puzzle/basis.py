@@ -73,8 +73,8 @@ class Basis:
         settings = yamlfiles.load(RunConfig, path, overrides)
         if settings.widths is not None:
             raise ConfigError(
-                f"{where} offers several widths; `puzzle run`, `validate`, `status`, `search` and `pareto` take it "
-                "whole, any other command the folder of a search in widths/"
+                f"{where} offers several widths; `puzzle run`, `validate`, `status`, `rescore`, `search` and `pareto` "
+                "take it whole, any other command the folder of a search in widths/"
             )
         folder = where if where.is_dir() else Path(settings.run)
         named = constraints or settings.constraints

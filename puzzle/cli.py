@@ -172,6 +172,8 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--redo: no stage is called {options.redo}; stages: {', '.join(pipeline.BY_NAME)}")
     before: Run | None = None
     offered = open_widths(options)
+    if offered is not None:
+        offered.check([offered.stand_in])
     for name, run in open_runs(options):
         if name:
             print(f"step {name}: {run.folder}", flush=True)
@@ -192,8 +194,7 @@ def _run(options: argparse.Namespace) -> None:
         if offered is None or run.config.prune is not None:
             _finish(run, redo)
         else:
-            with contextlib.suppress(InfeasibleError):  # said where the searches are compared
-                pipeline.run_all(run, redo, before="search")
+            pipeline.run_all(run, redo, before="search")
     if offered is not None and not options.dry_run:
         chosen = best(offered.searches())
         print(f"hidden size {chosen.shape.hidden_size} is the best: {chosen.folder}", flush=True)
@@ -212,6 +213,9 @@ def _validate(options: argparse.Namespace) -> None:
     from puzzle.pruning import change, pruned_shape
     from puzzle.validate import validate
 
+    offered = open_widths(options)
+    if offered is not None:
+        offered.check(offered.stand_in.each_pick())
     for name, run in open_runs(options):
         impossible, picked = [], list(run.each_pick())
         for one in picked:
@@ -220,7 +224,7 @@ def _validate(options: argparse.Namespace) -> None:
             except InfeasibleError as error:  # of a list of values, the search answers those that can be met
                 impossible.append(error)
         if len(impossible) == len(picked):
-            if open_widths(options) is None:  # else another hidden size may do
+            if offered is None:  # else another hidden size may do
                 raise impossible[0]
             print(f"{name}: left out: {impossible[0]}")
             continue
@@ -231,6 +235,8 @@ def _validate(options: argparse.Namespace) -> None:
             if run.cost_source.units:
                 found += f", {len(run.grid_points)} points of the grid"
         print(f"{name or options.run}: valid ({found})")
+    if offered is not None and not offered.waiting:
+        offered.searches()  # says why, where none may do
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -261,8 +267,8 @@ def _stage(options: argparse.Namespace) -> None:
         return
     if options.stage == "evaluate":
         cli_evaluate.check_options(options)
-    if options.stage == "search" and (offered := open_widths(options)) is not None:
-        cli_search.search_widths(offered.searches(), options.redo)
+    if options.stage in ("rescore", "search") and (offered := open_widths(options)) is not None:
+        cli_search.search_widths(offered.searches(), options.stage, options.redo)
         return
     run = open_run(options)
     if options.stage == "export":

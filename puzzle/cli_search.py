@@ -81,9 +81,9 @@ def search(run: Run, stage: str, redo: bool) -> None:
     _fan_out(runs, stage, redo)
 
 
-def search_widths(runs: Sequence[Run], redo: bool) -> None:
+def search_widths(runs: Sequence[Run], stage: str, redo: bool) -> None:
     """The same for each hidden size, in one table."""
-    _fan_out([one for run in runs for one in run.each_pick()], "search", redo)
+    _fan_out([one for run in runs for one in run.each_pick()], stage, redo, of_widths=True)
 
 
 def refine(options: argparse.Namespace) -> None:
@@ -150,9 +150,10 @@ def print_solutions(run: Run) -> None:
     print(run.solution / "architecture.json")
 
 
-def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
+def _fan_out(runs: Sequence[Run], stage: str, redo: bool, of_widths: bool = False) -> None:
     """One search for each of ``runs``; what cannot be met is a line of the table, and an error only if nothing can."""
     from puzzle import pipeline
+    from puzzle.widths import label
 
     found: list[tuple[Run, Solution | InfeasibleError | OutOfTimeError]] = []
     for run in runs:
@@ -163,23 +164,25 @@ def _fan_out(runs: Sequence[Run], stage: str, redo: bool) -> None:
         except (InfeasibleError, OutOfTimeError) as error:
             found.append((run, error))
     if stage == "search":
-        print(_table(found))
-    several = len({run.shape.hidden_size for run in runs}) > 1
+        print(_table(found, of_widths))
     reasons = [
-        f"{f'hidden size {run.shape.hidden_size}' if several else f'pick {run.pick}'}: {answer}"
+        f"{label(run) if of_widths else f'pick {run.pick}'}: {answer}"
         for run, answer in found
         if not isinstance(answer, Solution)
     ]
     if len(reasons) == len(runs):
         raise InfeasibleError("; ".join(reasons))
     print("\n".join(reasons), end="\n" if reasons else "")
-    if stage == "search" and several:
-        print("`puzzle run` goes on with the best")
-    elif stage == "search":
+    if stage != "search":
+        return
+    if of_widths:
+        several = len({run.pick for run in runs}) > 1
+        print(f"`puzzle run` goes on with the best{' of one pick: puzzle run … --pick N' if several else ''}")
+    else:
         print(f"{runs[0].folder / 'solutions'}; to go on with one of them: puzzle run … --pick N")
 
 
-def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeError]]) -> str:
+def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeError]], of_widths: bool) -> str:
     """One line for each search: its values, what was found, and its folder."""
     import pandas as pd
 
@@ -187,7 +190,7 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
     for run, answer in found:
         pick = run.picks[(run.pick or 1) - 1]
         row = {
-            "hidden size": str(run.shape.hidden_size),
+            **({"hidden size": str(run.shape.hidden_size)} if of_widths else {}),
             "pick": str(pick.number),
             **{key: f"{value:.12g}" if isinstance(value, float) else value for key, value in pick.values},
         }
@@ -209,8 +212,6 @@ def _table(found: Sequence[tuple[Run, Solution | InfeasibleError | OutOfTimeErro
                 "solution": run.unrefined.solution_id,
             }
         )
-    if len({row["hidden size"] for row in rows}) == 1:
-        rows = [{key: cell for key, cell in row.items() if key != "hidden size"} for row in rows]
     columns = [*dict.fromkeys(key for row in rows for key in row if key != "solution"), "solution"]
     return pd.DataFrame([[row.get(key, "") for key in columns] for row in rows], columns=columns).to_string(index=False)
 

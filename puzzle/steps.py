@@ -65,17 +65,16 @@ class Chain:
 
     def runs(self) -> Iterator[tuple[str, Run]]:
         """Name and run of one step after the other, as far as the step before has made its checkpoint."""
-        teacher: Path | None = None
+        before: Run | None = None
         for name, config in self.steps:
-            if teacher is not None and not teacher.is_dir():
+            if before is not None and not before.checkpoint.is_dir():
                 return
-            update: dict[str, object] = {} if teacher is None else {"teacher": str(teacher)}
+            update: dict[str, object] = {} if before is None else {"teacher": str(before.checkpoint)}
             if config.kd.teacher == FIRST:
                 update["kd"] = config.kd.model_copy(update={"teacher": config.teacher})
             limits = None if config.constraints is None else yamlfiles.locate("constraints", config.constraints)
-            run = Run(Path(config.run), config.model_copy(update=update), limits)
-            yield name, run
-            teacher = run.checkpoint
+            before = Run(Path(config.run), config.model_copy(update=update), limits)
+            yield name, before
 
 
 def _step(number: int, document: CommentedMap, overlay: CommentedMap) -> tuple[str, CommentedMap]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 CONTEXT = "context"  # the item id of what the model itself comes to that changes are made to
+OF_BASE = ("kl", "ce_delta")  # what is known of a base that widths made
 COMMANDS = {"scores": "puzzle score RUN", "costs": "puzzle profile RUN"}
 
 

@@ -7,6 +7,7 @@ found now. Writes nothing.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from puzzle.search.halving import HALVING, num_distilled, num_rungs
 from puzzle.search.meaning import meaning
 from puzzle.search.metrics import METRICS
 from puzzle.search.problem import Row
-from puzzle.tables import ScoreTable
+from puzzle.tables import CONTEXT, OF_BASE, ScoreTable
 from puzzle.training_log import check_trackers
 from puzzle.types import ConfigError, Costs, CostSetting, MissingMeasurementError, PuzzleError, Score
 from puzzle.variants import flops_per_token, is_teacher, model_params, shape_id
@@ -132,8 +133,10 @@ def _check_tasks(run: Run) -> None:
 
 
 def _check_constraints(run: Run) -> None:
+    of = functools.partial(Score, base_id="teacher", context_id="teacher", split="score", per_sequence=(0.0,))
+    of = functools.partial(of, context_tokens=run.config.data.sequence_tokens)
     scores = [
-        Score(item.id, "teacher", "teacher", metric, "score", (0.0,), run.config.data.sequence_tokens)
+        of(item.id, metric=metric)
         for item in run.items
         for metric in (*(("kl",) if run.estimated else OBJECTIVES.values()), *run.config.score.tasks)
         if not is_teacher(item)
@@ -143,7 +146,9 @@ def _check_constraints(run: Run) -> None:
     for name in sorted(name for name in asked if is_quality(name, tasks) and name != "kl_nats"):
         if run.estimated:
             raise ConfigError(f"{run.constraints}: {name} needs exact scores; set score.mode: exact")
-    programmes = search.problems(run.shape, run.items, ScoreTable.of(scores), _promised_costs(run), run.constraint_file)
+    base = () if run.original is None else [of(CONTEXT, metric=metric) for metric in OF_BASE]
+    table = ScoreTable.of(scores, base=base)
+    programmes = search.problems(run.shape, run.items, table, _promised_costs(run), run.constraint_file)
     mip.best_of([replace(problem, rows=tuple(filter(_is_known, problem.rows))) for problem in programmes])
 
 

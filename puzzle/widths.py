@@ -11,6 +11,8 @@ the KL true, on the split ``score``. Compares what the searches find; writes not
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +22,11 @@ from puzzle import checkpoint, pipeline, yamlfiles
 from puzzle.basis import FIRST
 from puzzle.config import PruneConfig, RunConfig
 from puzzle.pruning import pruned_shape
+from puzzle.ranks import Ranks
 from puzzle.run import Run
 from puzzle.search.metrics import METRICS
 from puzzle.steps import Chain
-from puzzle.types import ConfigError, InfeasibleError, Solution
+from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 from puzzle.validate import validate
 
 if TYPE_CHECKING:
@@ -34,9 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Widths:
-    """``chains``: what each hidden size takes, the largest first."""
+    """``chains``: what each hidden size takes, the largest first.
+
+    ``stand_in``: the search that one at another size than the teacher's is, on the teacher in the place of its base.
+    """
 
     chains: tuple[tuple[int, Chain], ...]
+    stand_in: Run
     pick: int | None = None
 
     @classmethod
@@ -68,7 +75,17 @@ class Widths:
             if size in asked:
                 raise ConfigError(f"{path}: widths.sizes: {asked[size]} and {given} are both {size}; leave one out")
             asked[size] = given
-        return cls(tuple((size, _chain(config, size, shape.hidden_size)) for size in sorted(asked, reverse=True)), pick)
+        chains = tuple((size, _chain(config, size, shape.hidden_size)) for size in sorted(asked, reverse=True))
+        update = {"widths": None, "original": config.teacher}
+        limits = None if config.constraints is None else yamlfiles.locate("constraints", config.constraints)
+        folder = Path(config.run) / "widths" / "any" / "steps" / "2-search"
+        return cls(chains, Run(folder, config.model_copy(update=update), limits, pick=pick), pick)
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """PuzzleError for what is wrong with searches whose base is not there yet; ``runs``: stand-ins of theirs."""
+        for run in runs if self.waiting else ():
+            with contextlib.suppress(InfeasibleError):  # a narrower one may do
+                validate(run)
 
     def runs(self) -> Iterator[tuple[str, Run]]:
         """Name and run of one step after the other, size by size, as far as bases have been made."""
@@ -119,15 +136,20 @@ def _chain(config: RunConfig, size: int, teachers_size: int) -> Chain:
     return Chain(folder, tuple((name, config.model_copy(update={**alone, **update})) for name, update in steps))
 
 
+def label(run: Run) -> str:
+    """For people: which of the searches; of a constraint file with lists of values, the pick."""
+    return f"hidden size {run.shape.hidden_size}" + (f", pick {run.pick}" if run.pick is not None else "")
+
+
 def too_large(run: Run) -> InfeasibleError | None:
     """Why no choice of blocks makes the run's teacher small enough, whatever their scores; None: some may."""
-    errors = []
-    for one in run.each_pick():
+    errors, picked = [], run.each_pick()
+    for one in picked:
         try:
             validate(one)
         except InfeasibleError as error:
-            errors.append(InfeasibleError(f"hidden size {run.shape.hidden_size}: {error}"))
-    return errors[0] if len(errors) == len(run.each_pick()) else None
+            errors.append(f"{label(one)}: {error}")
+    return InfeasibleError("; ".join(errors)) if len(errors) == len(picked) else None
 
 
 def rank(solution: Solution) -> float:
@@ -139,16 +161,20 @@ def rank(solution: Solution) -> float:
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The search whose answer is the best. InfeasibleError where none has one."""
+    """The search whose answer is the best, on every rank the one that the first finds. InfeasibleError where none has
+    one."""
     found, refused = [], []
     for run in runs:
         try:
             found.append((rank(pipeline.solve(run, {})[0]), run))
-        except InfeasibleError as error:
-            refused.append(f"hidden size {run.shape.hidden_size}: {error}")
+        except (InfeasibleError, OutOfTimeError) as error:
+            refused.append(f"{label(run)}: {error}")
     if not found:
         raise InfeasibleError("; ".join(refused))
-    return min(found, key=lambda one: one[0])[1]
+    chosen, ranks = min(found, key=lambda one: one[0])[1], Ranks.current()
+    ranks.join()
+    (agreed,) = itertools.compress(runs, ranks.agreed(chosen.folder, "the run", [run is chosen for run in runs]))
+    return agreed
 
 
 def joint_front(fronts: Sequence[tuple[int, Front]]) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from puzzle.types import ConfigError
 
+EXPECTED = {"tuple_type": "give a list: [a, b]", "model_type": "give a section: {key: value}"}  # by pydantic's error
 DEEPEST, MOST_NODES, MOST_CHARACTERS = 30, 100_000, 1_000_000  # of any file
 MOST_MISTAKES, LONGEST_LINE = 50, 500  # of what is told of them
 TOO_LARGE = "nested too deeply, or too large, for a file of this kind"
@@ -207,7 +208,7 @@ def _explain(kind: type[BaseModel], path: Path, document: CommentedMap, problem:
     if problem["type"] == "missing":
         return f"{where}: missing key {'.'.join(map(str, problem['loc']))!r}"
     found = problem["input"] if not isinstance(problem["input"], dict) else "a section"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = EXPECTED.get(problem["type"], str(problem["msg"]).removeprefix("Value error, "))
     return f"{where}: {key}: {message[:1].lower()}{message[1:]} (found {found!r})"
 
 

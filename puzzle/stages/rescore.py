@@ -15,7 +15,7 @@ from puzzle.run import Run
 from puzzle.search import mip
 from puzzle.stages.score import ScoreJob
 from puzzle.tables import ScoreTable, read_scores
-from puzzle.types import Item
+from puzzle.types import InfeasibleError, Item
 
 LEAST_CONTENDERS = 3  # architectures whose items are measured
 
@@ -75,9 +75,13 @@ def _is_there(planned: Planned) -> bool:
 
 
 def _deciding(run: Run, table: ScoreTable) -> list[Item]:
-    """Items of the best architectures under the constraint file whose KL is an estimate."""
+    """Items of the best architectures under the constraint file whose KL is an estimate; none where nothing can meet
+    it, which is for the search to say."""
     wanted = run.constraint_file.solutions
     count, effort = max(wanted.count, LEAST_CONTENDERS), search.effort_of(run.constraint_file)
-    solutions = mip.solve(run.problems(table), {}, count, wanted.min_difference, effort).solutions
+    try:
+        solutions = mip.solve(run.problems(table), {}, count, wanted.min_difference, effort).solutions
+    except InfeasibleError:
+        return []
     chosen = {item_id for solution in solutions for item_id in solution.items if (item_id, "kl") in table.scores}
     return [item for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]

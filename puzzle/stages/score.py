@@ -36,7 +36,7 @@ from puzzle.stages.common import (
     streamed_teacher,
     tokens_of,
 )
-from puzzle.tables import CONTEXT
+from puzzle.tables import CONTEXT, OF_BASE
 from puzzle.types import ConfigError, FfnSpec, Item, Score, to_json
 from puzzle.variants import has_weights, is_teacher, made_of, params
 
@@ -72,7 +72,7 @@ def _of_base(run: Run) -> list[Score]:
     own, other = (streamed_teacher(one, dtype) for one in (run, run.original))
     hidden = [finals_of(ScoringContext(one, functools.partial(item_weights, run)), batches) for one in (own, other)]
     heads = own.top.lm_head, other.top.lm_head
-    found: dict[str, list[Tensor]] = {"kl": [], "ce_delta": []}
+    found: dict[str, list[Tensor]] = {metric: [] for metric in OF_BASE}
     for index, batch in enumerate(batches):
         ends = [store.read(index).to(own.device) for store in hidden]
         (tokens,) = token_metrics(ends[:1], ends[1], heads, batch)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from puzzle import pipeline
 from puzzle.artifacts import read_events, read_unit
 from puzzle.cli import main
 from puzzle.evaluate import compared
@@ -18,33 +20,10 @@ from puzzle.search.metrics import Setting
 from puzzle.search.pareto import front
 from puzzle.stages.common import sequences_of
 from puzzle.teacher import Compute, load_model
+from puzzle.types import InfeasibleError, OutOfTimeError, Solution
 from puzzle.widths import Widths, best, joint_front, rank, too_large
-from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import Project, offering
 from tests.pipeline.test_prune import as_pruning
-
-LIMITS = """\
-workloads:
-  chat: {isl: 8, osl: 8, batch_size: [1, 2], weights: fp32, kv: fp32, device: cpu}
-constraints:
-  params: 80%
-  chat.memory_gib: 90%
-  chat.output_tok_per_s: 1%
-"""
-
-
-def offering(project: Project, sizes: str) -> Project:
-    project.config.write_text(project.config.read_text() + f"widths: {{sizes: {sizes}, tokens: 64}}\n")
-    (project.folder / "limit.yaml").write_text(LIMITS)
-    grid = project.folder / "grid.yaml"
-    grid.write_text(grid.read_text().replace("batch_sizes: [1]", "batch_sizes: [1, 2]"))
-    return project
-
-
-@pytest.fixture(scope="module")
-def searched(pristine_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = offering(pristine_project.copy_to(tmp_path_factory.mktemp("widths") / "project"), '["100%", 24]')
-    assert main(["--debug", "run", str(project.config)]) == 0
-    return project
 
 
 def opened(project: Project, *overrides: str) -> Widths:
@@ -153,6 +132,67 @@ def test_a_width_that_is_too_large_is_left_out(searched: Project, capsys: pytest
     assert rank(solve(best(inverse.searches()), {})[0]) == pytest.approx(min(least))
 
 
+def test_estimated_scores_and_lists_of_values(
+    searched: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base's own KL is measured, and so is what decides; where a value cannot be met, which one of what size."""
+    project = offering(searched.copy_to(tmp_path / "project"), '["100%", 24]')
+    shutil.copytree(searched.run, project.run)
+    text = project.config.read_text()
+    project.config.write_text(text.replace("score: {sequences: 4}", "score: {sequences: 4, mode: one-pass}"))
+    limit = project.folder / "limit.yaml"
+    limit.write_text(limit.read_text().replace("params: 80%", "params: {values: [70%, 1%]}"))
+    for run in opened(project).searches():
+        assert main(["--debug", "score", str(run.folder), "--set", "score.mode=one-pass", "--redo"]) == 0
+    assert main(["search", str(project.config)]) == 4
+    assert "run `puzzle rescore RUN` first" in capsys.readouterr().err
+    for command in ("rescore", "search", "validate"):
+        capsys.readouterr()
+        assert main(["--debug", command, str(project.config)]) == 0
+        if command == "search":
+            out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[1:5]] == [["32", "1"], ["32", "2"], ["24", "1"], ["24", "2"]]
+    for size in (32, 24):
+        assert f"\nhidden size {size}, pick 2: " in out and f"hidden size {size}, pick 1: " not in out
+    assert "the best of one pick: puzzle run … --pick N" in out
+
+    picked = Widths.open(project.config, pick=1)
+    assert picked is not None
+    narrow = picked.searches()[1]
+    table, solution = narrow.read_scores(), solve(narrow, {})[0]
+    assert {"exact", "one-pass"} == {score.method for score in table.scores.values()}
+    chosen = [item for item in solution.items if (item, "kl") in table.scores]
+    assert chosen and {table.score(item, "kl").method for item in chosen} == {"exact"}
+    measured = opened(searched).searches()[1].read_scores().base["kl"]
+    assert table.base["kl"].per_sequence == measured.per_sequence
+    alone = sum(table.score(item, "kl").mean for item in chosen)
+    assert solution.objective_nats == pytest.approx(measured.mean + alone)
+    for command in ("pareto", "status"):
+        assert main(["--debug", command, str(project.config), "--pick", "1"]) == 0
+    for command in ("validate", "search", "run"):
+        capsys.readouterr()
+        assert main([command, str(project.config), "--pick", "2"]) == 3
+        assert "hidden size 32, pick 2: " in capsys.readouterr().err
+    assert main(["run", str(project.config)]) == 2
+    assert "asks for 2 searches" in capsys.readouterr().err
+
+
+def test_a_search_that_ran_out_of_time_is_not_the_best(searched: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_late: set[int] = set()
+
+    def by_then(run: Run, inputs: dict[str, str]) -> tuple[Solution, ...]:
+        if run.shape.hidden_size in too_late:
+            raise OutOfTimeError("nothing in time", 0.0)
+        return solve(run, inputs)
+
+    monkeypatch.setattr(pipeline, "solve", by_then)
+    too_late.add(32)
+    assert best(opened(searched).searches()).shape.hidden_size == 24
+    too_late.add(24)
+    with pytest.raises(InfeasibleError, match="hidden size 32: nothing in time; hidden size 24: nothing in time"):
+        best(opened(searched).searches())
+
+
 def test_before_a_base_is_there(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     offering(project, '["75%"]')
     assert main(["--debug", "validate", str(project.config)]) == 0
@@ -160,6 +200,10 @@ def test_before_a_base_is_there(project: Project, capsys: pytest.CaptureFixture[
     assert "24/1-prune: valid (hidden size 32 → 24)" in out and "24/2-search: known when" in out
     assert main(["--debug", "run", str(project.config), "--dry-run"]) == 0
     assert "students/pruned-" in capsys.readouterr().out and not project.run.exists()
+    for setting, said in (("space=nofile", "nofile"), ("tournament.candidates=2", "tournament.candidates is 2")):
+        for command in ("validate", "run"):  # of what is to be searched on the base
+            assert main([command, str(project.config), "--set", setting]) == 2
+            assert said in capsys.readouterr().err and not project.run.exists()
     assert main(["search", str(project.config)]) == 2
     assert "24/2-search: its teacher is not made yet; `puzzle run` makes it" in capsys.readouterr().err
 
@@ -171,6 +215,7 @@ def test_before_a_base_is_there(project: Project, capsys: pytest.CaptureFixture[
         ("[75%, 24]", "widths.sizes: 75% and 24 are both 24; leave one out"),
         ("[32, 100%]", "widths.sizes: 32 and 100% are both 32; leave one out"),
         ("[18]", "4 query heads do not divide a hidden size of 18"),
+        ("75%", "widths.sizes: give a list"),
         ("[]", "there is nothing to choose from"),
         ("[0]", "give a whole number, or a percentage"),
     ],
@@ -191,6 +236,7 @@ def test_where_widths_cannot_be(project: Project, tmp_path: Path, capsys: pytest
 
     offering(project, "[24]")
     assert "offers several widths" in said("distill")
+    assert "widths: give a section" in said("validate", "--set", "widths=24")
     assert "refine is of changes to the teacher alone" in said("run", "--set", "refine.evaluations=3")
     assert "offers several widths" in said("run", "--on", str(tmp_path / "architecture.json"))
     as_pruning(project, "prune: {num_layers: 1, layers_by: [0]}\n")
