@@ -2,8 +2,8 @@
 
 What counts is the time from prompt to last token at the workload of ``search/half-memory.yaml``, on this machine. The
 goal is what the bundled teacher takes with ``--layers`` of its 8 layers; every other way gets the largest size whose
-whole model, measured beside that one in the same rounds, takes no longer (within ``NOISE``). Then each is distilled on
-as many tokens, and its KL and CE gap are taken on sequences nothing was chosen on.
+whole model, measured beside that one in the same rounds, takes no longer (within ``NOISE``), if any of its sizes does.
+Then each is distilled on as many tokens, and its KL and CE gap are taken on sequences nothing was chosen on.
 
 Times and students are found apart, because nothing else may run on the machine while times are taken:
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_minitron import before_and_after, finished, library, of_shape, pruned, table
+from bench_minitron import all_tokens, before_and_after, halved, library, of_shape, shallower, table
 from demo_runs import CONFIG, Results, student_of
 
 from puzzle import pipeline, search
@@ -37,9 +37,9 @@ from puzzle.speed import Subject, measured_speed
 from puzzle.teacher import load_config
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
-LAYERS, LAYERS_BEFORE_PUZZLE = 8, 7
+LAYERS = 8
 NOISE = 0.02
-SHARES = [percent / 100 for percent in range(100, 30, -2)]  # of the teacher's predicted time, that a search may take
+SHARES = [percent / 100 for percent in range(84, 44, -2)]  # of the teacher's predicted time, that a search may take
 PRUNINGS: Mapping[str, Sequence[tuple[str, ...]]] = {  # the largest first
     "width: FFN": [(f"prune.intermediate_size={width}",) for width in range(480, 0, -32)],
     "width: FFN and hidden size": [
@@ -86,10 +86,10 @@ def relative_times(
 def largest(
     options: argparse.Namespace, sizes: Sequence[Any], model: Callable[[Any], PuzzleForCausalLM]
 ) -> dict[str, Any]:
-    """The first of ``sizes`` that takes no longer than the goal, and its time over the goal's."""
+    """The first of ``sizes`` that takes no longer than the goal (None where none does), and all times over it."""
     teacher, times = relative_times(options, [functools.partial(model, size) for size in sizes])
-    chosen = next(number for number, time in enumerate(times) if time <= 1 + NOISE)
-    return {"size": list(sizes[chosen]), "time": times[chosen], "teacher_time": teacher, "times": times}
+    chosen = next((list(size) for size, time in zip(sizes, times, strict=True) if time <= 1 + NOISE), None)
+    return {"size": chosen, "teacher_time": teacher, "times": times}
 
 
 def answers(run: Run) -> list[tuple[str, ...]]:
@@ -112,14 +112,9 @@ def untrained_answer(run: Run, chosen: Sequence[str]) -> PuzzleForCausalLM:
 
 def searched(options: argparse.Namespace, seed: int) -> Mapping[str, Callable[[], Run]]:
     """Libraries to choose from; the tokens of a chain's first step are taken off those of its last."""
-    half = argparse.Namespace(**{**vars(options), "kd_tokens": options.kd_tokens // 2})
-
-    def shallower() -> Path:
-        return finished(pruned(half, f"seed={seed}", *depth(LAYERS_BEFORE_PUZZLE)))
-
     return {
         "Puzzle": lambda: library(options, seed),
-        "one layer less, then Puzzle": lambda: library(half, seed, shallower()),
+        "one layer less, then Puzzle": lambda: library(halved(options), seed, shallower(options, seed)),
     }
 
 
@@ -143,14 +138,15 @@ def sizes(options: argparse.Namespace, results: Results) -> None:
 def students(options: argparse.Namespace, results: Results) -> None:
     for seed in options.seeds:
         shapes = {f"depth: {options.layers} layers": depth(options.layers)}
-        shapes |= {name: results.figures[f"{name}/size"]["size"] for name in PRUNINGS}
+        shapes |= {name: size for name in PRUNINGS if (size := results.figures[f"{name}/size"]["size"])}
         for name, settings in shapes.items():
-            results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, settings))
+            results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, (*settings, all_tokens(options))))
         for name, made in searched(options, seed).items():
+            chosen = results.figures[f"{name}/size/{seed}"]["size"]
 
-            def of_search(name: str = name, made: Callable[[], Run] = made, seed: int = seed) -> dict[str, Any]:
+            def of_search(made: Callable[[], Run] = made, chosen: Sequence[str] = chosen) -> dict[str, Any]:
                 run = made()
-                return before_and_after(options, run, student_of(run, results.figures[f"{name}/size/{seed}"]["size"]))
+                return before_and_after(options, run, student_of(run, chosen))
 
             results.once(f"{name}/{seed}", of_search)
     table(results, options.seeds)

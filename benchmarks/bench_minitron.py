@@ -6,8 +6,9 @@
     python benchmarks/bench_minitron.py tokens     the gap that distillation closes, by tokens (claim 9)
     python benchmarks/bench_minitron.py depth      1, 2 and half of the layers dropped: at every position, and scattered
 
-Quality is on ``report``, where nothing was chosen, before and after the same tokens of distillation; a seed is one of
-the order of the text, and of the library. A work folder keeps what was stopped.
+Quality is on ``report``, where nothing was chosen, before and after distillation; a seed is one of the order of the
+text, and of the library. Among the shapes all see ``--bld-tokens`` and ``--kd-tokens`` together: what Puzzle trains its
+library on, the others are distilled on. A work folder keeps what was stopped.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ LOSSES: Mapping[str, Mapping[str, float]] = {
     "cosine": {"kl_weight": 0, "cosine_weight": 1, "lm_weight": 0},
     "LM": {"kl_weight": 0, "cosine_weight": 0, "lm_weight": 1},
 }
-TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
+TOKENS = (65_536, 131_072, 262_144, 524_288)
 
 
 def opened(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
@@ -105,11 +106,18 @@ def before_and_after(options: argparse.Namespace, run: Run, student: PuzzleForCa
 def shapes(options: argparse.Namespace, results: Results) -> None:
     for seed in options.seeds:
         for name, settings in SHAPES.items():
-            results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, settings))
+            results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, (*settings, all_tokens(options))))
         results.once(f"from scratch: FFN and hidden size/{seed}", functools.partial(_scratch, options, seed))
         results.once(f"Puzzle/{seed}", functools.partial(_puzzle, options, seed, None))
-        results.once(f"one layer less, then Puzzle/{seed}", functools.partial(_depth_then_puzzle, options, seed))
+        results.once(
+            f"one layer less, then Puzzle/{seed}",
+            lambda seed=seed: _puzzle(halved(options), seed, shallower(options, seed)),
+        )
     table(results, options.seeds)
+
+
+def all_tokens(options: argparse.Namespace) -> str:
+    return f"kd.tokens={options.kd_tokens + options.bld_tokens}"
 
 
 def of_shape(options: argparse.Namespace, seed: int, settings: Sequence[str]) -> dict[str, Any]:
@@ -119,9 +127,8 @@ def of_shape(options: argparse.Namespace, seed: int, settings: Sequence[str]) ->
 
 def _scratch(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The same shape with random weights, on the language model's loss, at as many tokens."""
-    run = pruned(
-        options, f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], *(f"kd.{key}={of}" for key, of in LOSSES["LM"].items())
-    )
+    given = (*SHAPES[SHAPE_OF_LOSSES], *(f"kd.{key}={of}" for key, of in LOSSES["LM"].items()), all_tokens(options))
+    run = pruned(options, f"seed={seed}", *given)
     student = initial(run)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -147,12 +154,13 @@ def _puzzle(options: argparse.Namespace, seed: int, teacher: Path | None) -> dic
     return {**before_and_after(options, run, student_of(run, chosen)), "items": list(chosen)}
 
 
-def _depth_then_puzzle(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Half of the tokens distil a teacher of one layer less; the other half its Puzzle student."""
-    half = options.kd_tokens // 2
-    run = pruned(options, f"seed={seed}", "prune.num_layers=7", "prune.layers_by=loss", f"kd.tokens={half}")
-    smaller = argparse.Namespace(**{**vars(options), "kd_tokens": half})
-    return _puzzle(smaller, seed, finished(run))
+def halved(options: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "kd_tokens": options.kd_tokens // 2})
+
+
+def shallower(options: argparse.Namespace, seed: int) -> Path:
+    """A teacher of one layer less, distilled on half of the tokens; the other half is for its Puzzle student."""
+    return finished(pruned(halved(options), f"seed={seed}", "prune.num_layers=7", "prune.layers_by=loss"))
 
 
 def losses(options: argparse.Namespace, results: Results) -> None:
@@ -169,8 +177,8 @@ def losses(options: argparse.Namespace, results: Results) -> None:
 
 
 def tokens(options: argparse.Namespace, results: Results) -> None:
-    for seed in options.seeds:
-        for count in TOKENS:
+    for count in TOKENS:
+        for seed in options.seeds:
             given = (f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], f"kd.tokens={count}")
             results.once(f"{count}/{seed}", functools.partial(of_shape, options, seed, given[1:]))
     table(results, options.seeds)
