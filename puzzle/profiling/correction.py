@@ -5,7 +5,8 @@ Per phase, over all measured models and points, by least squares on the relative
     whole = rest + overhead + attention_factor * sum(attention) + ffn_factor * sum(ffn)
 
 Nothing, the overhead alone, or all three are fitted: what predicts best the models that were left out of the fit. So a
-correction is never worse than none, on models that it has not seen.
+correction is never worse than none, on models that it has not seen. Times from a busy machine can ask for factors that
+are not positive; those are never taken.
 """
 
 from __future__ import annotations
@@ -90,8 +91,11 @@ def fit_phase(models: Sequence[WholeModel], phase: Phase) -> Fit:
         raise ConfigError(f"{len(models)} whole models in {len(settings)} settings; at least {LEAST_MODELS} in one")
     points = {model.name: [point for point in model.points if point.phase == phase] for model in models}
     left_out = {what: _left_out(points, columns) for what, columns in FITTED.items()}
-    fitted = min(left_out, key=lambda what: _rms(left_out[what]))
-    overhead, attention, ffn = _solve([point for of in points.values() for point in of], FITTED[fitted])
+    everything = [point for of in points.values() for point in of]
+    solved = {what: _solve(everything, columns) for what, columns in FITTED.items()}
+    possible = [what for what, (_, *factors) in solved.items() if min(factors) > 0]
+    fitted = min(possible, key=lambda what: _rms(left_out[what]))
+    overhead, attention, ffn = solved[fitted]
     correction = Correction(settings.pop(), phase, overhead, attention, ffn, _rms(left_out[fitted]))
     return Fit(correction, fitted, tuple(left_out["none"]), tuple(left_out[fitted]))
 

@@ -65,6 +65,13 @@ def test_an_error_is_told_as_large_as_it_is() -> None:
     assert fit_phase(strange, "decode").correction.relative_error > 1
 
 
+def test_factors_that_are_not_positive_are_never_taken() -> None:
+    """Wholes that fall where attention grows, as a busy machine may time them: all three fitted predict best."""
+    found = fit_phase(make_models(14.0, -1.0, 1.0), "decode")
+    assert found.fitted != "all"
+    assert found.correction.attention_factor > 0
+
+
 def test_too_few_models_or_several_devices_are_refused() -> None:
     models = make_models(0.1, 1, 1)
     with pytest.raises(ConfigError, match="3 whole models in 1 settings; at least 4"):
