@@ -26,6 +26,13 @@ from tests.pipeline.conftest import Project, offering
 from tests.pipeline.test_prune import as_pruning
 
 
+def copied(searched: Project, folder: Path) -> Project:
+    """With all that was found, for a test that changes it."""
+    project = offering(searched.copy_to(folder), '["100%", 24]')
+    shutil.copytree(searched.run, project.run)
+    return project
+
+
 def opened(project: Project, *overrides: str) -> Widths:
     found = Widths.open(project.config, overrides)
     assert found is not None
@@ -99,8 +106,11 @@ def test_one_front_of_all_widths(searched: Project, capsys: pytest.CaptureFixtur
     assert main(["pareto", str(searched.config), "--cost", "params", "--cost", "chat.memory_gib"]) == 2
 
 
-def test_a_width_that_is_too_large_is_left_out(searched: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_width_that_is_too_large_is_left_out(
+    searched: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A limit just below the fewest parameters of the teacher's own width."""
+    searched = copied(searched, tmp_path / "project")
     runs = opened(searched).searches()
     least = [min(front(run.problems()[0], "params").cost) for run in runs]
     limit = searched.folder / "small.yaml"
@@ -136,8 +146,7 @@ def test_estimated_scores_and_lists_of_values(
     searched: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A base's own KL is measured, and so is what decides; where a value cannot be met, which one of what size."""
-    project = offering(searched.copy_to(tmp_path / "project"), '["100%", 24]')
-    shutil.copytree(searched.run, project.run)
+    project = copied(searched, tmp_path / "project")
     text = project.config.read_text()
     project.config.write_text(text.replace("score: {sequences: 4}", "score: {sequences: 4, mode: one-pass}"))
     limit = project.folder / "limit.yaml"
