@@ -46,7 +46,7 @@ PRUNINGS: Mapping[str, Sequence[tuple[str, ...]]] = {  # the largest first
         (f"prune.hidden_size={hidden}", f"prune.intermediate_size={2 * hidden}") for hidden in range(240, 64, -16)
     ],
     "width: FFN and heads": [
-        (f"prune.num_attention_heads={heads}", f"prune.intermediate_size={64 * heads}") for heads in (4, 2, 1)
+        ("prune.num_attention_heads=4", f"prune.intermediate_size={width}") for width in range(512, 0, -32)
     ],
 }
 
@@ -88,6 +88,8 @@ def largest(
 ) -> dict[str, Any]:
     """The first of ``sizes`` that takes no longer than the goal (None where none does), and all times over it."""
     teacher, times = relative_times(options, [functools.partial(model, size) for size in sizes])
+    if times[0] < 1 - NOISE:
+        raise SystemExit(f"{sizes[0]}: the largest on offer takes {times[0]:.3f} of the goal; offer larger ones")
     chosen = next((list(size) for size, time in zip(sizes, times, strict=True) if time <= 1 + NOISE), None)
     return {"size": chosen, "teacher_time": teacher, "times": times}
 

@@ -116,6 +116,10 @@ def shapes(options: argparse.Namespace, results: Results) -> None:
     table(results, options.seeds)
 
 
+def of_loss(name: str) -> tuple[str, ...]:
+    return tuple(f"kd.{key}={weight}" for key, weight in LOSSES[name].items())
+
+
 def all_tokens(options: argparse.Namespace) -> str:
     return f"kd.tokens={options.kd_tokens + options.bld_tokens}"
 
@@ -127,8 +131,7 @@ def of_shape(options: argparse.Namespace, seed: int, settings: Sequence[str]) ->
 
 def _scratch(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The same shape with random weights, on the language model's loss, at as many tokens."""
-    given = (*SHAPES[SHAPE_OF_LOSSES], *(f"kd.{key}={of}" for key, of in LOSSES["LM"].items()), all_tokens(options))
-    run = pruned(options, f"seed={seed}", *given)
+    run = pruned(options, f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], *of_loss("LM"), all_tokens(options))
     student = initial(run)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -165,22 +168,17 @@ def shallower(options: argparse.Namespace, seed: int) -> Path:
 
 def losses(options: argparse.Namespace, results: Results) -> None:
     for seed in options.seeds:
-        for name, weights in LOSSES.items():
-            given = (f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], *(f"kd.{key}={of}" for key, of in weights.items()))
-
-            def found(given: Sequence[str] = given) -> dict[str, Any]:
-                run = pruned(options, *given)
-                return before_and_after(options, run, initial(run))
-
-            results.once(f"{name}/{seed}", found)
+        for name in LOSSES:
+            given = (*SHAPES[SHAPE_OF_LOSSES], *of_loss(name))
+            results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, given))
     table(results, options.seeds)
 
 
 def tokens(options: argparse.Namespace, results: Results) -> None:
     for count in TOKENS:
         for seed in options.seeds:
-            given = (f"seed={seed}", *SHAPES[SHAPE_OF_LOSSES], f"kd.tokens={count}")
-            results.once(f"{count}/{seed}", functools.partial(of_shape, options, seed, given[1:]))
+            given = (*SHAPES[SHAPE_OF_LOSSES], f"kd.tokens={count}")
+            results.once(f"{count}/{seed}", functools.partial(of_shape, options, seed, given))
     table(results, options.seeds)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from bench_minitron import LOSSES, SHAPE_OF_LOSSES, SHAPES, finished, initial, pruned
+from bench_minitron import SHAPE_OF_LOSSES, SHAPES, finished, initial, of_loss, pruned
 from demo_runs import REPORT_SEQUENCES, Results, distilled, quality
 
 from puzzle import artifacts
@@ -36,10 +36,6 @@ FOREIGN_BYTES = 6_000_000
 WHOLE = "prune.num_layers=8"  # of 8: nothing goes
 BIGGEST_FILE_BYTES = 40_000
 Made = Callable[[], Path] | None
-
-
-def settings(loss: str) -> tuple[str, ...]:
-    return tuple(f"kd.{key}={value}" for key, value in LOSSES[loss].items())
 
 
 def foreign_text(work: Path) -> Path:
@@ -65,11 +61,11 @@ def arms(options: argparse.Namespace, seed: int) -> Mapping[str, Callable[[], Pu
 
     @functools.cache
     def corrected() -> Path:
-        return finished(pruned(options, f"seed={seed}", foreign, WHOLE, *settings("LM")))
+        return finished(pruned(options, f"seed={seed}", foreign, WHOLE, *of_loss("LM")))
 
     def student(where: str, loss: str = "KL", made_of: Made = None, distilled_by: Made = None) -> PuzzleForCausalLM:
         distils = [f"kd.teacher={distilled_by()}"] if distilled_by else []
-        chosen = (f"seed={seed}", where, *SHAPES[SHAPE_OF_LOSSES], *settings(loss), *distils)
+        chosen = (f"seed={seed}", where, *SHAPES[SHAPE_OF_LOSSES], *of_loss(loss), *distils)
         run = pruned(options, *chosen, teacher=made_of and made_of())
         return distilled(run, initial(run))
 

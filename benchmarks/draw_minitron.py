@@ -1,4 +1,4 @@
-"""Minitron against Puzzle, one table and one picture: at equal memory, and at equal measured time.
+"""Minitron against Puzzle, one table and one picture: at equal parameters, and at equal measured time.
 
 Reads what ``bench_minitron.py shapes`` and ``bench_latency.py`` found; writes ``results/minitron.md`` and ``.png``.
 

@@ -133,8 +133,14 @@ def _check_tasks(run: Run) -> None:
 
 
 def _check_constraints(run: Run) -> None:
-    of = functools.partial(Score, base_id="teacher", context_id="teacher", split="score", per_sequence=(0.0,))
-    of = functools.partial(of, context_tokens=run.config.data.sequence_tokens)
+    of = functools.partial(
+        Score,
+        base_id="teacher",
+        context_id="teacher",
+        split="score",
+        per_sequence=(0.0,),
+        context_tokens=run.config.data.sequence_tokens,
+    )
     scores = [
         of(item.id, metric=metric)
         for item in run.items

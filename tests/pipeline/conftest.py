@@ -130,6 +130,13 @@ def offering(project: Project, sizes: str) -> Project:
     return project
 
 
+def copied(searched: Project, folder: Path) -> Project:
+    """With all that was found: ``searched`` is shared by tests that come in any order, so none may change it."""
+    project = offering(searched.copy_to(folder), '["100%", 24]')
+    shutil.copytree(searched.run, project.run)
+    return project
+
+
 @pytest.fixture(scope="session")
 def searched(pristine_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project with two hidden sizes, run to its end once."""

@@ -16,7 +16,7 @@ import puzzle
 from puzzle.artifacts import read_events, read_unit
 from puzzle.cli import main
 from puzzle.run import Run
-from tests.pipeline.conftest import Project, offering
+from tests.pipeline.conftest import Project, copied
 from tests.pipeline.test_prune import as_pruning
 
 DRIVER = """
@@ -166,8 +166,7 @@ def test_a_dead_rank_is_named_and_its_units_are_taken_up(
 
 def test_two_ranks_choose_between_widths_as_one_does_and_a_dead_one_is_named(searched: Project, tmp_path: Path) -> None:
     """Several runs in one command; the second one's library is where a rank dies."""
-    project = offering(searched.copy_to(tmp_path / "project"), '["100%", 24]')
-    shutil.copytree(searched.run, project.run)
+    project = copied(searched, tmp_path / "project")
     whole, narrow = Path("widths/32/steps/1-search"), Path("widths/24/steps/2-search")
     for name in ("scores", "solutions", "students"):
         for one in (whole, narrow):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,8 @@ from puzzle.stages.common import sequences_of
 from puzzle.teacher import Compute, load_model
 from puzzle.types import InfeasibleError, OutOfTimeError, Solution
 from puzzle.widths import Widths, best, joint_front, rank, too_large
-from tests.pipeline.conftest import Project, offering
+from tests.pipeline.conftest import Project, copied, offering
 from tests.pipeline.test_prune import as_pruning
-
-
-def copied(searched: Project, folder: Path) -> Project:
-    """With all that was found, for a test that changes it."""
-    project = offering(searched.copy_to(folder), '["100%", 24]')
-    shutil.copytree(searched.run, project.run)
-    return project
 
 
 def opened(project: Project, *overrides: str) -> Widths:
