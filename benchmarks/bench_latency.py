@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from bench_minitron import all_tokens, before_and_after, halved, library, of_shape, shallower, table
-from demo_runs import CONFIG, Results, student_of
+from demo_runs import CONFIG, Results, problem_under, student_of
 
-from puzzle import pipeline, search
+from puzzle import pipeline
 from puzzle.blocks.prune import KEEP_BLOCK, student_config
 from puzzle.build import blocks_of
-from puzzle.config import ConstraintFile
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.profiling.stack import random_model
 from puzzle.pruning import pruned_shape
@@ -99,9 +98,7 @@ def answers(run: Run) -> list[tuple[str, ...]]:
     pipeline.run_stage(run, "profile")
     tables, found = (run.read_scores(), run.read_costs()), []
     for share in SHARES:
-        limits = {"workloads": run.constraint_file.workloads, "constraints": {"chat.e2e_ms": f"{share:.0%}"}}
-        file = ConstraintFile.model_validate(limits)
-        solutions = mip.solve(search.problems(run.shape, run.items, *tables, file), {}).solutions
+        solutions = mip.solve([problem_under(run, {"chat.e2e_ms": f"{share:.0%}"}, *tables)], {}).solutions
         found += [one.items for one in solutions[:1]]
     return list(dict.fromkeys(found))
 

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_minitron.py shapes     width, depth, Puzzle, and depth before Puzzle at equal parameters
                                                    (REFERENCE.md, claim 11), and one of the shapes from scratch
+    python benchmarks/bench_minitron.py memory     the same at equal memory (weights, KV cache, workspace)
     python benchmarks/bench_minitron.py losses     what to distil on: KL, LM loss, hidden states (claims 10 and 13)
     python benchmarks/bench_minitron.py tokens     the gap that distillation closes, by tokens (claim 9)
     python benchmarks/bench_minitron.py depth      1, 2 and half of the layers dropped: at every position, and scattered
@@ -23,32 +24,49 @@ from typing import Any
 
 import torch
 from demo_runs import (
+    CONFIG,
     REPORT_SEQUENCES,
     Results,
     distilled,
     make_library,
     problem_of,
+    problem_under,
     quality,
     student_of,
 )
 
 from puzzle import artifacts, pipeline
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.pruning import predicted, pruned_shape
 from puzzle.run import Run
 from puzzle.search import mip
+from puzzle.search.problem import Problem
 from puzzle.stages.common import compute_of
 from puzzle.teacher import load_model
 
 RESULTS = Path(__file__).parent / "results"
-CONFIG = "run: {folder}\n"
 DROPPED = 3  # of 8 layers: what the other shapes have as many parameters as
+DEPTH = (f"prune.num_layers={8 - DROPPED}", "prune.layers_by=contiguous")
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "width: FFN": ("prune.intermediate_size=192",),
     "width: FFN and heads": ("prune.intermediate_size=363", "prune.num_attention_heads=4"),
     "width: FFN and hidden size": ("prune.intermediate_size=400", "prune.hidden_size=192"),
     "depth: Block Importance": (f"prune.num_layers={8 - DROPPED}",),
     "depth: loss, scattered": (f"prune.num_layers={8 - DROPPED}", "prune.layers_by=loss"),
-    "depth: loss, contiguous": (f"prune.num_layers={8 - DROPPED}", "prune.layers_by=contiguous"),
+    "depth: loss, contiguous": DEPTH,
+}
+MEMORY = "memory_gib"
+CANDIDATES: Mapping[str, Sequence[tuple[str, ...]]] = {  # the largest first; no other numbers of heads divide 256
+    "width: FFN": [(f"prune.intermediate_size={width}",) for width in range(512, 0, -8)],
+    "width: heads": [(f"prune.num_attention_heads={heads}",) for heads in (8, 4, 2, 1)],
+    "width: FFN and hidden size": [
+        (f"prune.hidden_size={hidden}", f"prune.intermediate_size={2 * hidden}") for hidden in range(256, 0, -8)
+    ],
+    "width: FFN, 5 heads and hidden size": [
+        ("prune.hidden_size=240", "prune.num_attention_heads=5", f"prune.intermediate_size={width}")
+        for width in range(512, 0, -8)
+    ],
+    "depth: loss, contiguous": [DEPTH],
 }
 SHAPE_OF_LOSSES = "width: FFN and hidden size"
 LOSSES: Mapping[str, Mapping[str, float]] = {
@@ -108,12 +126,40 @@ def shapes(options: argparse.Namespace, results: Results) -> None:
         for name, settings in SHAPES.items():
             results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, (*settings, all_tokens(options))))
         results.once(f"from scratch: FFN and hidden size/{seed}", functools.partial(_scratch, options, seed))
-        results.once(f"Puzzle/{seed}", functools.partial(_puzzle, options, seed, None))
-        results.once(
-            f"one layer less, then Puzzle/{seed}",
-            lambda seed=seed: _puzzle(halved(options), seed, shallower(options, seed)),
-        )
+        _puzzles(options, results, seed, lambda run: problem_of(run, (8 - DROPPED) / run.shape.num_layers))
+    table(results, options.seeds)  # a layer of either teacher of Puzzle has as many parameters
+
+
+def memory(options: argparse.Namespace, results: Results) -> None:
+    """Of each way the largest size that needs no more than ``DEPTH``, at ``search/half-memory.yaml``'s workload."""
+    goal = needed(options, DEPTH)
+    limit = f"{goal * (1 + 1e-9):.12f} GiB"
+    for seed in options.seeds:
+        for name, candidates in CANDIDATES.items():
+            size = next((one for one in candidates if needed(options, one) <= goal), None)
+            results.once(f"{name}/size", lambda size=size: {"size": size, "of": goal})
+            if size:
+                settings = (*size, all_tokens(options))
+                results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, settings))
+        _puzzles(options, results, seed, lambda run: problem_under(run, {MEMORY: limit}))
     table(results, options.seeds)
+
+
+def needed(options: argparse.Namespace, settings: Sequence[str]) -> float:
+    """GiB of a pruning's student, computed from its sizes."""
+    run = opened(options, *settings)
+    totals = predicted(pruned_shape(run.config.prune, run.shape), run.constraint_file)  # type: ignore[arg-type]
+    return totals[f"chat.{MEMORY}"]
+
+
+def _puzzles(options: argparse.Namespace, results: Results, seed: int, problem: Callable[[Run], Problem]) -> None:
+    """The MIP's students of ``problem``, of the bundled teacher and of a shallower one."""
+    results.once(f"Puzzle/{seed}", lambda: _puzzle(options, library(options, seed), problem))
+
+    def chained() -> dict[str, Any]:
+        return _puzzle(halved(options), library(halved(options), seed, shallower(options, seed)), problem)
+
+    results.once(f"one layer less, then Puzzle/{seed}", chained)
 
 
 def of_loss(name: str) -> tuple[str, ...]:
@@ -149,11 +195,8 @@ def library(options: argparse.Namespace, seed: int, teacher: Path | None = None)
     return make_library(options.work, *settings, *([f"teacher={teacher}", "kd.teacher=demo"] if teacher else []))
 
 
-def _puzzle(options: argparse.Namespace, seed: int, teacher: Path | None) -> dict[str, Any]:
-    """The MIP's student with as many parameters as the pruned ones."""
-    run = library(options, seed, teacher)
-    problem = problem_of(run, (8 - DROPPED) / run.shape.num_layers)  # a layer of either teacher has as many
-    chosen = mip.solve([problem], {}).solutions[0].items
+def _puzzle(options: argparse.Namespace, run: Run, problem: Callable[[Run], Problem]) -> dict[str, Any]:
+    chosen = mip.solve([problem(run)], {}).solutions[0].items
     return {**before_and_after(options, run, student_of(run, chosen)), "items": list(chosen)}
 
 
@@ -223,6 +266,7 @@ def _mean(values: Sequence[float]) -> str:
 def main() -> None:
     commands: dict[str, Callable[[argparse.Namespace, Results], None]] = {
         "shapes": shapes,
+        "memory": memory,
         "losses": losses,
         "tokens": tokens,
         "depth": depth,

@@ -47,9 +47,15 @@ def make_library(work: Path, *settings: str, until: str = "score") -> Run:
 def problem_of(run: Run, share: float, scores: ScoreTable | None = None) -> Problem:
     """Minimise the sum of KL scores at ``share`` of the teacher's layer parameters (all of one dtype, so bytes too)."""
     layers = sum(params(spec, run.shape) for spec in run.keep_specs)
-    limit = int(rest_params(run.shape) + share * layers)
-    file = ConstraintFile.model_validate({"constraints": {"params": {"max": limit}}})
-    (problem,) = search.problems(run.shape, run.items, scores or run.read_scores(), Costs(), file)
+    return problem_under(run, {"params": {"max": int(rest_params(run.shape) + share * layers)}}, scores)
+
+
+def problem_under(
+    run: Run, limits: Mapping[str, Any], scores: ScoreTable | None = None, costs: Costs | None = None
+) -> Problem:
+    """Minimise the sum of KL scores under ``limits``, at the workload of the run's constraint file."""
+    file = ConstraintFile.model_validate({"workloads": run.constraint_file.workloads, "constraints": limits})
+    (problem,) = search.problems(run.shape, run.items, scores or run.read_scores(), costs or Costs(), file)
     return problem
 
 

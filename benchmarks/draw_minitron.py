@@ -1,6 +1,7 @@
-"""Minitron against Puzzle, one table and one picture: at equal parameters, and at equal measured time.
+"""Minitron against Puzzle, one table and one picture: at equal parameters, memory, and measured time.
 
-Reads what ``bench_minitron.py shapes`` and ``bench_latency.py`` found; writes ``results/minitron.md`` and ``.png``.
+Reads what ``bench_minitron.py shapes``, ``bench_minitron.py memory`` and ``bench_latency.py`` found; writes
+``results/minitron.md`` and ``.png``.
 
     python benchmarks/draw_minitron.py [--results FOLDER]
 """
@@ -18,7 +19,7 @@ from typing import Any
 from puzzle import artifacts, style
 
 RESULTS = Path(__file__).parent / "results"
-PANELS = {"minitron_shapes": "as many parameters", "latency": "as fast, measured"}
+PANELS = {"minitron_shapes": "as many parameters", "minitron_memory": "as much memory", "latency": "as fast, measured"}
 COLOURS = {"Puzzle": style.CHOSEN, "depth": style.ATTENTION, "width": style.FFN}
 WHEN = ("before", "after")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5)
@@ -70,7 +71,7 @@ def table(title: str, found: Sequence[Row]) -> str:
 
 def draw(panels: Mapping[str, Sequence[Row]], path: Path) -> None:
     """KL of every way before (hollow) and after distillation (filled), a dot a seed."""
-    figure = style.new_figure(10, 1.3 + 0.34 * max(map(len, panels.values())))
+    figure = style.new_figure(14, 1.3 + 0.34 * max(map(len, panels.values())))
     for axes, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for place, row in enumerate(reversed(found)):
             colour = next((one for word, one in COLOURS.items() if word in row.name), style.OTHER)
