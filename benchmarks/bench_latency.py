@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_minitron import all_tokens, before_and_after, halved, library, of_shape, shallower, table
-from demo_runs import CONFIG, Results, problem_under, student_of
+from bench_minitron import all_tokens, before_and_after, described, halved, library, of_shape, shallower, table
+from demo_runs import Results, problem_under, student_of
 
 from puzzle import pipeline
 from puzzle.blocks.prune import KEEP_BLOCK, student_config
@@ -61,18 +61,11 @@ def untrained(run: Run) -> PuzzleForCausalLM:
     return random_model(config, [KEEP_BLOCK] * shape.num_layers, "cpu", "fp32")
 
 
-def unstarted(options: argparse.Namespace, *settings: str) -> Run:
-    config = options.work / "times.yaml"
-    options.work.mkdir(parents=True, exist_ok=True)
-    config.write_text(CONFIG.format(folder=options.work / "times"))
-    return Run.open(config, settings)
-
-
 def relative_times(
     options: argparse.Namespace, candidates: Sequence[Callable[[], PuzzleForCausalLM]]
 ) -> tuple[float, list[float]]:
     """Of the teacher and of each candidate, over the time that is the goal, all in the same rounds."""
-    goal, teacher = unstarted(options, *depth(options.layers)), unstarted(options, *depth(LAYERS))
+    goal, teacher = described(options, *depth(options.layers)), described(options, *depth(LAYERS))
     models = {"goal": untrained(goal), "teacher": untrained(teacher)}
     models |= {str(number): candidate() for number, candidate in enumerate(candidates)}
     (workload,) = workloads(goal.constraint_file, goal.shape)
@@ -121,7 +114,7 @@ def sizes(options: argparse.Namespace, results: Results) -> None:
     for name, candidates in PRUNINGS.items():
 
         def of_pruning(candidates: Sequence[tuple[str, ...]] = candidates) -> dict[str, Any]:
-            return largest(options, candidates, lambda settings: untrained(unstarted(options, *settings)))
+            return largest(options, candidates, lambda settings: untrained(described(options, *settings)))
 
         results.once(f"{name}/size", of_pruning)
     for seed in options.seeds:

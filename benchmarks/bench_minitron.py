@@ -79,15 +79,20 @@ LOSSES: Mapping[str, Mapping[str, float]] = {
 TOKENS = (65_536, 131_072, 262_144, 524_288)
 
 
-def opened(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
-    """A run of the bundled teacher, or another, with its text; one folder holds all of a seed's."""
+def described(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
+    """A run of the bundled teacher, or another; one folder holds all of a seed's."""
     given = [f"kd.tokens={options.kd_tokens}", *settings, *([f"teacher={teacher}"] if teacher else [])]
     shared = [one for one in given if not one.startswith(("prune.", "kd."))]
     folder = options.work / artifacts.fingerprint(sorted(shared))
     config = options.work / f"{folder.name}.yaml"
     options.work.mkdir(parents=True, exist_ok=True)
     config.write_text(CONFIG.format(folder=folder))
-    run = Run.open(config, given)
+    return Run.open(config, given)
+
+
+def opened(options: argparse.Namespace, *settings: str, teacher: Path | None = None) -> Run:
+    """With its text."""
+    run = described(options, *settings, teacher=teacher)
     pipeline.run_stage(run, "data")
     return run
 
@@ -147,7 +152,7 @@ def memory(options: argparse.Namespace, results: Results) -> None:
 
 def needed(options: argparse.Namespace, settings: Sequence[str]) -> float:
     """GiB of a pruning's student, computed from its sizes."""
-    run = opened(options, *settings)
+    run = described(options, *settings)
     totals = predicted(pruned_shape(run.config.prune, run.shape), run.constraint_file)  # type: ignore[arg-type]
     return totals[f"chat.{MEMORY}"]
 
