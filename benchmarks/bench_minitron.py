@@ -138,7 +138,6 @@ def shapes(options: argparse.Namespace, results: Results) -> None:
 def memory(options: argparse.Namespace, results: Results) -> None:
     """Of each way the largest size that needs no more than ``DEPTH``, at ``search/half-memory.yaml``'s workload."""
     goal = needed(options, DEPTH)
-    limit = f"{goal * (1 + 1e-9):.12f} GiB"
     for seed in options.seeds:
         for name, candidates in CANDIDATES.items():
             size = next((one for one in candidates if needed(options, one) <= goal), None)
@@ -146,7 +145,7 @@ def memory(options: argparse.Namespace, results: Results) -> None:
             if size:
                 settings = (*size, all_tokens(options))
                 results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, settings))
-        _puzzles(options, results, seed, lambda run: problem_under(run, {MEMORY: limit}))
+        _puzzles(options, results, seed, lambda run: problem_under(run, {MEMORY: goal}))
     table(results, options.seeds)
 
 
