@@ -40,6 +40,7 @@ from puzzle.modeling import PuzzleForCausalLM
 from puzzle.pruning import predicted, pruned_shape
 from puzzle.run import Run
 from puzzle.search import mip
+from puzzle.search.baselines import best_uniform
 from puzzle.search.problem import Problem
 from puzzle.stages.common import compute_of
 from puzzle.teacher import load_model
@@ -157,12 +158,18 @@ def needed(options: argparse.Namespace, settings: Sequence[str]) -> float:
 
 
 def _puzzles(options: argparse.Namespace, results: Results, seed: int, problem: Callable[[Run], Problem]) -> None:
-    """The MIP's students of ``problem``, of the bundled teacher and of a shallower one."""
-    results.once(f"Puzzle/{seed}", lambda: _puzzle(options, library(options, seed), problem))
+    """Students of ``problem``: the MIP's, the same variants in all layers, and the MIP's of a shallower teacher."""
+
+    def student(found: Callable[[Problem], Sequence[str]]) -> dict[str, Any]:
+        run = library(options, seed)
+        return _of_items(options, run, found(problem(run)))
 
     def chained() -> dict[str, Any]:
-        return _puzzle(halved(options), library(halved(options), seed, shallower(options, seed)), problem)
+        run = library(halved(options), seed, shallower(options, seed))
+        return _of_items(halved(options), run, _best(problem(run)))
 
+    results.once(f"Puzzle/{seed}", lambda: student(_best))
+    results.once(f"Puzzle's variants, the same in all layers/{seed}", lambda: student(best_uniform))
     results.once(f"one layer less, then Puzzle/{seed}", chained)
 
 
@@ -199,8 +206,11 @@ def library(options: argparse.Namespace, seed: int, teacher: Path | None = None)
     return make_library(options.work, *settings, *([f"teacher={teacher}", "kd.teacher=demo"] if teacher else []))
 
 
-def _puzzle(options: argparse.Namespace, run: Run, problem: Callable[[Run], Problem]) -> dict[str, Any]:
-    chosen = mip.solve([problem(run)], {}).solutions[0].items
+def _best(problem: Problem) -> Sequence[str]:
+    return mip.solve([problem], {}).solutions[0].items
+
+
+def _of_items(options: argparse.Namespace, run: Run, chosen: Sequence[str]) -> dict[str, Any]:
     return {**before_and_after(options, run, student_of(run, chosen)), "items": list(chosen)}
 
 
