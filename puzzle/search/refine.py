@@ -4,8 +4,9 @@ Reads a Problem, its best answers by sums of scores, and a function that evaluat
 tried, best last. Begins with the best and different answers of the integer programme; then a model of interactions
 (scoring/interactions.py) is fitted to all evaluations so far, its best architectures are found by local moves
 (moves.py), and evaluated are those that it predicts to be best and those that may be, as far as it knows (the lowest of
-prediction less a standard error). Where it knows of none that may be better, it is shown further answers of the integer
-programme, and the search ends where these change nothing. All follows from evaluations and seed, so that what is
+prediction less a standard error). Where it knows of none that may be better, its word is tested: on those that it
+predicts to be best all the same, and on further answers of the integer programme; the search ends where it has been
+right several times in a row. All follows from evaluations and seed, so that what is
 stopped goes on where it was.
 """
 
@@ -28,11 +29,13 @@ from puzzle.variants import is_teacher
 KIND = "interactions"  # no curve of the sum: fitted to the search's answers, which are alike, it misleads beyond them
 LEAST_FIT = 8  # evaluations that a model is fitted to
 FIRST_SHARE = 3  # of the evaluations, one in so many goes to answers of the integer programme
+MOST_FIRST = 20  # but no more than so many: they are alike, and a model of too many is too sure
 BATCH = 4  # evaluated between two fits
 STARTS = 4  # best evaluated architectures that moves begin at
 POOL = 200  # neighbours of each optimum that are looked at
 SURE = 1.0  # standard errors below its prediction, by which the unsure are ordered
 HOPE = 2.0  # and by which an architecture may be better: where none may, the answer stands
+PATIENCE = 3  # batches in a row that put that to the test
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,14 @@ class Settings:
     @property
     def first(self) -> int:
         """How many answers of the search are evaluated before anything is learnt."""
-        return min(self.evaluations, max(self.count, self.evaluations // FIRST_SHARE, LEAST_FIT))
+        share = min(self.evaluations // FIRST_SHARE, MOST_FIRST)
+        return min(self.evaluations, max(self.count, share, LEAST_FIT))
 
 
 @dataclass(frozen=True)
 class Refined:
-    """``stands``: nothing in reach may be better, as far as the model knows, and further answers of the search did not
-    change that; else the budget was spent."""
+    """``stands``: nothing in reach may be better, as far as the model knows, and what was evaluated to test that was
+    not; else the budget was spent."""
 
     trials: tuple[Trial, ...]
     stands: bool
@@ -84,29 +88,28 @@ def refine(
 
     ``settings.first`` are evaluated in any case, others where the model knows of nothing better.
     """
-    trials = _answered(problem, answers(settings.first), measure)
+    trials = _measured(_of_search(problem, answers(settings.first)), measure)
     if not any(trial.values for trial in trials):
         raise ConfigError("no architecture that the search found has finite outputs; score the library again")
     parts = singles(problem.items, problem.objective)
-    shown = False
-    while (left := settings.evaluations - len(trials)) > 0:
-        count = min(left, BATCH)
-        if asked := _proposals(problem, parts, trials, count, settings.seed):
-            shown = False
-            trials += _measured(asked, measure)
-            continue
-        tried = {trial.items for trial in trials}
-        known = sum(trial.source == "search" for trial in trials)
-        further = [] if shown else [one for one in answers(known + count) if one not in tried]
-        if not further:
+    tests = 0
+    while tests < PATIENCE and (left := settings.evaluations - len(trials)) > 0:
+        count, best = min(left, BATCH), min(trial.true for trial in trials)
+        hopeful, asked = _proposals(problem, parts, trials, count, settings.seed)
+        if not hopeful:
+            known = sum(trial.source == "search" for trial in trials) + count
+            tried = {trial.items for trial in trials} | {items for items, _, _ in asked}
+            further = [one for one in answers(known) if one not in tried][: count - count // 2]
+            asked = [*asked[: count - len(further)], *_of_search(problem, further)]
+        if not asked:
             return Refined(tuple(trials), stands=True)
-        shown = True
-        trials += _answered(problem, further, measure)
-    return Refined(tuple(trials), stands=False)
+        trials += _measured(asked, measure)
+        tests = 0 if hopeful or min(trial.true for trial in trials) < best else tests + 1
+    return Refined(tuple(trials), stands=tests == PATIENCE)
 
 
-def _answered(problem: Problem, answers: Sequence[Chosen], measure: Measure) -> list[Trial]:
-    return _measured([(one, float(problem.objective_of(one)), "search") for one in answers], measure)
+def _of_search(problem: Problem, answers: Sequence[Chosen]) -> list[tuple[Chosen, float, str]]:
+    return [(one, float(problem.objective_of(one)), "search") for one in answers]
 
 
 def _measured(asked: Sequence[tuple[Chosen, float, str]], measure: Measure) -> list[Trial]:
@@ -119,18 +122,19 @@ def _measured(asked: Sequence[tuple[Chosen, float, str]], measure: Measure) -> l
 
 def _proposals(
     problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], count: int, seed: int
-) -> list[tuple[Chosen, float, str]]:
-    """Up to ``count`` new architectures: by turns the best predicted, and the lowest that may be."""
+) -> tuple[bool, list[tuple[Chosen, float, str]]]:
+    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those: by turns the best
+    predicted, and the lowest that may be."""
     model = _model(problem, parts, trials, seed)
-    if model is None:
-        return []
-    pool = _pool(problem, model, trials)
-    if not pool:
-        return []
+    pool = [] if model is None else _pool(problem, model, trials)
+    if model is None or not pool:
+        return False, []
     means, errors = model.predict_many([_changes(problem, items) for items in pool])
-    hopeful = means - HOPE * errors < min(trial.true for trial in trials)
-    pool = [items for items, may in zip(pool, hopeful, strict=True) if may]
-    means, errors = means[hopeful], errors[hopeful]
+    may = means - HOPE * errors < min(trial.true for trial in trials)
+    hopeful = bool(may.any())
+    if hopeful:
+        pool = [items for items, one in zip(pool, may, strict=True) if one]
+        means, errors = means[may], errors[may]
     found: list[tuple[Chosen, float, str]] = []
     orders = {"best": np.argsort(means, kind="stable"), "unsure": np.argsort(means - SURE * errors, kind="stable")}
     for turn in range(count):
@@ -139,7 +143,7 @@ def _proposals(
         place = next((int(one) for one in orders[source] if pool[one] not in taken), None)
         if place is not None:
             found.append((pool[place], float(means[place]), source))
-    return found
+    return hopeful, found
 
 
 def _model(problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], seed: int) -> InteractionModel | None:
