@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 PANELS = {"minitron_shapes": "as many parameters", "minitron_memory": "as much memory", "latency": "as fast, measured"}
 COLOURS = {"Puzzle": style.CHOSEN, "depth": style.ATTENTION, "width": style.FFN}
 WHEN = ("before", "after")
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5)
+TICKS = (0.05, 0.2, 1, 5)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ def table(title: str, found: Sequence[Row]) -> str:
 
 def draw(panels: Mapping[str, Sequence[Row]], path: Path) -> None:
     """KL of every way before (hollow) and after distillation (filled), a dot a seed."""
-    figure = style.new_figure(14, 1.3 + 0.34 * max(map(len, panels.values())))
-    for axes, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    most = max(map(len, panels.values()))
+    figure = style.new_figure(14, 1.3 + 0.34 * most)
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    for axes, (title, found) in zip(all_axes, panels.items(), strict=True):
         for place, row in enumerate(reversed(found)):
             colour = next((one for word, one in COLOURS.items() if word in row.name), style.OTHER)
             axes.plot([row.mean(when, "kl") for when in WHEN], [place, place], color=colour, lw=1, alpha=0.4)
@@ -80,6 +82,7 @@ def draw(panels: Mapping[str, Sequence[Row]], path: Path) -> None:
                 values = row.values(when, "kl")
                 axes.scatter(values, [place] * len(values), 26, facecolors=fill, edgecolors=colour, zorder=2)
         axes.set_yticks(range(len(found)), [row.name for row in reversed(found)])
+        axes.set_ylim(len(found) - most - 0.5, len(found) - 0.5)  # rows as high in each panel
         axes.set_xscale("log")
         axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axes.set_xticks([], minor=True)
