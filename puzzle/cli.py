@@ -268,7 +268,7 @@ def _stage(options: argparse.Namespace) -> None:
     if options.stage == "evaluate":
         cli_evaluate.check_options(options)
     if options.stage in ("rescore", "search") and (offered := open_widths(options)) is not None:
-        cli_search.search_widths(offered.searches(), options.stage, options.redo)
+        cli_search.search_widths(offered.searches(print), options.stage, options.redo)
         return
     run = open_run(options)
     if options.stage == "export":

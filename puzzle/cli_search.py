@@ -223,7 +223,7 @@ def _pareto(options: argparse.Namespace) -> None:
 
     costs = options.cost or ["params"]
     if (offered := open_widths(options)) is not None:
-        _pareto_of_widths(offered.searches(), costs, options)
+        _pareto_of_widths(offered.searches(print), costs, options)
         return
     run = open_run(options)
     problem, folder = run.problems()[0], options.output or run.folder / "pareto"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,14 +100,19 @@ class Widths:
         names = [f"{size}/{name}" for size, chain in self.chains for name, _ in chain.steps]
         return tuple(name for name in names if name not in known)
 
-    def searches(self) -> tuple[Run, ...]:
-        """One for each size that may do. ConfigError where a base is not there yet, InfeasibleError where none may."""
+    def searches(self, tell: Callable[[str], None] = lambda line: None) -> tuple[Run, ...]:
+        """One for each size that may do; ``tell`` is called with a line for each that may not.
+
+        ConfigError where a base is not there yet, InfeasibleError where no size may do.
+        """
         if self.waiting:
             raise ConfigError(f"{self.waiting[0]}: its teacher is not made yet; `puzzle run` makes it")
         runs = [run for _, run in self.runs() if run.config.prune is None]
         refused = [too_large(run) for run in runs]
         if all(refused):
             raise InfeasibleError("; ".join(str(error) for error in refused))
+        for error in filter(None, refused):
+            tell(f"left out: {error}")
         return tuple(run for run, error in zip(runs, refused, strict=True) if error is None)
 
 

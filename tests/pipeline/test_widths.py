@@ -119,6 +119,8 @@ def test_a_width_that_is_too_large_is_left_out(
     assert main(["--debug", "run", str(searched.config), "--constraints", str(limit), "--redo", "search"]) == 0
     out = capsys.readouterr().out
     assert "left out: hidden size 32" in out and "hidden size 24 is the best" in out
+    assert main(["search", str(searched.config), "--constraints", str(limit)]) == 0
+    assert "left out: hidden size 32" in capsys.readouterr().out
     assert only.distilling.shape.hidden_size == 32
     figures = read_unit(only.evaluation).payload["quality"]["student"]
     assert figures["kd_teacher_kl_nats"]["mean"] > 0
