@@ -104,6 +104,13 @@ def test_where_the_model_knows_of_nothing_better_it_is_shown_further_answers() -
     assert found.best.items == unlike
     without = refine(world.problem, lambda count: first, sums_but_for_one, settings)
     assert without.stands and without.best.items == first[0]
+    against = [trial for trial in without.trials if trial.source != "search"]
+    assert len(against) == 12 and all(trial.predicted > without.best.true for trial in against)
+
+
+def test_most_of_a_large_budget_is_for_what_the_model_proposes() -> None:
+    assert [Settings(count).first for count in (6, 24, 60, 240)] == [6, 8, 20, 20]
+    assert Settings(240, count=30).first == 30
 
 
 @pytest.mark.parametrize("kill_after", [3, 10])
