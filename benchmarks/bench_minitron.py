@@ -139,10 +139,12 @@ def shapes(options: argparse.Namespace, results: Results) -> None:
 def memory(options: argparse.Namespace, results: Results) -> None:
     """Of each way the largest size that needs no more than ``DEPTH``, at ``search/half-memory.yaml``'s workload."""
     goal = needed(options, DEPTH)
+    sizes = {}
+    for name, candidates in CANDIDATES.items():
+        sizes[name] = next((one for one in candidates if needed(options, one) <= goal), None)
+        results.once(f"{name}/size", lambda name=name: {"size": sizes[name], "of": goal})
     for seed in options.seeds:
-        for name, candidates in CANDIDATES.items():
-            size = next((one for one in candidates if needed(options, one) <= goal), None)
-            results.once(f"{name}/size", lambda size=size: {"size": size, "of": goal})
+        for name, size in sizes.items():
             if size:
                 settings = (*size, all_tokens(options))
                 results.once(f"{name}/{seed}", functools.partial(of_shape, options, seed, settings))

@@ -6,8 +6,7 @@ tried, best last. Begins with the best and different answers of the integer prog
 (moves.py), and evaluated are those that it predicts to be best and those that may be, as far as it knows (the lowest of
 prediction less a standard error). Where it knows of none that may be better, its word is tested: on those that it
 predicts to be best all the same, and on further answers of the integer programme; the search ends where it has been
-right several times in a row. All follows from evaluations and seed, so that what is
-stopped goes on where it was.
+right several times in a row. All follows from evaluations and seed, so that what is stopped goes on where it was.
 """
 
 from __future__ import annotations
