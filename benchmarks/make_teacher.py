@@ -5,8 +5,9 @@ Reads the source of Python's standard library (the running interpreter's, or ``-
 Face Llama checkpoint in bf16 with its tokenizer), ``training_log.jsonl`` and ``TEACHER.json`` (final figures).
 
 The split is by file, a function of the path alone: 6 % ``report``, 4 % ``score``, 4 % ``select``, the rest ``train``.
-The teacher sees ``train`` and the library's tests (never bundled), so held-out figures are held out. Generated code
-pages are left out everywhere: they are near-copies of one another and would leak between splits.
+The teacher sees ``train`` and the library's tests (never bundled), so held-out figures are held out. Generated files
+are left out everywhere: code pages are near-copies of one another and would leak between splits, and the help topics,
+a manual's prose in one string, would be half of ``select``.
 
 Training: next-token cross-entropy in bf16 autocast, Muon for the matrices (Jordan et al. 2024) and AdamW for embedding
 and norms, warm-up, constant rate, linear decay to zero. Batch ``step`` is a pure function of ``(seed, step)``; a
@@ -51,6 +52,7 @@ GENERATED = (
     "encodings/koi8",
     "encodings/kz1048",
     "encodings/hp_",
+    "pydoc_data/topics",
 )
 
 
