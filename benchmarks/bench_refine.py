@@ -33,7 +33,7 @@ from puzzle.stages.truth import Truths, jobs
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.85, 0.65, 0.45, 0.35, 0.25)
-SELECT_SEQUENCES, REPORT_SEQUENCES = 96, 128
+SELECT_SEQUENCES, REPORT_SEQUENCES = 192, 128
 
 
 @dataclass(frozen=True)
