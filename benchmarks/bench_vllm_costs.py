@@ -10,6 +10,7 @@ own (their ratio is what no prediction could do better than). All starts come in
     VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 python benchmarks/bench_vllm_costs.py VENV/bin/python --clock cpu
 
 ``--clock cpu`` counts the engine's processor time (one thread): on a machine that others use, too, waiting is no cost.
+With ``--tp 2`` two processes share the model, on a clock of the wall (``--out`` another file).
 """
 
 from __future__ import annotations
@@ -140,14 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", type=Path, help="the python of the environment that vLLM is installed in")
     parser.add_argument("--weights", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--tp", type=int, default=1, help="processes that share the model")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    engine = Engine(
-        args.python, args.weights, kv_cache_bytes=2**29, clock=args.clock, repeats=args.repeats, seed=args.seed
-    )
+    settings = {"weights": args.weights, "clock": args.clock, "repeats": args.repeats, "seed": args.seed}
+    engine = Engine(args.python, tensor_parallel=args.tp, kv_cache_bytes=2**29, **settings)
     rng = random.Random(args.seed)
     designed = list(design(SHAPE, [*ATTENTION, *FFN], seed=args.seed))
     unseen = [held_out(rng) for _ in range(NUM_HELD_OUT)]
@@ -171,10 +172,9 @@ def main() -> None:
     }
     print(json.dumps(summary, indent=1))
     header = environment() | {"engine": f"vllm {times[0].version}", "load_average": os.getloadavg()[0]}
-    settings = {"weights": args.weights, "clock": args.clock, "repeats": args.repeats, "seed": args.seed}
     result = {
         "environment": header,
-        "settings": settings | {"shape": to_json(SHAPE)},
+        "settings": settings | {"tensor_parallel": args.tp, "shape": to_json(SHAPE)},
         "summary": summary,
         "unseen": rows,
         "shapes_over_teacher": shapes_over_teacher(fits, times[0]),

@@ -74,6 +74,8 @@ class Engine:
             raise ConfigError(f"cannot measure in vLLM with weights in {self.weights!r}; allowed: {', '.join(DTYPES)}")
         if self.decode_steps % 2 == 0 or self.repeats < 2:
             raise ConfigError("vLLM: decode_steps must be odd and repeats at least 2")
+        if self.clock == "cpu" and self.tensor_parallel > 1:
+            raise ConfigError("vLLM: clock cpu sees one process; tensor parallelism needs clock wall")
 
 
 @dataclass(frozen=True)

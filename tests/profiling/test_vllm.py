@@ -254,7 +254,9 @@ def test_models_that_vllm_cannot_load_are_refused_before_it_starts() -> None:
         measure_model(TEACHER, SHAPE, layers, POINTS, Engine(Path("none")))
 
 
-@pytest.mark.parametrize("given", [{"weights": "fp8"}, {"decode_steps": 16}, {"repeats": 1}])
+@pytest.mark.parametrize(
+    "given", [{"weights": "fp8"}, {"decode_steps": 16}, {"repeats": 1}, {"clock": "cpu", "tensor_parallel": 2}]
+)
 def test_impossible_settings_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="vLLM"):
         Engine(Path("python"), **given)
