@@ -33,7 +33,7 @@ from puzzle.stages.truth import Truths, jobs
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.85, 0.65, 0.45, 0.35, 0.25)
-SELECT_SEQUENCES, REPORT_SEQUENCES = 192, 128
+SELECT_SEQUENCES, REPORT_SEQUENCES = 192, 384  # of 332 and 416 that there are
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "refine.json")
     options = parser.parse_args()
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("bld_tokens", "evaluations")}
-    settings["select_sequences"] = SELECT_SEQUENCES
+    settings |= {"select_sequences": SELECT_SEQUENCES, "report_sequences": REPORT_SEQUENCES}
     results = Results(options.output, settings)
     for seed in options.seeds:
         one_library(results, options, seed)
