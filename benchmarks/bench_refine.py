@@ -33,7 +33,7 @@ from puzzle.stages.truth import Truths, jobs
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.85, 0.65, 0.45, 0.35, 0.25)
-SELECT_SEQUENCES, REPORT_SEQUENCES = 192, 384  # of 332 and 416 that there are
+SELECT_SEQUENCES, REPORT_SEQUENCES = 192, 384  # of 664 and 832 that there are
 
 
 @dataclass(frozen=True)
