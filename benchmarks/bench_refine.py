@@ -1,6 +1,6 @@
 """The search past additivity: refine against the additive MIP and the best of its k best, at equal evaluations.
 
-    python benchmarks/bench_refine.py [--seeds 0 1 2] [--shares 0.65 0.45 0.35 0.25] [--gkd]
+    python benchmarks/bench_refine.py [--seeds 0 1 2] [--shares 0.45 0.35 0.25] [--gkd]
 
 On BLD-trained libraries of the bundled teacher, in the work folder that bench_score_quality.py uses; at each budget:
 the additive MIP's answer, what refine finds, and, at as many true evaluations on ``select``, the best by truth of the

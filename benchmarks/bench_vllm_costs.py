@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     settings = {"weights": args.weights, "clock": args.clock, "repeats": args.repeats, "seed": args.seed}
-    engine = Engine(args.python, tensor_parallel=args.tp, kv_cache_bytes=2**29, **settings)
+    settings["tensor_parallel"] = args.tp
+    engine = Engine(args.python, kv_cache_bytes=2**29, **settings)
     rng = random.Random(args.seed)
     designed = list(design(SHAPE, [*ATTENTION, *FFN], seed=args.seed))
     unseen = [held_out(rng) for _ in range(NUM_HELD_OUT)]
@@ -174,7 +175,7 @@ def main() -> None:
     header = environment() | {"engine": f"vllm {times[0].version}", "load_average": os.getloadavg()[0]}
     result = {
         "environment": header,
-        "settings": settings | {"tensor_parallel": args.tp, "shape": to_json(SHAPE)},
+        "settings": settings | {"shape": to_json(SHAPE)},
         "summary": summary,
         "unseen": rows,
         "shapes_over_teacher": shapes_over_teacher(fits, times[0]),

@@ -34,6 +34,13 @@ def test_the_bundled_text_keeps_its_four_splits_apart() -> None:
     assert len(set.union(*by_split.values())) == 656
 
 
+def test_no_file_is_most_of_a_split_of_the_bundled_text() -> None:
+    sizes: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for document in documents(SourceConfig(path="demo")):
+        sizes[document.split].append(len(document.content))
+    assert {split for split, of in sizes.items() if max(of) > sum(of) / 2} == set()
+
+
 def test_the_bundled_files_keep_their_limits() -> None:
     assert text_path("demo").stat().st_size <= 3_000_000
     assert (DEMO_TEACHER / "model.safetensors").stat().st_size <= 12_000_000
