@@ -109,7 +109,7 @@ def test_where_the_model_knows_of_nothing_better_it_is_shown_further_answers() -
 
 
 def test_most_of_a_large_budget_is_for_what_the_model_proposes() -> None:
-    assert [Settings(count).first for count in (6, 24, 60, 240)] == [6, 8, 12, 20]
+    assert [Settings(count).first for count in (6, 24, 60, 240)] == [6, 8, 20, 20]
     assert Settings(240, count=30).first == 30
 
 
