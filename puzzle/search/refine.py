@@ -1,19 +1,21 @@
 """The search past additivity: evaluate truly, learn how changes act together, search what was learnt, again.
 
 Reads a Problem, its best answers by sums of scores, and a function that evaluates architectures; computes what was
-tried, best last. Begins with the best and different answers of the integer programme; then a model of interactions
-(scoring/interactions.py) is fitted to all evaluations so far, its best architectures are found by local moves
-(moves.py), and evaluated are those that it predicts to be best and those that may be, as far as it knows (the lowest of
-prediction less a standard error). Where it knows of none that may be better, its word is tested: on those that it
-predicts to be best all the same, and on further answers of the integer programme; the search ends where it has been
-right several times in a row. All follows from evaluations and seed, so that what is stopped goes on where it was.
+tried, best last. Begins with the best and different answers of the integer programme; then models of interactions
+(scoring/interactions.py) are fitted to all evaluations so far, their best architectures are found by local moves
+(moves.py), and evaluated are, of each model by turns, those that it predicts to be best and those that may be, as far
+as it knows (the lowest of prediction less a standard error). Where no model knows of any that may be better, their word
+is tested: on those that they predict to be best all the same, and on further answers of the integer programme; the
+search ends where they have been right several times in a row. All follows from evaluations and seed, so that what is
+stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +27,10 @@ from puzzle.search.problem import Chosen, Measure, Problem
 from puzzle.types import ConfigError, mean_and_error
 from puzzle.variants import is_teacher
 
-KIND = "interactions"  # no curve of the sum: fitted to the search's answers, which are alike, it misleads beyond them
+# without a power of the sum, which misleads where answers are alike, and with it, as large changes call for
+KINDS = ("interactions", "interactions-of-power")
 LEAST_FIT = 8  # evaluations that a model is fitted to
-FIRST_SHARE = 3  # of the evaluations, one in so many goes to answers of the integer programme
+FIRST_SHARE = 5  # of the evaluations, one in so many goes to answers of the integer programme
 MOST_FIRST = 20  # but no more than so many: they are alike, and a model of too many is too sure
 BATCH = 4  # evaluated between two fits
 STARTS = 4  # best evaluated architectures that moves begin at
@@ -35,6 +38,8 @@ POOL = 200  # neighbours of each optimum that are looked at
 SURE = 1.0  # standard errors below its prediction, by which the unsure are ordered
 HOPE = 2.0  # and by which an architecture may be better: where none may, the answer stands
 PATIENCE = 3  # batches in a row that put that to the test
+
+Proposal = tuple[Chosen, float, str]  # what is to be evaluated, what is predicted of it, and where it comes from
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Refined:
-    """``stands``: nothing in reach may be better, as far as the model knows, and what was evaluated to test that was
+    """``stands``: nothing in reach may be better, as far as the models know, and what was evaluated to test that was
     not; else the budget was spent."""
 
     trials: tuple[Trial, ...]
@@ -85,7 +90,7 @@ def refine(
 ) -> Refined:
     """``answers``: so many, or what there are, of the search's best and different ones, the best first.
 
-    ``settings.first`` are evaluated in any case, others where the model knows of nothing better.
+    ``settings.first`` are evaluated in any case, others where the models know of nothing better.
     """
     trials = _measured(_of_search(problem, answers(settings.first)), measure)
     if not any(trial.values for trial in trials):
@@ -94,7 +99,7 @@ def refine(
     tests = 0
     while tests < PATIENCE and (left := settings.evaluations - len(trials)) > 0:
         count, best = min(left, BATCH), min(trial.true for trial in trials)
-        hopeful, asked = _proposals(problem, parts, trials, count, settings.seed)
+        hopeful, asked = _proposals(problem, _models(problem, parts, trials, settings.seed), trials, count)
         if not hopeful:
             known = sum(trial.source == "search" for trial in trials) + count
             tried = {trial.items for trial in trials} | {items for items, _, _ in asked}
@@ -107,11 +112,11 @@ def refine(
     return Refined(tuple(trials), stands=tests == PATIENCE)
 
 
-def _of_search(problem: Problem, answers: Sequence[Chosen]) -> list[tuple[Chosen, float, str]]:
+def _of_search(problem: Problem, answers: Sequence[Chosen]) -> list[Proposal]:
     return [(one, float(problem.objective_of(one)), "search") for one in answers]
 
 
-def _measured(asked: Sequence[tuple[Chosen, float, str]], measure: Measure) -> list[Trial]:
+def _measured(asked: Sequence[Proposal], measure: Measure) -> list[Trial]:
     values = measure([items for items, _, _ in asked])
     return [
         Trial(items, predicted, tuple(found or ()), source)
@@ -120,41 +125,44 @@ def _measured(asked: Sequence[tuple[Chosen, float, str]], measure: Measure) -> l
 
 
 def _proposals(
-    problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], count: int, seed: int
-) -> tuple[bool, list[tuple[Chosen, float, str]]]:
-    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those: by turns the best
-    predicted, and the lowest that may be."""
-    model = _model(problem, parts, trials, seed)
-    pool = [] if model is None else _pool(problem, model, trials)
-    if model is None or not pool:
-        return False, []
-    means, errors = model.predict_many([_changes(problem, items) for items in pool])
-    may = means - HOPE * errors < min(trial.true for trial in trials)
-    hopeful = bool(may.any())
-    if hopeful:
-        pool = [items for items, one in zip(pool, may, strict=True) if one]
-        means, errors = means[may], errors[may]
-    found: list[tuple[Chosen, float, str]] = []
-    orders = {"best": np.argsort(means, kind="stable"), "unsure": np.argsort(means - SURE * errors, kind="stable")}
-    for turn in range(count):
-        source = list(orders)[turn % 2]
-        taken = [items for items, _, _ in found]
-        place = next((int(one) for one in orders[source] if pool[one] not in taken), None)
-        if place is not None:
-            found.append((pool[place], float(means[place]), source))
-    return hopeful, found
+    problem: Problem, models: Iterable[InteractionModel], trials: Sequence[Trial], count: int
+) -> tuple[bool, list[Proposal]]:
+    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those: of the models by
+    turns the best predicted, then the lowest that may be."""
+    best = min(trial.true for trial in trials)
+    orders: dict[bool, dict[str, list[Iterator[Proposal]]]] = {True: {}, False: {}}  # of models with hope and without
+    for model in models:
+        if not (pool := _pool(problem, model, trials)):
+            continue
+        means, errors = model.predict_many([_changes(problem, items) for items in pool])
+        may = means - HOPE * errors < best
+        hopeful = bool(may.any())
+        for source, values in (("best", means), ("unsure", means - SURE * errors)):
+            places = [place for place in np.argsort(values, kind="stable") if may[place] == hopeful]
+            order = iter([(pool[place], float(means[place]), source) for place in places])
+            orders[hopeful].setdefault(source, []).append(order)
+    hopeful = bool(orders[True])
+    found: dict[Chosen, Proposal] = {}
+    for order in itertools.islice(itertools.cycle(itertools.chain(*orders[hopeful].values())), count):
+        new = next((one for one in order if one[0] not in found), None)
+        if new is not None:
+            found[new[0]] = new
+    return hopeful, list(found.values())
 
 
-def _model(problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], seed: int) -> InteractionModel | None:
+def _models(
+    problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], seed: int
+) -> Iterator[InteractionModel]:
+    """One of each kind; none where too little is known."""
     known = []
     for trial in trials:
         changed = _changes(problem, trial.items)
         if len(changed) > 1 and 0 < trial.true < math.inf:
             error = mean_and_error(trial.values)[1] if len(trial.values) > 1 else 0.0
             known.append(Evaluation(changed, trial.true, error))
-    if len(known) < LEAST_FIT:
-        return None
-    return cross_validated(KIND, known, parts, folds=min(10, len(known)), seed=seed).model
+    if len(known) >= LEAST_FIT:
+        for kind in KINDS:
+            yield cross_validated(kind, known, parts, folds=min(10, len(known)), seed=seed).model
 
 
 def _pool(problem: Problem, model: InteractionModel, trials: Sequence[Trial]) -> list[Chosen]:
