@@ -114,7 +114,7 @@ def parse_mapping(text: str, path: Path) -> CommentedMap:
         document = YAML(typ="rt").load(text)
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: {str(error.problem).strip()}; keep one of the two") from None
+        raise ConfigError(f"{path}:{line}: {_one_line(error.problem)}; keep one of the two") from None
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         reason = _one_line(error.problem if isinstance(error, MarkedYAMLError) else error)
