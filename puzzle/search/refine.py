@@ -129,25 +129,33 @@ def _proposals(
 ) -> tuple[bool, list[Proposal]]:
     """Whether any may be better than the best, and up to ``count`` new architectures, if so of those: of the models by
     turns the best predicted, then the lowest that may be."""
-    best = min(trial.true for trial in trials)
-    orders: dict[bool, dict[str, list[Iterator[Proposal]]]] = {True: {}, False: {}}  # of models with hope and without
-    for model in models:
-        if not (pool := _pool(problem, model, trials)):
-            continue
-        means, errors = model.predict_many([_changes(problem, items) for items in pool])
-        may = means - HOPE * errors < best
-        hopeful = bool(may.any())
-        for source, values in (("best", means), ("unsure", means - SURE * errors)):
-            places = [place for place in np.argsort(values, kind="stable") if may[place] == hopeful]
-            order = iter([(pool[place], float(means[place]), source) for place in places])
-            orders[hopeful].setdefault(source, []).append(order)
-    hopeful = bool(orders[True])
+    ranked = [_ranked(problem, model, trials) for model in models]
+    hopeful = any(hope for hope, _ in ranked)
+    orders = [of_model for hope, of_model in ranked if of_model and hope == hopeful]
     found: dict[Chosen, Proposal] = {}
-    for order in itertools.islice(itertools.cycle(itertools.chain(*orders[hopeful].values())), count):
+    for order in itertools.islice(itertools.cycle(itertools.chain(*zip(*orders, strict=True))), count):
         new = next((one for one in order if one[0] not in found), None)
         if new is not None:
             found[new[0]] = new
     return hopeful, list(found.values())
+
+
+def _ranked(
+    problem: Problem, model: InteractionModel, trials: Sequence[Trial]
+) -> tuple[bool, tuple[list[Proposal], ...]]:
+    """Whether the model knows of any that may be better than the best; all that it knows of, if so of those, in two
+    orders: by what it predicts, and by how low that may be."""
+    if not (pool := _pool(problem, model, trials)):
+        return False, ()
+    means, errors = model.predict_many([_changes(problem, items) for items in pool])
+    may = means - HOPE * errors < min(trial.true for trial in trials)
+    hopeful = bool(may.any())
+    places = [int(place) for place in np.flatnonzero(may == hopeful)]
+    orders = {"best": means, "unsure": means - SURE * errors}
+    return hopeful, tuple(
+        [(pool[place], float(means[place]), source) for place in sorted(places, key=values.__getitem__)]
+        for source, values in orders.items()
+    )
 
 
 def _models(
