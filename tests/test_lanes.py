@@ -26,8 +26,8 @@ PURE = """
     profiling.vllm_costs profiling.source search.problem search.metrics search.goal search.fan_out schema
     search.constraints search.meaning search.puzzletron search.programme search.linear search.infeasible search.mip
     search.surface search.chain search.pareto search.baselines search.evolution search.shrink search.explain
-    search.compare search pruning scoring.design scoring.interactions search.moves search.refine search.study
-    search.halving basis plans run steps
+    search.compare search pruning scoring.design scoring.interactions search.surrogate search.moves search.refine
+    search.study search.halving basis plans run steps
     report.table report.layers report.tournament report.tasks report.served report.summary report.library report.profile
     report.pruning report.additivity
     report.searched report.contents report.words report.markup report.svg report.strip report.front report.charts

@@ -98,7 +98,7 @@ class RefineConfig(Model):
     evaluations: Natural = Field(
         0, description="whole architectures that are evaluated truly; 0: the search's answer is taken as it is"
     )
-    seed: Natural = Field(0, description="of what is random in it")
+    seed: Natural = Field(0, description="of the study of a score other than KL")
 
 
 class VllmConfig(Model):

@@ -51,6 +51,21 @@ def singles(items: Iterable[Item], scores: Mapping[str, float]) -> tuple[Single,
     return tuple(found)
 
 
+def sites_of(singles: Iterable[Single]) -> tuple[Site, ...]:
+    """Those that the items cover, in the order in which the residual stream meets them."""
+    return tuple(sorted({site for one in singles for site in one.sites}))
+
+
+def scores_by_site(singles: Sequence[Single]) -> dict[str, Floats]:
+    """By item (sites,): the nats that each site bears."""
+    sites = sites_of(singles)
+    found = {}
+    for one in singles:
+        found[one.item_id] = np.zeros(len(sites))
+        found[one.item_id][[sites.index(site) for site in one.sites]] = max(one.kl_nats, 0.0) * np.array(one.shares)
+    return found
+
+
 @dataclass(frozen=True)
 class Design:
     """What the coefficients of ``columns`` multiply. ``nats`` (items,); ``amplitudes`` (items, sites): square roots of
@@ -68,13 +83,10 @@ class Design:
     def of(
         cls, columns: tuple[str, ...], singles: Sequence[Single], architectures: Sequence[tuple[str, ...]]
     ) -> Design:
-        sites = tuple(sorted({site for one in singles for site in one.sites}))
         nats = np.array([max(one.kl_nats, 0.0) for one in singles])
-        shares = np.zeros((len(singles), len(sites)))
-        for row, one in zip(shares, singles, strict=True):
-            row[[sites.index(site) for site in one.sites]] = one.shares
         places = {one.item_id: place for place, one in enumerate(singles)}
-        design = cls(columns, sites, places, nats, np.sqrt(nats[:, None] * shares), np.zeros(len(BENDS_AT)))
+        amplitudes = np.sqrt(list(scores_by_site(singles).values()))
+        design = cls(columns, sites_of(singles), places, nats, amplitudes, np.zeros(len(BENDS_AT)))
         sums, _ = design.rows(architectures)
         if not sums.all():
             named = " ".join(architectures[int(np.argmin(sums))])

@@ -201,16 +201,6 @@ class InteractionModel(Strict):
         """(sites, sites), symmetric; zero on the diagonal and for kinds without pairs."""
         return self.design.rho(self._coefficients)
 
-    def combined(self, sums: Floats, squares: Floats, pairs: Floats) -> Floats:
-        """KL (nats) from what adds up: S, sum of s_i^2, and the sum over pairs of 2 rho_ij sqrt(s_i s_j); any shape.
-
-        What :meth:`predict_many` says, for those who keep these sums up to date move by move.
-        """
-        safe = np.where(sums > 0, sums, 1.0)
-        curve = self.design.curve(np.log(safe).reshape(-1, 1)) @ self._coefficients[: self.design.num_curve]
-        value = (1 - squares / safe**2) * curve.reshape(safe.shape) + pairs / safe
-        return sums * np.exp(self._log_ratio(value))
-
     @cached_property
     def _coefficients(self) -> Floats:
         return self._rows[1].T @ np.linalg.solve(self._gram + self.ridge * np.eye(len(self._gram)), self._targets)

@@ -1,13 +1,9 @@
-"""Small steps from one architecture to others that keep every bound, valued by a model of interactions. Pure, numpy.
+"""Small steps from one architecture to others that keep every bound, valued by a surrogate. Pure, numpy.
 
 A move puts one item in the place of what it overlaps; what that leaves uncovered keeps the specs that it had, as
 items of its own (leaving a run of layers, its other layers stay left out), or takes what is best by score, where those
-are not on offer. Neighbours are all architectures one move or two moves at different sites away. With u the sum of the
-chosen items' amplitudes a, and d what a move adds to u,
-
-    pairs(u) = u' rho u - sum_i a_i' rho a_i        change of two moves = change of each + 2 d_1' rho d_2
-
-so that all are valued at once. Bounds are looked at in floats first; what is returned is checked exactly.
+are not on offer. Neighbours are all architectures one move or two moves at different sites away, and all are valued at
+once (surrogate.py). Bounds are looked at in floats first; what is returned is checked exactly.
 """
 
 from __future__ import annotations
@@ -19,8 +15,8 @@ from functools import cached_property
 import numpy as np
 
 from puzzle.scoring.design import Floats, Ints
-from puzzle.scoring.interactions import InteractionModel
 from puzzle.search.problem import Chosen, Problem
+from puzzle.search.surrogate import Surrogate
 from puzzle.types import Item, Site, Spec
 
 BLOCK = 2_000_000  # pairs of moves that are valued at once
@@ -35,20 +31,18 @@ class _Steps:
 
     added: Sequence[Chosen]
     removed: Sequence[Chosen]
-    nats: Floats  # (M,) what it adds to the sum of scores
-    squares: Floats  # (M,)
-    amplitudes: Floats  # (M, sites)
-    own: Floats  # (M,) what it adds to sum_i a_i' rho a_i
+    scores: Floats  # (M, sites) what it adds
     costs: Floats  # (M, rows)
     touched: Floats  # (M, sites) 1 where it changes something
 
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """The moves of ``problem``, valued by ``model``, which knows all of its items."""
+    """The moves of ``problem``, valued by ``surrogate``; ``scores`` by item, (sites,) as it was fitted to sums of."""
 
     problem: Problem
-    model: InteractionModel
+    scores: Mapping[str, Floats]
+    surrogate: Surrogate
 
     def neighbours(self, chosen: Chosen, most: int, below: float = np.inf) -> Iterator[tuple[float, Chosen]]:
         """Up to ``most`` architectures that keep everything, each with its predicted KL, the lowest first.
@@ -56,29 +50,22 @@ class Moves:
         All are less than ``below``.
         """
         steps = self._steps(chosen)
-        sums, squares, pairs = self._sums(chosen)
+        start = self._scores[self._at(chosen)].sum(0)
         totals = self._costs[:, self._at(chosen)].sum(1) + self._bounds[2]
-        weighted = steps.amplitudes @ self.model.rho
-        alone = 2 * weighted @ self._amplitudes[self._at(chosen)].sum(0) + (weighted * steps.amplitudes).sum(1)
-        alone -= steps.own
         found: list[tuple[float, int, int]] = []
-        size = max(1, BLOCK // len(alone))
-        for start in range(0, len(alone), size):
-            rows = slice(start, start + size)
-            values = self.model.combined(
-                sums + steps.nats[rows, None] + steps.nats,
-                squares + steps.squares[rows, None] + steps.squares,
-                pairs + alone[rows, None] + alone + 2 * weighted[rows] @ steps.amplitudes.T,
-            )
+        size = max(1, BLOCK // len(steps.added))
+        for begin in range(0, len(steps.added), size):
+            rows = slice(begin, begin + size)
+            values = self.surrogate.of_pairs(start, steps.scores[rows], steps.scores)
             allowed = (values < below) & (steps.touched[rows] @ steps.touched.T == 0)
-            allowed &= np.arange(len(alone))[rows, None] < np.arange(len(alone))
+            allowed &= np.arange(len(steps.added))[rows, None] < np.arange(len(steps.added))
             for row, (lower, upper) in enumerate(zip(*self._bounds[:2], strict=True)):
                 cost = totals[row] + steps.costs[rows, row, None] + steps.costs[:, row]
                 allowed &= (cost >= lower) & (cost <= upper)
             places = np.flatnonzero(allowed)
             places = places[np.argsort(values.flat[places], kind="stable")[:KEPT]]
             first, second = np.unravel_index(places, values.shape)
-            found += zip(values[first, second].tolist(), (first + start).tolist(), second.tolist(), strict=True)
+            found += zip(values[first, second].tolist(), (first + begin).tolist(), second.tolist(), strict=True)
         given: set[Chosen] = {chosen}
         for value, *pair in sorted(found):
             gone = {name for move in pair for name in steps.removed[move]}
@@ -98,14 +85,7 @@ class Moves:
         return chosen
 
     def predicted(self, chosen: Chosen) -> float:
-        return float(self.model.combined(*(np.array(one) for one in self._sums(chosen))))
-
-    def _sums(self, chosen: Chosen) -> tuple[float, float, float]:
-        at = self._at(chosen)
-        nats, amplitudes = self._nats[at], self._amplitudes[at]
-        total = amplitudes.sum(0)
-        pairs = total @ self.model.rho @ total - self._own[at].sum()
-        return float(nats.sum()), float(np.square(nats).sum()), float(pairs)
+        return float(self.surrogate.predict(self._scores[self._at(chosen)].sum(0)[None])[0][0])
 
     def _steps(self, chosen: Chosen) -> _Steps:
         owner = {site: name for name in chosen for site in self.problem.by_id[name].sites}
@@ -131,9 +111,7 @@ class Moves:
 
         touched = np.zeros((len(added), len(self.problem.sites)))
         np.add.at(touched, row, self._covers[at])
-        nats, squares, amplitudes = summed(self._nats), summed(np.square(self._nats)), summed(self._amplitudes)
-        own, costs = summed(self._own), summed(self._costs.T)
-        return _Steps(added, removed, nats, squares, amplitudes, own, costs, (touched > 0).astype(float))
+        return _Steps(added, removed, summed(self._scores), summed(self._costs.T), (touched > 0).astype(float))
 
     def _filled(self, gone: Chosen, item: Item) -> Chosen | None:
         """Items for what ``gone`` covers and ``item`` does not, of the same specs or the best by score; or None."""
@@ -172,22 +150,9 @@ class Moves:
         return found
 
     @cached_property
-    def _places(self) -> Ints:
-        """Of the problem's items in the model."""
-        return np.array([self.model.design.place(item.id) for item in self.problem.items], dtype=np.intp)
-
-    @cached_property
-    def _nats(self) -> Floats:
-        return self.model.design.nats[self._places]
-
-    @cached_property
-    def _amplitudes(self) -> Floats:
-        return self.model.design.amplitudes[self._places]
-
-    @cached_property
-    def _own(self) -> Floats:
-        own: Floats = ((self._amplitudes @ self.model.rho) * self._amplitudes).sum(1)
-        return own
+    def _scores(self) -> Floats:
+        """(items, sites)"""
+        return np.stack([self.scores[item.id] for item in self.problem.items])
 
     @cached_property
     def _covers(self) -> Floats:

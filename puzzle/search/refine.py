@@ -1,42 +1,37 @@
 """The search past additivity: evaluate truly, learn how changes act together, search what was learnt, again.
 
 Reads a Problem, its best answers by sums of scores, and a function that evaluates architectures; computes what was
-tried, best last. Begins with the best and different answers of the integer programme; then models of interactions
-(scoring/interactions.py) are fitted to all evaluations so far, their best architectures are found by local moves
-(moves.py), and evaluated are, of each model by turns, those that it predicts to be best and those that may be, as far
-as it knows (the lowest of prediction less a standard error). Where no model knows of any that may be better, their word
-is tested: on those that they predict to be best all the same, and on further answers of the integer programme; the
-search ends where they have been right several times in a row. All follows from evaluations and seed, so that what is
-stopped goes on where it was.
+tried, best last. Begins with the best and different answers of the integer programme; then a surrogate (surrogate.py)
+is fitted to all evaluations so far, its best architectures are found by local moves (moves.py), and evaluated are those
+that may be the lowest, as far as it knows (predictions less some standard errors: lower confidence bounds, as of
+Srinivas et al., arXiv 0912.3995), each as if those before it had come out as predicted (their batches: Desautels et
+al., arXiv 1206.6402). Where none may be better than the best, the surrogate's word is tested: on the lowest all the
+same, and on further answers of the integer programme; the search ends where it has been right several times in a row.
+All follows from the evaluations, so that what is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle.scoring.design import Single, singles
-from puzzle.scoring.interactions import Evaluation, InteractionModel, cross_validated
+from puzzle.scoring.design import Floats, scores_by_site, singles
 from puzzle.search.moves import Moves
 from puzzle.search.problem import Chosen, Measure, Problem
-from puzzle.types import ConfigError, mean_and_error
-from puzzle.variants import is_teacher
+from puzzle.search.surrogate import Surrogate
+from puzzle.types import ConfigError
 
-# without a power of the sum, which misleads where answers are alike, and with it, as large changes call for
-KINDS = ("interactions", "interactions-of-power")
-LEAST_FIT = 8  # evaluations that a model is fitted to
+LEAST_FIT = 8  # evaluations that the surrogate is fitted to
 FIRST_SHARE = 5  # of the evaluations, one in so many goes to answers of the integer programme
-MOST_FIRST = 20  # but no more than so many: they are alike, and a model of too many is too sure
+MOST_FIRST = 20  # but no more than so many: they are alike
 BATCH = 4  # evaluated between two fits
-STARTS = 4  # best evaluated architectures that moves begin at
-POOL = 200  # neighbours of each optimum that are looked at
-SURE = 1.0  # standard errors below its prediction, by which the unsure are ordered
-HOPE = 2.0  # and by which an architecture may be better: where none may, the answer stands
+STARTS = 8  # best evaluated architectures that moves begin at
+POOL = 1000  # neighbours of each optimum that are looked at
+SURE = 3.0  # standard errors by which an architecture may be better than predicted: where none may, the answer stands
 PATIENCE = 3  # batches in a row that put that to the test
 
 Proposal = tuple[Chosen, float, str]  # what is to be evaluated, what is predicted of it, and where it comes from
@@ -49,7 +44,7 @@ class Trial:
     items: Chosen
     predicted: float
     values: tuple[float, ...]
-    source: str  # "search": an answer of the integer programme; "best", "unsure": by the model
+    source: str  # "search": an answer of the integer programme; "surrogate": what may be the lowest by it
 
     @property
     def true(self) -> float:
@@ -73,8 +68,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Refined:
-    """``stands``: nothing in reach may be better, as far as the models know, and what was evaluated to test that was
-    not; else the budget was spent."""
+    """``stands``: nothing in reach may be better, as far as the surrogate knows, and what was evaluated to test that
+    was not; else the budget was spent."""
 
     trials: tuple[Trial, ...]
     stands: bool
@@ -90,16 +85,16 @@ def refine(
 ) -> Refined:
     """``answers``: so many, or what there are, of the search's best and different ones, the best first.
 
-    ``settings.first`` are evaluated in any case, others where the models know of nothing better.
+    ``settings.first`` are evaluated in any case, others where the surrogate knows of nothing better.
     """
     trials = _measured(_of_search(problem, answers(settings.first)), measure)
     if not any(trial.values for trial in trials):
         raise ConfigError("no architecture that the search found has finite outputs; score the library again")
-    parts = singles(problem.items, problem.objective)
+    scores = scores_by_site(singles(problem.items, problem.objective))
     tests = 0
     while tests < PATIENCE and (left := settings.evaluations - len(trials)) > 0:
         count, best = min(left, BATCH), min(trial.true for trial in trials)
-        hopeful, asked = _proposals(problem, _models(problem, parts, trials, settings.seed), trials, count)
+        hopeful, asked = _proposals(problem, scores, trials, count)
         if not hopeful:
             known = sum(trial.source == "search" for trial in trials) + count
             tried = {trial.items for trial in trials} | {items for items, _, _ in asked}
@@ -125,58 +120,35 @@ def _measured(asked: Sequence[Proposal], measure: Measure) -> list[Trial]:
 
 
 def _proposals(
-    problem: Problem, models: Iterable[InteractionModel], trials: Sequence[Trial], count: int
+    problem: Problem, scores: Mapping[str, Floats], trials: Sequence[Trial], count: int
 ) -> tuple[bool, list[Proposal]]:
-    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those: of the models by
-    turns the best predicted, then the lowest that may be."""
-    ranked = [_ranked(problem, model, trials) for model in models]
-    hopeful = any(hope for hope, _ in ranked)
-    orders = [of_model for hope, of_model in ranked if of_model and hope == hopeful]
-    found: dict[Chosen, Proposal] = {}
-    for order in itertools.islice(itertools.cycle(itertools.chain(*zip(*orders, strict=True))), count):
-        new = next((one for one in order if one[0] not in found), None)
-        if new is not None:
-            found[new[0]] = new
-    return hopeful, list(found.values())
+    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those, the lowest that
+    may be first. None where too little is known."""
+    known = [trial for trial in trials if 0 < trial.true < math.inf]
+    if len(known) < LEAST_FIT:
+        return False, []
+    at = np.array([_scores(scores, trial.items) for trial in known])
+    surrogate = Surrogate.fitted(at, np.array([trial.true for trial in known]))
+    pool = _pool(Moves(problem, scores, surrogate), trials)
+    at = np.array([_scores(scores, items) for items in pool])
+    found: list[int] = []
+    hopeful = False
+    while len(found) < min(count, len(pool)):
+        means, errors = surrogate.with_predicted(at[found]).predict(at)
+        lowest = means * np.exp(-SURE * errors)
+        lowest[found] = np.inf
+        place = int(lowest.argmin())
+        may = bool(lowest[place] < min(trial.true for trial in known))
+        if hopeful and not may:
+            break
+        hopeful = may
+        found.append(place)
+    return hopeful, [(pool[place], float(means[place]), "surrogate") for place in found]
 
 
-def _ranked(
-    problem: Problem, model: InteractionModel, trials: Sequence[Trial]
-) -> tuple[bool, tuple[list[Proposal], ...]]:
-    """Whether the model knows of any that may be better than the best; all that it knows of, if so of those, in two
-    orders: by what it predicts, and by how low that may be."""
-    if not (pool := _pool(problem, model, trials)):
-        return False, ()
-    means, errors = model.predict_many([_changes(problem, items) for items in pool])
-    may = means - HOPE * errors < min(trial.true for trial in trials)
-    hopeful = bool(may.any())
-    places = [int(place) for place in np.flatnonzero(may == hopeful)]
-    orders = {"best": means, "unsure": means - SURE * errors}
-    return hopeful, tuple(
-        [(pool[place], float(means[place]), source) for place in sorted(places, key=values.__getitem__)]
-        for source, values in orders.items()
-    )
-
-
-def _models(
-    problem: Problem, parts: tuple[Single, ...], trials: Sequence[Trial], seed: int
-) -> Iterator[InteractionModel]:
-    """One of each kind; none where too little is known."""
-    known = []
-    for trial in trials:
-        changed = _changes(problem, trial.items)
-        if len(changed) > 1 and 0 < trial.true < math.inf:
-            error = mean_and_error(trial.values)[1] if len(trial.values) > 1 else 0.0
-            known.append(Evaluation(changed, trial.true, error))
-    if len(known) >= LEAST_FIT:
-        for kind in KINDS:
-            yield cross_validated(kind, known, parts, folds=min(10, len(known)), seed=seed).model
-
-
-def _pool(problem: Problem, model: InteractionModel, trials: Sequence[Trial]) -> list[Chosen]:
+def _pool(moves: Moves, trials: Sequence[Trial]) -> list[Chosen]:
     """What moves reach from the best trials, and the neighbours of that, but for what was tried."""
     tried = {trial.items for trial in trials}
-    moves = Moves(problem, model)
     starts = sorted(trials, key=lambda trial: trial.true)[:STARTS]
     ends = dict.fromkeys(moves.descend(trial.items) for trial in starts)
     found: dict[Chosen, None] = {}
@@ -185,6 +157,7 @@ def _pool(problem: Problem, model: InteractionModel, trials: Sequence[Trial]) ->
     return [items for items in found if items not in tried]
 
 
-def _changes(problem: Problem, items: Iterable[str]) -> Chosen:
-    """Without the teacher's own blocks."""
-    return tuple(name for name in items if not is_teacher(problem.by_id[name]))
+def _scores(scores: Mapping[str, Floats], items: Chosen) -> Floats:
+    """(sites,): what each costs by its score."""
+    total: Floats = np.sum([scores[name] for name in items], axis=0)
+    return total

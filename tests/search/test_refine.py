@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 from search_factories import all_choices, make_problem
 
-from puzzle.scoring.design import Floats, singles
-from puzzle.scoring.interactions import Evaluation, cross_validated
+from puzzle.scoring.design import Floats, scores_by_site, singles
 from puzzle.search import mip
 from puzzle.search.problem import Chosen, Problem
-from puzzle.search.refine import KINDS, Settings, refine
-from puzzle.types import ConfigError, mean_and_error
-from puzzle.variants import is_teacher
+from puzzle.search.refine import SURE, Settings, refine
+from puzzle.search.surrogate import Surrogate
+from puzzle.types import ConfigError
 
 
 class Killed(BaseException):
@@ -62,10 +60,6 @@ def make_world(seed: int, num_sites: int = 5) -> World:
         problem = make_problem(rng, num_sites, 3)
         if problem.rows[0].upper is not None and problem.rows[0].upper > 1 + 4 * num_sites:
             return World(problem, seed)
-
-
-def changed(world: World, items: Chosen) -> Chosen:
-    return tuple(name for name in items if not is_teacher(world.problem.by_id[name]))
 
 
 def answers_of(problem: Problem) -> Callable[[int], list[Chosen]]:
@@ -116,7 +110,7 @@ def test_where_the_model_knows_of_nothing_better_it_is_shown_further_answers() -
     assert len(against) == 12 and all(trial.predicted > without.best.true for trial in against)
 
 
-def test_models_of_both_kinds_propose() -> None:
+def test_what_is_proposed_is_the_surrogates_own_prediction_and_may_be_better_where_any_may() -> None:
     world, batches = make_world(1, num_sites=9), []
 
     def measure(asked: Sequence[Chosen]) -> list[Sequence[float] | None]:
@@ -124,18 +118,21 @@ def test_models_of_both_kinds_propose() -> None:
         return world.measure(asked)
 
     trials = refine(world.problem, answers_of(world.problem), measure, Settings(24)).trials
-    parts = singles(world.problem.items, world.problem.objective)
-    kinds: Counter[str] = Counter()
+    scores = scores_by_site(singles(world.problem.items, world.problem.objective))
+    at = np.array([sum(scores[name] for name in trial.items) for trial in trials])
+    hopeful = 0
     for start, end in itertools.pairwise(itertools.accumulate(batches)):
-        seen = [(changed(world, one.items), one) for one in trials[:start]]
-        known = [Evaluation(items, one.true, mean_and_error(one.values)[1]) for items, one in seen if len(items) > 1]
-        models = {kind: cross_validated(kind, known, parts, folds=min(10, len(known))).model for kind in KINDS}
-        for one in trials[start:end]:
-            told = {kind: model.predict(changed(world, one.items)).mean for kind, model in models.items()}
-            near = [kind for kind, value in told.items() if value == pytest.approx(one.predicted)]
-            assert near or one.source == "search"
-            kinds.update(near)
-    assert set(kinds) == set(KINDS), kinds
+        true = np.array([trial.true for trial in trials[:start]])
+        surrogate = Surrogate.fitted(at[:start], true)
+        means, errors = surrogate.predict(at[start:end])
+        proposed = [place for place, trial in enumerate(trials[start:end]) if trial.source == "surrogate"]
+        assert proposed or end - start < 4
+        for place in proposed:
+            assert trials[start + place].predicted == pytest.approx(means[place])
+        may = [bool(means[place] * np.exp(-SURE * errors[place]) < true.min()) for place in proposed]
+        assert all(may) or not any(may)
+        hopeful += any(may)
+    assert hopeful
 
 
 def test_most_of_a_large_budget_is_for_what_the_model_proposes() -> None:
