@@ -21,10 +21,14 @@ from puzzle.ranks import Ranks
 from puzzle.run import Run
 from puzzle.search import mip
 from puzzle.search.problem import Chosen, Measure, Problem, solved
+from puzzle.search.programme import Effort
 from puzzle.search.refine import Refined, Settings, Trial, refine
 from puzzle.search.study import study
 from puzzle.stages.truth import Truths, jobs
 from puzzle.types import ConfigError, Solution, mean_and_error
+
+# of what is evaluated anyway: a dozen different answers at 80 layers x 54 blocks take seconds, proven ones hours
+NEARLY = Effort(relative_gap=1e-3)
 
 
 def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -40,7 +44,7 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         problem = _problem(run, searched)
         metric = score_of(problem.objective_name)
         progress.total(settings.evaluations, 0)
-        answers = functools.partial(_answers, problem, run.constraint_file.solutions.min_difference)
+        answers = functools.partial(_answers, problem, searched, run.constraint_file.solutions.min_difference)
         select = truths.of("select", metric)
         if metric == "kl":
             found = refine(problem, answers, select, settings)
@@ -66,12 +70,12 @@ def _problem(run: Run, searched: Solution) -> Problem:
     return solved(run.problems(), searched)
 
 
-def _answers(problem: Problem, min_difference: float, count: int) -> list[Chosen]:
-    """The search's best that differ as asked; where there are not so many, then those that differ at all."""
-    found: dict[Chosen, None] = {}
+def _answers(problem: Problem, searched: Solution, min_difference: float, count: int) -> list[Chosen]:
+    """The search's own, then its best that differ as asked; where there are not so many, those that differ at all."""
+    found = dict.fromkeys([searched.items])
     for difference in (min_difference, 0.0):
         if len(found) < count:
-            solutions = mip.solve([problem], {}, count, difference).solutions
+            solutions = mip.solve([problem], {}, count, difference, NEARLY, searched.items).solutions
             found |= dict.fromkeys(one.items for one in solutions)
     return list(found)[:count]
 
