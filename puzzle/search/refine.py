@@ -53,7 +53,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """``evaluations``: the budget; the first ``count`` answers of the search are among them in any case."""
+    """``evaluations``: the budget; the first ``count`` answers of the search are among them in any case.
+
+    ``seed``: of what is random in a study (study.py); here nothing is.
+    """
 
     evaluations: int
     count: int = 1

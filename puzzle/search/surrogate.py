@@ -19,13 +19,13 @@ from functools import cached_property
 import numpy as np
 
 from puzzle.scoring.design import Floats
+from puzzle.scoring.interactions import MOST_LOG_RATIO
 
 LENGTHS = 2.0 ** np.arange(-3, 4.25, 0.5)  # of the mean sum
 NOISES = 10.0 ** np.arange(-4, 1.25, 0.5)  # of the variance s^2
 LENGTH_PRIOR = (1.0, 2.0)  # median, and standard deviation of the natural logarithm
 NOISE_PRIOR = (0.05, 3.0)
 LEAST_SHARE = 1e-6  # of the mean sum, that a sum counts as at least: it is divided by
-MOST_LOG_RATIO = 20.0  # far beyond what is measured; keeps extrapolations numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Surrogate:
     def fitted(cls, scores: Floats, true: Floats) -> Surrogate:
         """``scores`` (N, sites) in nats, ``true`` (N,) KL in nats, above 0; N of 2 at least."""
         sums = scores.sum(1)
-        scale = float(sums.mean())
+        scale = float(sums.mean()) or 1.0
         least = LEAST_SHARE * scale
         ratios = np.log(true / np.maximum(sums, least))
         mean = float(ratios.mean())

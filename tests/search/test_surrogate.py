@@ -101,9 +101,9 @@ def test_units_do_not_matter() -> None:
 
 
 def test_sums_of_nothing_and_values_that_are_all_alike_stay_numbers() -> None:
-    scores = np.zeros((9, 3))
-    scores[1:, 0] = 0.1
-    for true in (np.full(9, 0.1), np.linspace(0.1, 0.2, 9)):
+    some = np.zeros((9, 3))
+    some[1:, 0] = 0.1
+    for scores, true in itertools.product((some, np.zeros((9, 3))), (np.full(9, 0.1), np.linspace(0.1, 0.2, 9))):
         surrogate = Surrogate.fitted(scores, true)
         for values in (*surrogate.predict(scores), surrogate.of_pairs(scores[0], scores, scores)):
             assert np.isfinite(values).all()
