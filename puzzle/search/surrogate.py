@@ -5,10 +5,11 @@ Reads what each site of an architecture costs by its score, and true values; com
     log(KL / S) = m + g(v)      v: the scores of the sites (nats), S: their sum, S' the mean S of what was evaluated
     g ~ GP(0, s^2 (exp(-|v - w|^2 / (L S')^2) + r [v is w]))      m: the mean of what was evaluated
 
-so that architectures which lose alike at the same places are wrong alike by their sums. L, r and s are those of the
-highest posterior density among :data:`LENGTHS` and :data:`NOISES` (Rasmussen and Williams, Gaussian Processes for
-Machine Learning, 2006, eqs. 2.25, 2.26 and 5.8). As |v - w|^2 is a sum over sites, the kernel is a product over them,
-and all pairs of moves at different sites are valued by one product of matrices (:meth:`Surrogate.of_pairs`).
+so that architectures which lose alike at the same places are wrong alike by their sums. L and r are those of highest
+posterior density among :data:`LENGTHS` and :data:`NOISES`; s^2 has an inverse gamma prior and is integrated out there
+(Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, eqs. 2.25, 2.26 and 5.8, with Student's density
+in the place of the normal one: Shah et al., arXiv 1402.4306). As |v - w|^2 is a sum over sites, the kernel is a product
+over them, and all pairs of moves at different sites are valued by one product of matrices (:meth:`Surrogate.of_pairs`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ LENGTHS = 2.0 ** np.arange(-3, 4.25, 0.5)  # of the mean sum
 NOISES = 10.0 ** np.arange(-4, 1.25, 0.5)  # of the variance s^2
 LENGTH_PRIOR = (1.0, 2.0)  # median, and standard deviation of the natural logarithm
 NOISE_PRIOR = (0.05, 3.0)
+SPREAD = 0.2  # s, as sums of scores are wrong by (benchmarks/LOG.md, additivity)
+SPREAD_WEIGHT = 4.0  # values that this counts as: those that are alike say little of those that are not
 LEAST_SHARE = 1e-6  # of the mean sum, that a sum counts as at least: it is divided by
 
 
@@ -57,13 +60,13 @@ class Surrogate:
             squares = np.square(vectors.T @ rest)
             for noise in NOISES:
                 spectrum = np.maximum(values, 0.0) + noise
-                variance = max(float((squares / spectrum).mean()), np.finfo(float).tiny)
-                density = -0.5 * (len(rest) * np.log(variance) + np.log(spectrum).sum())
+                variance = _variance(float((squares / spectrum).sum()), len(rest))
+                density = -0.5 * ((len(rest) + SPREAD_WEIGHT) * np.log(variance) + np.log(spectrum).sum())
                 found.append((density + _prior(length, LENGTH_PRIOR) + _prior(noise, NOISE_PRIOR), length, noise))
         _, length, noise = max(found)
         weights = np.linalg.solve(np.exp(-apart / length**2) + noise * np.eye(len(rest)), rest)
-        unit = float(length * scale)
-        return cls(scores / unit, weights, mean, float(rest @ weights) / len(rest), float(noise), unit, least)
+        variance, unit = _variance(float(rest @ weights), len(rest)), float(length * scale)
+        return cls(scores / unit, weights, mean, variance, float(noise), unit, least)
 
     def with_predicted(self, scores: Floats) -> Surrogate:
         """As if what it predicts for these (M, sites) had been seen: no prediction changes, their errors do."""
@@ -98,6 +101,11 @@ def _apart(one: Floats, other: Floats) -> Floats:
     """(M, N): squared distances of (M, sites) and (N, sites)."""
     squares: Floats = np.square(one).sum(1)[:, None] + np.square(other).sum(1) - 2 * one @ other.T
     return np.maximum(squares, 0.0)
+
+
+def _variance(squares: float, count: int) -> float:
+    """Of s^2, after ``count`` values whose squares, each in its own variance without s^2, sum to ``squares``."""
+    return (squares + SPREAD_WEIGHT * SPREAD**2) / (count + SPREAD_WEIGHT)
 
 
 def _prior(value: float, prior: tuple[float, float]) -> float:

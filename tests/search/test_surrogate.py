@@ -6,10 +6,18 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal, spearmanr
+from scipy.stats import multivariate_t, spearmanr
 
 from puzzle.scoring.design import Floats
-from puzzle.search.surrogate import LENGTH_PRIOR, LENGTHS, NOISE_PRIOR, NOISES, Surrogate
+from puzzle.search.surrogate import (
+    LENGTH_PRIOR,
+    LENGTHS,
+    NOISE_PRIOR,
+    NOISES,
+    SPREAD,
+    SPREAD_WEIGHT,
+    Surrogate,
+)
 
 
 def world(seed: int, count: int, sites: int = 6) -> tuple[Floats, Floats]:
@@ -36,8 +44,9 @@ def test_predictions_and_their_errors_are_those_of_the_likeliest_process(seed: i
     for length, noise in itertools.product(LENGTHS, NOISES):
         matrix = kernel(known, known, length * scale) + noise * np.eye(16)
         rest = log_ratio - mean
-        variance = rest @ np.linalg.solve(matrix, rest) / 16
-        density = multivariate_normal(np.full(16, mean), variance * matrix).logpdf(log_ratio)
+        weight = SPREAD_WEIGHT
+        variance = (rest @ np.linalg.solve(matrix, rest) + weight * SPREAD**2) / (16 + weight)
+        density = multivariate_t(np.full(16, mean), SPREAD**2 * matrix, weight).logpdf(log_ratio)
         for value, (median, spread) in ((length, LENGTH_PRIOR), (noise, NOISE_PRIOR)):
             density -= 0.5 * (np.log(value / median) / spread) ** 2
         if density > best[0]:
@@ -90,6 +99,14 @@ def test_it_ranks_what_it_has_not_seen_far_better_than_sums() -> None:
     means, _ = Surrogate.fitted(scores[:100], true[:100]).predict(scores[100:])
     by_sums, by_surrogate = (spearmanr(values, true[100:])[0] for values in (scores[100:].sum(1), means))
     assert by_surrogate > by_sums + 0.05 and by_surrogate > 0.9, (by_sums, by_surrogate)
+
+
+def test_values_that_are_alike_say_little_of_what_is_far_from_them() -> None:
+    scores, true = world(5, 10)
+    scores = scores[:1] * np.linspace(1.0, 1.01, 10)[:, None]
+    surrogate = Surrogate.fitted(scores, 1.3 * scores.sum(1))
+    far = surrogate.predict(scores[:1] + 1000.0)[1][0]
+    assert far == pytest.approx(SPREAD * np.sqrt(SPREAD_WEIGHT / (10 + SPREAD_WEIGHT)), rel=1e-3)
 
 
 def test_units_do_not_matter() -> None:
