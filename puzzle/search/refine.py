@@ -3,7 +3,7 @@
 Reads a Problem, its best answers by sums of scores, and a function that evaluates architectures; computes what was
 tried, best last. Begins with the best and different answers of the integer programme; then a surrogate (surrogate.py)
 is fitted to all evaluations so far, its best architectures are found by local moves (moves.py), and evaluated are those
-that may be the lowest, as far as it knows (predictions less some standard errors: lower confidence bounds, as of
+that may be the lowest, as far as it knows (logarithms less some standard errors: lower confidence bounds, as of
 Srinivas et al., arXiv 0912.3995), each as if those before it had come out as predicted (their batches: Desautels et
 al., arXiv 1206.6402). Where none may be better than the best, the surrogate's word is tested: on the lowest all the
 same, and on further answers of the integer programme; the search ends where it has been right several times in a row.
@@ -97,16 +97,20 @@ def refine(
     tests = 0
     while tests < PATIENCE and (left := settings.evaluations - len(trials)) > 0:
         count, best = min(left, BATCH), min(trial.true for trial in trials)
-        hopeful, asked = _proposals(problem, scores, trials, count)
+        surrogate = _fitted(scores, trials)
+        hopeful, asked = (False, []) if surrogate is None else _proposals(problem, scores, surrogate, trials, count)
         if not hopeful:
             known = sum(trial.source == "search" for trial in trials) + count
             tried = {trial.items for trial in trials} | {items for items, _, _ in asked}
-            further = [one for one in answers(known) if one not in tried][: count - count // 2]
+            further = [one for one in answers(known) if one not in tried][: count - min(count // 2, len(asked))]
             asked = [*asked[: count - len(further)], *_of_search(problem, further)]
         if not asked:
-            return Refined(tuple(trials), stands=True)
+            return Refined(tuple(trials), stands=surrogate is not None)
         trials += _measured(asked, measure)
-        tests = 0 if hopeful or min(trial.true for trial in trials) < best else tests + 1
+        if hopeful or min(trial.true for trial in trials) < best:
+            tests = 0
+        elif surrogate is not None:
+            tests += 1
     return Refined(tuple(trials), stands=tests == PATIENCE)
 
 
@@ -122,16 +126,21 @@ def _measured(asked: Sequence[Proposal], measure: Measure) -> list[Trial]:
     ]
 
 
-def _proposals(
-    problem: Problem, scores: Mapping[str, Floats], trials: Sequence[Trial], count: int
-) -> tuple[bool, list[Proposal]]:
-    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those, the lowest that
-    may be first. None where too little is known."""
+def _fitted(scores: Mapping[str, Floats], trials: Sequence[Trial]) -> Surrogate | None:
+    """None where too little is known."""
     known = [trial for trial in trials if 0 < trial.true < math.inf]
     if len(known) < LEAST_FIT:
-        return False, []
+        return None
     at = np.array([_scores(scores, trial.items) for trial in known])
-    surrogate = Surrogate.fitted(at, np.array([trial.true for trial in known]))
+    return Surrogate.fitted(at, np.array([trial.true for trial in known]))
+
+
+def _proposals(
+    problem: Problem, scores: Mapping[str, Floats], surrogate: Surrogate, trials: Sequence[Trial], count: int
+) -> tuple[bool, list[Proposal]]:
+    """Whether any may be better than the best, and up to ``count`` new architectures, if so of those, the lowest that
+    may be first."""
+    best = min(trial.true for trial in trials)
     pool = _pool(Moves(problem, scores, surrogate), trials)
     at = np.array([_scores(scores, items) for items in pool])
     found: list[int] = []
@@ -141,7 +150,7 @@ def _proposals(
         lowest = means * np.exp(-SURE * errors)
         lowest[found] = np.inf
         place = int(lowest.argmin())
-        may = bool(lowest[place] < min(trial.true for trial in known))
+        may = bool(lowest[place] < best)
         if hopeful and not may:
             break
         hopeful = may

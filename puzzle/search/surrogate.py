@@ -20,21 +20,22 @@ from functools import cached_property
 import numpy as np
 
 from puzzle.scoring.design import Floats
-from puzzle.scoring.interactions import MOST_LOG_RATIO
 
 LENGTHS = 2.0 ** np.arange(-3, 4.25, 0.5)  # of the mean sum
 NOISES = 10.0 ** np.arange(-4, 1.25, 0.5)  # of the variance s^2
+MOST_LOG_RATIO = 20.0  # far beyond what is measured; keeps extrapolations numbers
 LENGTH_PRIOR = (1.0, 2.0)  # median, and standard deviation of the natural logarithm
 NOISE_PRIOR = (0.05, 3.0)
 SPREAD = 0.2  # s, as sums of scores are wrong by (benchmarks/LOG.md, additivity)
 SPREAD_WEIGHT = 4.0  # values that this counts as: those that are alike say little of those that are not
+MOST_EXPONENT = 300.0  # keeps products of two exponentials numbers; what is so far away adds nothing
 LEAST_SHARE = 1e-6  # of the mean sum, that a sum counts as at least: it is divided by
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
     """``known`` (N, sites) in units of L S', ``unit``; ``weights`` (N,) are K^-1 (y - m) without s^2, ``variance``;
-    made by :meth:`fitted`."""
+    ``noise`` is r, ``least`` (nats) what a sum counts as at least. Made by :meth:`fitted`."""
 
     known: Floats
     weights: Floats
@@ -74,15 +75,15 @@ class Surrogate:
         return replace(self, known=known, weights=np.concatenate([self.weights, np.zeros(len(scores))]))
 
     def predict(self, scores: Floats) -> tuple[Floats, Floats]:
-        """KL (nats) and the standard errors of its logarithm, (M,) each, from (M, sites)."""
+        """KL (nats) and the standard errors of its logarithm, (M,) each, of others than ``known``; from (M, sites)."""
         near = np.exp(-_apart(scores / self.unit, self.known))
-        spread = np.maximum(1 - ((near @ self._inverse) * near).sum(1), 0.0)
+        spread = np.maximum(1 - ((near @ self._inverse) * near).sum(1), 0.0) + self.noise
         return self._kl(scores.sum(1), near @ self.weights), np.sqrt(self.variance * spread)
 
     def of_pairs(self, start: Floats, first: Floats, second: Floats) -> Floats:
         """KL (nats), (M, K): of ``start`` (sites,) with what each of ``first`` (M, sites) and each of ``second`` (K,
         sites) adds to it; of use where these are 0 at one another's sites."""
-        own = _apart(start[None] / self.unit, self.known) / 2
+        own = np.minimum(_apart(start[None] / self.unit, self.known) / 2, MOST_EXPONENT)
         one, two = (np.exp(own - _apart((start + moves) / self.unit, self.known)) for moves in (first, second))
         sums = start.sum() + first.sum(1)[:, None] + second.sum(1)
         return self._kl(sums, (one * self.weights) @ two.T)

@@ -51,7 +51,7 @@ def test_predictions_and_their_errors_are_those_of_the_likeliest_process(seed: i
             density -= 0.5 * (np.log(value / median) / spread) ** 2
         if density > best[0]:
             near = kernel(new, known, length * scale)
-            spread_of = variance * (1 - (near * np.linalg.solve(matrix, near.T).T).sum(1))
+            spread_of = variance * (1 + noise - (near * np.linalg.solve(matrix, near.T).T).sum(1))
             best = density, mean + near @ np.linalg.solve(matrix, rest), np.sqrt(np.maximum(spread_of, 0.0))
     means, errors = Surrogate.fitted(known, true[:16]).predict(new)
     np.testing.assert_allclose(means, new.sum(1) * np.exp(best[1]), rtol=1e-7)
@@ -78,7 +78,7 @@ def test_what_was_evaluated_is_known_and_what_is_far_is_as_wrong_as_the_others()
     far = scores[:1] + 1000.0
     mean, error = (values[0] for values in surrogate.predict(far))
     assert mean == pytest.approx(far.sum() * np.exp(np.log(true / scores.sum(1)).mean()))
-    assert error == pytest.approx(np.sqrt(surrogate.variance))
+    assert error == pytest.approx(np.sqrt(surrogate.variance * (1 + surrogate.noise)))
     assert max(errors) < error
 
 
@@ -90,7 +90,7 @@ def test_what_counts_as_seen_changes_errors_as_if_it_were_and_no_prediction() ->
     assert (told.predict(scores)[1] <= errors + 1e-9).all() and (told.predict(scores[12:15])[1] < errors[12:15]).all()
     as_seen = kernel(told.known, told.known, 1.0) + told.noise * np.eye(15)
     near = kernel(scores[15:] / told.unit, told.known, 1.0)
-    spread = told.variance * (1 - (near * np.linalg.solve(as_seen, near.T).T).sum(1))
+    spread = told.variance * (1 + told.noise - (near * np.linalg.solve(as_seen, near.T).T).sum(1))
     np.testing.assert_allclose(told.predict(scores[15:])[1], np.sqrt(np.maximum(spread, 0.0)), rtol=1e-5, atol=1e-7)
 
 
@@ -106,7 +106,8 @@ def test_values_that_are_alike_say_little_of_what_is_far_from_them() -> None:
     scores = scores[:1] * np.linspace(1.0, 1.01, 10)[:, None]
     surrogate = Surrogate.fitted(scores, 1.3 * scores.sum(1))
     far = surrogate.predict(scores[:1] + 1000.0)[1][0]
-    assert far == pytest.approx(SPREAD * np.sqrt(SPREAD_WEIGHT / (10 + SPREAD_WEIGHT)), rel=1e-3)
+    spread = SPREAD * np.sqrt(SPREAD_WEIGHT / (10 + SPREAD_WEIGHT))
+    assert far == pytest.approx(spread * np.sqrt(1 + surrogate.noise), rel=1e-3)
 
 
 def test_units_do_not_matter() -> None:
