@@ -4,9 +4,9 @@
 
 On BLD-trained libraries of the bundled teacher, in the work folder that bench_score_quality.py uses; at each budget:
 the additive MIP's answer, what refine finds, and, at as many true evaluations on ``select``, the best by truth of the
-MIP's k best answers, those that differ from one another in a fifth of the sites and those that differ at all. Figures
-are true KL on ``report``, paired over sequences with the MIP's; ``--gkd`` adds the same after equal GKD. Another way to
-search is a line more in WAYS. Evaluations are kept in the run's folder: what was stopped goes on.
+MIP's k best answers (proven ones), those that differ from one another in a fifth of the sites and those that differ at
+all. Figures are true KL on ``report``, paired over sequences with the MIP's; ``--gkd`` adds the same after equal GKD.
+Another way to search is a line more in WAYS. Evaluations are kept in the run's folder: what was stopped goes on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Task:
     problem: Problem
     select: Measure
     evaluations: int
-    seed: int
 
     def answers(self, count: int, min_difference: float) -> list[Chosen]:
         return [one.items for one in mip.solve([self.problem], {}, count, min_difference).solutions]
@@ -54,8 +53,7 @@ class Task:
 
 
 def refined(task: Task) -> Refined:
-    settings = Settings(task.evaluations, seed=task.seed)
-    return refine(task.problem, lambda count: task.answers(count, 0.2), task.select, settings)
+    return refine(task.problem, lambda count: task.answers(count, 0.2), task.select, Settings(task.evaluations))
 
 
 WAYS: dict[str, Callable[[Task], Chosen]] = {
@@ -89,7 +87,7 @@ def one_library(results: Results, options: argparse.Namespace, seed: int) -> Non
         select = Truths(chooses, jobs(chooses, stack), progress).of("select", "kl")
         report = Truths(reports, jobs(reports, stack), progress).of("report", "kl")
         for share in options.shares:
-            task = Task(problem_of(chooses, share), select, options.evaluations, seed)
+            task = Task(problem_of(chooses, share), select, options.evaluations)
             for name, way in WAYS.items():
                 if f"{options.start}/{seed}/{share}/{name}" in results.figures:
                     continue

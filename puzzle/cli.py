@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     refine = commands.choices["refine"]
     refine.add_argument("--evaluations", type=int, help="true ones (default: the config's, or 60)")
-    refine.add_argument("--seed", type=int, dest="refine_seed", help="of what is random in it (default 0)")
+    refine.add_argument("--seed", type=int, dest="refine_seed", help="of a study of another score than KL (default 0)")
 
     commands.choices["additivity"].add_argument(
         "--architectures", type=int, help="how many are evaluated truly (default 120)"

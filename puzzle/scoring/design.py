@@ -85,7 +85,8 @@ class Design:
     ) -> Design:
         nats = np.array([max(one.kl_nats, 0.0) for one in singles])
         places = {one.item_id: place for place, one in enumerate(singles)}
-        amplitudes = np.sqrt(list(scores_by_site(singles).values()))
+        by_site = scores_by_site(singles)
+        amplitudes = np.sqrt([by_site[one.item_id] for one in singles])
         design = cls(columns, sites_of(singles), places, nats, amplitudes, np.zeros(len(BENDS_AT)))
         sums, _ = design.rows(architectures)
         if not sums.all():
@@ -107,7 +108,7 @@ class Design:
         squares = np.bincount(number, self.nats[places] ** 2, count)
         safe = np.where(sums > 0, sums, 1.0)[:, None]
         coupling = (sums**2 - squares)[:, None] / safe**2
-        curve, pairs = self.curve(np.log(safe)), self._pairs(number, places, count)
+        curve, pairs = self._curve(np.log(safe)), self._pairs(number, places, count)
         return sums, np.concatenate([coupling * curve, pairs / safe], 1)
 
     def rho(self, coefficients: Floats) -> Floats:
@@ -131,18 +132,14 @@ class Design:
         fading = np.exp((first - second) / FADING_SITES)[:, None]
         return np.concatenate([classes, classes * fading], 1)[:, : 8 * ("means" in self.columns)]
 
-    @property
-    def num_curve(self) -> int:
-        """How many columns the curve has; they are the first."""
-        return 6 if "bends" in self.columns else 2 * ("line" in self.columns)
-
-    def curve(self, log_sums: Floats) -> Floats:
+    def _curve(self, log_sums: Floats) -> Floats:
         """(N, 0, 2 or 6) from (N, 1): level, slope, changes of slope; level beyond what was evaluated."""
         low, *bends, high = self.bends
         at = np.clip(log_sums, low, high)
         line = np.concatenate([np.ones(at.shape), at - (low + high) / 2], 1)
         bent = np.maximum(at - np.array(bends), 0.0)
-        return np.concatenate([LINE_SCALE * line, BEND_SCALE * bent], 1)[:, : self.num_curve]
+        count = 6 if "bends" in self.columns else 2 * ("line" in self.columns)
+        return np.concatenate([LINE_SCALE * line, BEND_SCALE * bent], 1)[:, :count]
 
     def _pairs(self, number: Ints, places: Ints, count: int) -> Floats:
         """(N, 0 or pairs + means): 2 sqrt(s_i s_j) at sites of different items, and its sums for each mean."""

@@ -105,8 +105,8 @@ class Moves:
         at = self._at(names)
 
         def summed(values: Floats) -> Floats:
-            total = np.zeros((len(added), *values.shape[1:]))
-            np.add.at(total, row, values[at] * sign.reshape(-1, *[1] * (values.ndim - 1)))
+            total = np.zeros((len(added), values.shape[1]))
+            np.add.at(total, row, values[at] * sign[:, None])
             return total
 
         touched = np.zeros((len(added), len(self.problem.sites)))

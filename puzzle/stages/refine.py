@@ -19,16 +19,11 @@ from puzzle.plans import Planned
 from puzzle.progress import Progress
 from puzzle.ranks import Ranks
 from puzzle.run import Run
-from puzzle.search import mip
-from puzzle.search.problem import Chosen, Measure, Problem, solved
-from puzzle.search.programme import Effort
-from puzzle.search.refine import Refined, Settings, Trial, refine
+from puzzle.search.problem import Measure, Problem, solved
+from puzzle.search.refine import Refined, Settings, Trial, answers_of, refine
 from puzzle.search.study import study
 from puzzle.stages.truth import Truths, jobs
 from puzzle.types import ConfigError, Solution, mean_and_error
-
-# of what is evaluated anyway: a dozen different answers at 80 layers x 54 blocks take seconds, proven ones hours
-NEARLY = Effort(relative_gap=1e-3)
 
 
 def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
@@ -40,11 +35,13 @@ def make_refine(run: Run, missing: Sequence[Planned], progress: Progress) -> Non
         if not Ranks.current().first:
             truths.serve()
             return
-        searched = run.unrefined.solutions()[0]
+        searched, *others = run.unrefined.solutions()
         problem = _problem(run, searched)
+        own = [one.items for one in (searched, *others) if not problem.violations(one.items)]
+        solutions, solver = run.constraint_file.solutions, run.constraint_file.solver
         metric = score_of(problem.objective_name)
         progress.total(settings.evaluations, 0)
-        answers = functools.partial(_answers, problem, searched, run.constraint_file.solutions.min_difference)
+        answers = functools.partial(answers_of, problem, own, solutions.min_difference, solver.gap)
         select = truths.of("select", metric)
         if metric == "kl":
             found = refine(problem, answers, select, settings)
@@ -70,18 +67,8 @@ def _problem(run: Run, searched: Solution) -> Problem:
     return solved(run.problems(), searched)
 
 
-def _answers(problem: Problem, searched: Solution, min_difference: float, count: int) -> list[Chosen]:
-    """The search's own, then its best that differ as asked; where there are not so many, those that differ at all."""
-    found = dict.fromkeys([searched.items])
-    for difference in (min_difference, 0.0):
-        if len(found) < count:
-            solutions = mip.solve([problem], {}, count, difference, NEARLY, searched.items).solutions
-            found |= dict.fromkeys(one.items for one in solutions)
-    return list(found)[:count]
-
-
 def _comparison(problem: Problem, found: Refined, report: Measure) -> list[dict[str, Any]]:
-    """The search's answer, the best by truth of its different answers, and the best of all: on select and report."""
+    """The search's answer, the best by truth of its and further ones, and the best of all: on select and report."""
     answers = [trial for trial in found.trials if trial.source == "search"]
     best = min(answers, key=lambda trial: trial.true)
     shown = {"search": found.trials[0], f"best of its {len(answers)} best": best, "refined": found.best}

@@ -70,6 +70,19 @@ def test_pairs_of_moves_are_valued_as_wholes() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_moves_to_and_from_what_is_far_away_stay_what_wholes_are(seed: int) -> None:
+    scores, true = world(seed, 12)
+    scores[0, 5] = 8 * scores.sum()
+    true = true * 1000.0 ** np.linspace(0, 1, 12)
+    surrogate = Surrogate.fitted(scores, true)
+    moves = np.zeros((2, 6))
+    moves[0, 5] = scores[0, 5]
+    for start in scores:
+        wholes = np.array([start, start + moves[0]])
+        np.testing.assert_allclose(surrogate.of_pairs(start, moves[1:], moves[::-1])[0], surrogate.predict(wholes)[0])
+
+
 def test_what_was_evaluated_is_known_and_what_is_far_is_as_wrong_as_the_others() -> None:
     scores, true = world(1, 30)
     surrogate = Surrogate.fitted(scores, true)
@@ -88,8 +101,9 @@ def test_what_counts_as_seen_changes_errors_as_if_it_were_and_no_prediction() ->
     (means, errors), told = surrogate.predict(scores), surrogate.with_predicted(scores[12:15])
     np.testing.assert_allclose(told.predict(scores)[0], means, rtol=1e-9)
     assert (told.predict(scores)[1] <= errors + 1e-9).all() and (told.predict(scores[12:15])[1] < errors[12:15]).all()
-    as_seen = kernel(told.known, told.known, 1.0) + told.noise * np.eye(15)
-    near = kernel(scores[15:] / told.unit, told.known, 1.0)
+    seen = scores[:15] / surrogate.unit
+    as_seen = kernel(seen, seen, 1.0) + told.noise * np.eye(15)
+    near = kernel(scores[15:] / surrogate.unit, seen, 1.0)
     spread = told.variance * (1 + told.noise - (near * np.linalg.solve(as_seen, near.T).T).sum(1))
     np.testing.assert_allclose(told.predict(scores[15:])[1], np.sqrt(np.maximum(spread, 0.0)), rtol=1e-5, atol=1e-7)
 
