@@ -313,7 +313,8 @@ def _maker(name: str) -> Callable[[Run, Sequence[Planned], Progress], None]:
 
 def _make_solution(run: Run, missing: Sequence[Planned], progress: Progress) -> None:
     (unit,) = missing
-    solutions = solve(run, unit.inputs)
+    progress.total(run.constraint_file.solutions.count, 0)
+    solutions = solve(run, unit.inputs, lambda: progress.fraction(1, "different solutions"))
     publish_solutions(run, unit, solutions)
     progress.done(unit.path.name)
 
@@ -333,11 +334,11 @@ def publish_solutions(run: Run, unit: Planned, solutions: Sequence[Solution], **
     artifacts.publish_folder(unit.path, unit.inputs, write)
 
 
-def solve(run: Run, inputs: Mapping[str, str]) -> tuple[Solution, ...]:
+def solve(run: Run, inputs: Mapping[str, str], on_solution: Callable[[], None] = lambda: None) -> tuple[Solution, ...]:
     """The search on the run's tables, without writing anything."""
     conflicts = run.space.conflicts()
     tables = run.read_scores(), run.read_costs()
-    return search.search(run.shape, run.items, *tables, run.constraint_file, inputs, conflicts)
+    return search.search(run.shape, run.items, *tables, run.constraint_file, inputs, conflicts, on_solution)
 
 
 def unit_states(run: Run, stage: Stage) -> list[State]:

@@ -66,6 +66,11 @@ def scores_by_site(singles: Sequence[Single]) -> dict[str, Floats]:
     return found
 
 
+def scores_at(by_site: Mapping[str, Floats], architectures: Iterable[Sequence[str]]) -> Floats:
+    """(N, sites): the nats that the items of each architecture cost at each site."""
+    return np.array([np.sum([by_site[item_id] for item_id in items], axis=0) for items in architectures])
+
+
 @dataclass(frozen=True)
 class Design:
     """What the coefficients of ``columns`` multiply. ``nats`` (items,); ``amplitudes`` (items, sites): square roots of

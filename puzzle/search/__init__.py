@@ -7,7 +7,7 @@ and one cost. Writes nothing: what is found goes back to the caller.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,19 +33,27 @@ def search(
     constraints: ConstraintFile,
     inputs: Mapping[str, str],
     conflicts: Sequence[Conflict] = (),
+    on_solution: Callable[[], None] = lambda: None,
 ) -> tuple[Solution, ...]:
     """The best architectures that keep every bound, best first; ``inputs`` (fingerprints) are handed through.
 
-    Fewer than ``solutions.count`` where no more exist that differ enough (logged as a warning). Raises ConfigError for
-    names that mean nothing, MissingMeasurementError for bounds on what nobody measured, InfeasibleError with the
-    nearest values that can hold.
+    ``on_solution`` is called as each is found. Fewer than ``solutions.count`` where no more exist that differ enough
+    (logged as a warning). Raises ConfigError for names that mean nothing, MissingMeasurementError for bounds on what
+    nobody measured, InfeasibleError with the nearest values that can hold.
     """
     from puzzle.search import mip
 
     wanted = constraints.solutions
     programmes = problems(shape, items, scores, costs, constraints, conflicts)
     try:
-        found = mip.solve(programmes, inputs, wanted.count, wanted.min_difference, effort_of(constraints))
+        found = mip.solve(
+            programmes,
+            inputs,
+            wanted.count,
+            wanted.min_difference,
+            effort_of(constraints),
+            on_solution=on_solution,
+        )
     except InfeasibleError as error:
         if not (refused := offer(items, constraints.serve_on, shape).refused):
             raise

@@ -10,7 +10,7 @@ choice that breaks a bound by a hair is forbidden and the programme solved again
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from time import monotonic
@@ -37,13 +37,14 @@ def solve(
     min_difference: float = 0.2,
     effort: Effort = EXACT,
     start: Sequence[str] | None = None,
+    on_solution: Callable[[], None] = lambda: None,
 ) -> Found:
     """The ``count`` best mutually different answers over all ``problems`` (same items and sites, other batch sizes).
 
     Ties go to the problem named first. InfeasibleError, with the nearest values that can hold, if no problem has one.
     ``effort``: its time is shared out evenly over all solves to come; what it leaves open is the solution's status
     "feasible", with its bound and gap. OutOfTimeError if it ends before anything is found. ``start``: a choice to begin
-    with, e.g. the answer under neighbouring bounds.
+    with, e.g. the answer under neighbouring bounds. ``on_solution`` is called as each is found: later ones take longer.
     """
     started = monotonic()
     cuts: list[Cut] = []
@@ -72,6 +73,7 @@ def solve(
             best = _best_at_that_cost(problem, problem.cost, best, cuts, left)
         solutions.append(solution_of(problem, best, bound, inputs))
         cuts.append(_difference_cut(problem, best, min_difference))
+        on_solution()
     if not solutions and late:
         raise late[0][1]
     if not solutions:

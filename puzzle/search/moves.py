@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from puzzle.scoring.design import Floats, Ints
+from puzzle.scoring.design import Floats, Ints, scores_at
 from puzzle.search.problem import Chosen, Problem
 from puzzle.search.surrogate import Surrogate
 from puzzle.types import Item, Site, Spec
@@ -50,7 +50,7 @@ class Moves:
         All are less than ``below``.
         """
         steps = self._steps(chosen)
-        start = self._scores[self._at(chosen)].sum(0)
+        (start,) = scores_at(self.scores, [chosen])
         totals = self._costs[:, self._at(chosen)].sum(1) + self._bounds[2]
         found: list[tuple[float, int, int]] = []
         size = max(1, BLOCK // len(steps.added))
@@ -85,7 +85,8 @@ class Moves:
         return chosen
 
     def predicted(self, chosen: Chosen) -> float:
-        return float(self.surrogate.predict(self._scores[self._at(chosen)].sum(0)[None])[0][0])
+        ((value,), _) = self.surrogate.predict(scores_at(self.scores, [chosen]))
+        return float(value)
 
     def _steps(self, chosen: Chosen) -> _Steps:
         owner = {site: name for name in chosen for site in self.problem.by_id[name].sites}

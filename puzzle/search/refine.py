@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle.scoring.design import Floats, scores_by_site, singles
+from puzzle.scoring.design import Floats, scores_at, scores_by_site, singles
 from puzzle.search import mip
 from puzzle.search.moves import Moves
 from puzzle.search.problem import Chosen, Measure, Problem
@@ -100,19 +100,19 @@ def refine(
     tests = 0
     while tests < PATIENCE and (left := settings.evaluations - len(trials)) > 0:
         count, best = min(left, BATCH), min(trial.true for trial in trials)
-        surrogate = _fitted(scores, trials)
-        hopeful, asked = (False, []) if surrogate is None else _proposals(problem, scores, surrogate, trials, count)
+        moves = _learnt(problem, scores, trials)
+        hopeful, asked = (False, []) if moves is None else _proposals(moves, trials, count)
         if not hopeful:
             known = sum(trial.source == "search" for trial in trials) + count
             tried = {trial.items for trial in trials} | {items for items, _, _ in asked}
             further = [one for one in answers(known) if one not in tried][: count - min(count // 2, len(asked))]
             asked = [*asked[: count - len(further)], *_of_search(problem, further)]
         if not asked:
-            return Refined(tuple(trials), stands=surrogate is not None)
+            return Refined(tuple(trials), stands=moves is not None)
         trials += _measured(asked, measure)
         if hopeful or min(trial.true for trial in trials) < best:
             tests = 0
-        elif surrogate is not None:
+        elif moves is not None:
             tests += 1
     return Refined(tuple(trials), stands=tests == PATIENCE)
 
@@ -141,27 +141,25 @@ def _measured(asked: Sequence[Proposal], measure: Measure) -> list[Trial]:
     ]
 
 
-def _fitted(scores: Mapping[str, Floats], trials: Sequence[Trial]) -> Surrogate | None:
-    """None where too little is known."""
+def _learnt(problem: Problem, scores: Mapping[str, Floats], trials: Sequence[Trial]) -> Moves | None:
+    """Moves valued by what the trials say; None where that is too little."""
     known = [trial for trial in trials if 0 < trial.true < math.inf]
     if len(known) < LEAST_FIT:
         return None
-    at = np.array([_scores(scores, trial.items) for trial in known])
-    return Surrogate.fitted(at, np.array([trial.true for trial in known]))
+    at = scores_at(scores, [trial.items for trial in known])
+    return Moves(problem, scores, Surrogate.fitted(at, np.array([trial.true for trial in known])))
 
 
-def _proposals(
-    problem: Problem, scores: Mapping[str, Floats], surrogate: Surrogate, trials: Sequence[Trial], count: int
-) -> tuple[bool, list[Proposal]]:
+def _proposals(moves: Moves, trials: Sequence[Trial], count: int) -> tuple[bool, list[Proposal]]:
     """Whether any may be better than the best, and up to ``count`` new architectures, if so of those, the lowest that
     may be first."""
     best = min(trial.true for trial in trials)
-    pool = _pool(Moves(problem, scores, surrogate), trials)
-    at = np.array([_scores(scores, items) for items in pool])
+    pool = _pool(moves, trials)
+    at = scores_at(moves.scores, pool)
     found: list[int] = []
     hopeful = False
     while len(found) < min(count, len(pool)):
-        means, errors = surrogate.with_predicted(at[found]).predict(at)
+        means, errors = moves.surrogate.with_predicted(at[found]).predict(at)
         lowest = means * np.exp(-SURE * errors)
         lowest[found] = np.inf
         place = int(lowest.argmin())
@@ -182,9 +180,3 @@ def _pool(moves: Moves, trials: Sequence[Trial]) -> list[Chosen]:
     for end in ends:
         found |= dict.fromkeys([end, *(other for _, other in moves.neighbours(end, POOL))])
     return [items for items in found if items not in tried]
-
-
-def _scores(scores: Mapping[str, Floats], items: Chosen) -> Floats:
-    """(sites,): what each costs by its score."""
-    total: Floats = np.sum([scores[name] for name in items], axis=0)
-    return total

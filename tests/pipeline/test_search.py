@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from puzzle import progress
 from puzzle.cli import main
 from puzzle.run import Run
 from puzzle.search import linear
@@ -113,6 +114,16 @@ def test_a_gap_and_a_time_limit_are_keys_and_what_they_leave_open_is_told(
     ]
     assert (entry["status"], entry["timed_out"]) == ("feasible", True)
     assert entry["gap"] == pytest.approx(0.25)
+
+
+def test_where_several_answers_take_long_each_is_told(
+    copy: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    text = "constraints:\n  memory_gib: 90%\nsolutions: {count: 2, min_difference: 0.2}\n"
+    assert main(["--debug", "search", *limits(copy, "mine", text)]) == 0
+    first, second, *_ = (line for line in capsys.readouterr().err.splitlines() if line.startswith("search"))
+    assert " 50 %" in first and " 100 %" in second
 
 
 def test_a_front_of_two_costs_is_a_table_a_csv_and_a_picture(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,9 @@ def test_brute_force_cases_are_not_all_infeasible() -> None:
 
 def test_further_solutions_are_the_best_that_differ_enough() -> None:
     problem = make_problem(random.Random(5), num_sites=5, choices=3, wide=2)
-    found = solve([problem], {}, count=3, min_difference=0.4)
+    told: list[int] = []
+    found = solve([problem], {}, count=3, min_difference=0.4, on_solution=lambda: told.append(len(told) + 1))
+    assert told == [1, 2, 3]
     earlier: list[set[str]] = []
     for solution in found.solutions:
         different = [

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import spearmanr
 from search_factories import all_choices, make_problem
 
-from puzzle.scoring.design import Floats, scores_by_site, singles
+from puzzle.scoring.design import Floats, scores_at, scores_by_site, singles
 from puzzle.search import mip
 from puzzle.search.problem import Chosen, Problem
 from puzzle.search.refine import SURE, Settings, Trial, answers_of, refine
@@ -123,7 +123,7 @@ def batches_of(
 
     trials = refine(world.problem, answers_of_problem(world.problem), measure, settings).trials
     scores = scores_by_site(singles(world.problem.items, world.problem.objective))
-    at = np.array([sum(scores[name] for name in trial.items) for trial in trials])
+    at = scores_at(scores, [trial.items for trial in trials])
     for start, end in itertools.pairwise(itertools.accumulate(sizes)):
         surrogate = Surrogate.fitted(at[:start], np.array([trial.true for trial in trials[:start]]))
         yield surrogate, at[start:end], trials[:start], trials[start:end]
