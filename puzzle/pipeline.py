@@ -278,13 +278,14 @@ def _make(run: Run, stage: Stage, ranks: Ranks) -> None:
     current = [artifacts.is_current(unit.path, unit.inputs, stage.name) and not unit.outgrown for unit in planned]
     missing = [unit for unit, done in zip(planned, current, strict=True) if not done]
     ranks.wait(run.folder, stage.name)  # all have seen the same before anyone adds to it
-    if missing and (ranks.first or stage.shared):
-        if ranks.count == 1 or not stage.shared:
-            _make_missing(run, stage, missing)
-        else:
-            with noted(run.folder, ranks, stage.name, len(missing)):
+    if not stage.shared or ranks.count == 1:
+        with ranks.work_of_first(run.folder, stage.name):
+            if missing and ranks.first:
                 _make_missing(run, stage, missing)
-                ranks.wait(run.folder, stage.name)
+    elif missing:
+        with noted(run.folder, ranks, stage.name, len(missing)):
+            _make_missing(run, stage, missing)
+            ranks.wait(run.folder, stage.name)
     ranks.wait(run.folder, stage.name)
 
 

@@ -86,6 +86,24 @@ class Ranks:
         return [bool(mark) for mark in told.tolist()]
 
     @contextlib.contextmanager
+    def work_of_first(self, folder: Path, what: str) -> Iterator[None]:
+        """A block in which rank 0 alone works, while the others wait for its end: what it raises there, all raise, so
+        that they stay in step. PuzzleError as in :meth:`wait`."""
+        told: list[PuzzleError | None] = [None]
+        try:
+            yield
+        except PuzzleError as error:
+            told = [error]
+        if self.count > 1:
+            import torch
+            import torch.distributed as dist
+
+            with self.naming_the_dead(folder, what):
+                dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+        if told[0] is not None:
+            raise told[0]
+
+    @contextlib.contextmanager
     def naming_the_dead(self, folder: Path, what: str, only_known: bool = False) -> Iterator[None]:
         """PuzzleError for a RuntimeError in the block; with ``only_known``, where some rank is known to have died."""
         try:

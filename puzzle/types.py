@@ -48,6 +48,9 @@ class OutOfTimeError(PuzzleError):
         super().__init__(message)
         self.bound = bound
 
+    def __reduce__(self) -> tuple[type[OutOfTimeError], tuple[str, float]]:
+        return OutOfTimeError, (str(self), self.bound)
+
 
 class MissingMeasurementError(PuzzleError):
     exit_code = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -80,3 +81,8 @@ def test_mean_and_standard_error() -> None:
 def test_records_are_frozen() -> None:
     with pytest.raises(AttributeError):
         SCORE.metric = "ce"  # type: ignore[misc]
+
+
+def test_an_error_survives_the_way_to_another_process() -> None:
+    error = pickle.loads(pickle.dumps(types.OutOfTimeError("nothing in time", 0.25)))
+    assert (str(error), error.bound) == ("nothing in time", 0.25)

@@ -140,6 +140,23 @@ def test_two_ranks_measure_what_decides_a_search_as_one_does(finished: Project, 
     assert len(found[0]) > 2  # what decides, and more than one item for two ranks to share
 
 
+def test_ranks_stay_in_step_where_one_of_several_searches_has_no_answer(finished: Project, tmp_path: Path) -> None:
+    project = finished.copy_to(tmp_path / "project")
+    shutil.copytree(finished.run, project.run)
+    limits = tmp_path / "limits.yaml"
+    asked = "workloads:\n  chat: {isl: 8, osl: 8, weights: fp32, kv: fp32, device: cpu}\nconstraints:\n  memory_gib: "
+    limits.write_text(asked + '{values: ["90%", 1e-9, "80%"]}\n')
+    search = ["-m", "puzzle", "search", str(project.config), "--constraints", str(limits)]
+    done = torchrun(*search)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("memory_gib ≤ 1e-09 cannot be met") == 1
+    limits.write_text(asked + "1e-9\n")
+    done = torchrun(*search)
+    assert done.returncode != 0
+    assert "memory_gib ≤ 1e-09 cannot be met" in done.stderr
+    assert "died" not in done.stderr
+
+
 def test_a_dead_rank_is_named_and_its_units_are_taken_up(
     unfinished: Project, finished: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
