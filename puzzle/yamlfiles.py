@@ -21,12 +21,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from puzzle.types import ConfigError
 
 EXPECTED = {"tuple_type": "give a list: [a, b]", "model_type": "give a section: {key: value}"}  # by pydantic's error
 DEEPEST, MOST_NODES, MOST_CHARACTERS = 30, 100_000, 1_000_000  # of any file
 MOST_MISTAKES, LONGEST_LINE = 50, 500  # of what is told of them
+UNICODE_BREAKS = frozenset("\x85\u2028\u2029")
 TOO_LARGE = "nested too deeply, or too large, for a file of this kind"
 File = TypeVar("File", bound=BaseModel)
 RECIPES = "blocks/recipes"
@@ -163,10 +166,23 @@ def dump(config: BaseModel) -> str:
 def as_yaml(document: Mapping[str, Any]) -> str:
     out = io.StringIO()
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.width = 2**31  # a long line that is folded at two spaces reads back with one
     yaml.dump(dict(document), out)
     return out.getvalue()
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes line breaks of Unicode by their names: a reader makes a space of them where they stand as they are."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = '"' if UNICODE_BREAKS.intersection(data) else None
+        node: ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", data, style)
+        return node
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def _apply(document: CommentedMap, override: str) -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from puzzle import config, yamlfiles
 from puzzle.cli import main
@@ -57,6 +58,12 @@ def test_a_config_dumped_reads_back_as_itself(tmp_path: Path) -> None:
     loaded = RunConfig(run="r", constraints="c" * 90 + "  c", seed=3, data=config.DataConfig(text="x.txt"))
     (tmp_path / "dumped.yaml").write_text(yamlfiles.dump(loaded))
     assert yamlfiles.load(RunConfig, tmp_path / "dumped.yaml") == loaded
+
+
+@pytest.mark.parametrize("name", ["\x85", "a\u2028b", "\u2029 c", "\n", "\r\n", "a\tb", "1e3", "null", "'", ""])
+def test_any_text_dumped_reads_back_as_itself(name: str) -> None:
+    document = {"name": name, "in a list": [name]}
+    assert YAML(typ="safe").load(yamlfiles.as_yaml(document)) == document
 
 
 def test_the_llama_space_has_the_papers_54_blocks() -> None:

@@ -105,7 +105,7 @@ class Sliders:
             rows = list(self._at(problem, values).rows)
             row = rows.pop(moved)
             ends = infeasible.nearest(problem, row, rows)
-            found += [limit.written(value, row.quantity) for value in ends if value is not None]
+            found += [limit.written(end.value, row.quantity) for end in ends if end and end.value is not None]
         return min(found, key=lambda value: abs(value - values[moved]), default=None)
 
     def prices(self, view: SolutionView) -> tuple[RowStory, ...]:

@@ -1,7 +1,8 @@
 """Why no architecture fits: the bound, or smallest set of bounds, that cannot hold, and the nearest values that can.
 
 Reads a Problem that has no answer, computes one line of text, writes nothing. Of the bounds that contradict one another
-each is then moved as little as the others allow.
+each is then moved as little as the others allow. Some of these questions take a solver forever (which sum of so many
+sizes is nearest to a number?), so all have to be answered within a time; what was not proven by then is told as such.
 """
 
 from __future__ import annotations
@@ -9,92 +10,122 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from time import monotonic
 
 from puzzle.search.linear import minimise
 from puzzle.search.problem import Problem, Row
+from puzzle.search.programme import Effort
+from puzzle.types import OutOfTimeError
 
 DIGITS = 4
 MOST_TRIALS = 500
+SECONDS = 10.0  # that a whole explanation may take; by far the most take less than one
 
 
-def explain(problem: Problem) -> str:
+@dataclass(frozen=True)
+class Near:
+    """A value that can be; None: there is none. ``proven``: none is nearer; else none was found in time."""
+
+    value: Fraction | None
+    proven: bool
+
+
+def explain(problem: Problem, seconds: float = SECONDS) -> str:
     """One line naming the bounds that cannot hold and the nearest values that can."""
-    if not _possible(problem, ()):
+    until = monotonic() + seconds
+    if _possible(problem, (), until) is False:
         reasons = "; ".join(conflict.reason for conflict in problem.conflicts)
         return (
             f"no choice of items covers every site exactly once{f' without a conflict ({reasons})' if reasons else ''}"
         )
-    rows = core(problem)
+    for one, other in itertools.permutations(problem.rows, 2):
+        lower, upper = one.lower, other.upper
+        if one.quantity == other.quantity and lower is not None and upper is not None and lower > upper:
+            return f"{one.written} and {other.written} contradict each other; change one of them"
+    rows = core(problem, until - monotonic())
     if not rows:
         return "the bounds cannot hold within the solver's tolerance; loosen them by a little"
+    left = (until - monotonic()) / len(rows)
     if len(rows) == 1:
-        return f"{rows[0].written} cannot be met: {_nearest(problem, rows[0], ())}"
+        return f"{rows[0].written} cannot be met: {_nearest(problem, rows[0], (), left)}"
     ways = []
     for row in rows:
         others = [other for other in rows if other is not row]
-        ways.append(
-            f"with the other{'s' if len(others) > 1 else ''}, of {row.quantity.name} {_nearest(problem, row, others)}"
-        )
+        near = _nearest(problem, row, others, left)
+        ways.append(f"with the other{'s' if len(others) > 1 else ''}, of {row.quantity.name} {near}")
     return f"these bounds cannot hold together: {', '.join(row.written for row in rows)}; {'; '.join(ways)}"
 
 
-def core(problem: Problem) -> tuple[Row, ...]:
+def core(problem: Problem, seconds: float = SECONDS) -> tuple[Row, ...]:
     """A smallest set of rows that cannot hold together; none if all can.
 
     Leaving rows out one by one gives a set of which each is needed; smaller sets are then tried, up to MOST_TRIALS of
-    them.
+    them, in the time that there is.
     """
+    until = monotonic() + seconds
     found = list(problem.rows)
-    if _possible(problem, found):
+    if _possible(problem, found, until):
         return ()
     for row in problem.rows:
         without = [other for other in found if other is not row]
-        if not _possible(problem, without):
+        if _possible(problem, without, until) is False:
             found = without
     smaller = (rows for size in range(1, len(found)) for rows in itertools.combinations(problem.rows, size))
     for rows in itertools.islice(smaller, MOST_TRIALS):
-        if not _possible(problem, rows):
+        if monotonic() > until:
+            break
+        if _possible(problem, rows, until) is False:
             return rows
     return tuple(found)
 
 
-def nearest(problem: Problem, row: Row, others: Sequence[Row]) -> tuple[Fraction | None, Fraction | None]:
+def nearest(
+    problem: Problem, row: Row, others: Sequence[Row], seconds: float = SECONDS
+) -> tuple[Near | None, Near | None]:
     """The values nearest to the row's bounds, below the lower and above the upper one, that ``others`` allow.
 
-    None on a side where the row has no bound, or where nothing lies.
+    None on a side where the row has no bound.
     """
-    below = None if row.lower is None else _extreme(problem, replace(row, lower=None, upper=row.lower), others, False)
-    above = None if row.upper is None else _extreme(problem, replace(row, upper=None, lower=row.upper), others, True)
+    half = seconds / 2
+    lower, upper = replace(row, lower=None, upper=row.lower), replace(row, upper=None, lower=row.upper)
+    below = None if row.lower is None else _extreme(problem, lower, others, False, half)
+    above = None if row.upper is None else _extreme(problem, upper, others, True, half)
     return below, above
 
 
-def _possible(problem: Problem, rows: Sequence[Row]) -> bool:
-    return minimise(problem, dict.fromkeys(problem.objective, 0.0), rows) is not None
+def _possible(problem: Problem, rows: Sequence[Row], until: float) -> bool | None:
+    """None: not known in time."""
+    effort = Effort(seconds=max(0.0, until - monotonic()))
+    try:
+        return minimise(problem, dict.fromkeys(problem.objective, 0.0), rows, effort=effort) is not None
+    except OutOfTimeError:
+        return None
 
 
-def _nearest(problem: Problem, row: Row, others: Sequence[Row]) -> str:
+def _nearest(problem: Problem, row: Row, others: Sequence[Row], seconds: float) -> str:
     """The nearest values in words, rounded so that writing one down as the bound works."""
-    unit = row.quantity.unit
-    below, above = nearest(problem, row, others)
-    if row.lower is not None and row.upper is not None:
-        near = [_show(value, row, upwards=False) for value in (below, above) if value is not None]
-        return f"the nearest possible is {' or '.join(near)} {unit}"
-    if row.upper is not None:
-        assert above is not None, "the others alone are possible"
-        return f"the smallest possible is {_show(above, row, upwards=True)} {unit}"
-    assert below is not None, "the others alone are possible"
-    return f"the largest possible is {_show(below, row, upwards=False)} {unit}"
+    ends = [(near, up) for near, up in zip(nearest(problem, row, others, seconds), (False, True), strict=True) if near]
+    one_sided = len(ends) == 1
+    values = [_show(near.value, row, upwards=up and one_sided) for near, up in ends if near.value is not None]
+    if not values:
+        return "nothing near was found in time"
+    word = "nearest" if not one_sided else "smallest" if row.upper is not None else "largest"
+    sure = "possible" if all(near.proven for near, _ in ends) else "found in time"
+    return f"the {word} {sure} is {' or '.join(values)} {row.quantity.unit}"
 
 
-def _extreme(problem: Problem, row: Row, others: Sequence[Row], smallest: bool) -> Fraction | None:
+def _extreme(problem: Problem, row: Row, others: Sequence[Row], smallest: bool, seconds: float) -> Near:
     """The smallest or largest value of the row's quantity under its own bounds and the others'."""
     # a rate is largest where the time it is divided by is smallest
     sign = 1 if smallest == (row.quantity.numerator is None) else -1
     objective = {item_id: sign * row.quantity.coefficients[item_id] for item_id in problem.objective}
-    choice = minimise(problem, objective, [*others, row])
-    return None if choice is None else row.quantity.value(choice.chosen)
+    try:
+        choice = minimise(problem, objective, [*others, row], effort=Effort(seconds=max(0.0, seconds)))
+    except OutOfTimeError:
+        return Near(None, proven=False)
+    return Near(None, proven=True) if choice is None else Near(row.quantity.value(choice.chosen), choice.proven)
 
 
 def _show(value: Fraction, row: Row, upwards: bool) -> str:

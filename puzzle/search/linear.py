@@ -15,7 +15,7 @@ from time import monotonic
 import numpy as np
 
 from puzzle.search.problem import Problem, Row
-from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Programme, solve
+from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Numbers, Programme, solve
 from puzzle.types import OutOfTimeError, Site
 
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
@@ -160,6 +160,19 @@ def programme_of(
     return Programme.of(np.array([objective[item_id] for item_id in ids], float), lines)
 
 
+def _clipped(values: Numbers, lower: Fraction | None, upper: Fraction | None) -> Numbers:
+    """The same row without numbers so large that they would hide the others from a solver's tolerance.
+
+    Where all are positive, what is above the upper bound may be anything above it, and where there is only a lower
+    bound, what is above that may be just that.
+    """
+    if (values < 0).any():
+        return values
+    if upper is not None:
+        return np.minimum(values, float(2 * upper)) if upper > 0 else values
+    return np.minimum(values, float(lower)) if lower is not None and lower > 0 else values
+
+
 def _scaled(row: Row, margin: Fraction, ids: Sequence[str]) -> Line:
     """The row in numbers a solver likes: whole numbers by their common divisor, others by a power of two: exactly."""
     coefficients = np.array([row.quantity.coefficients.get(item_id, 0.0) for item_id in ids], float)
@@ -175,6 +188,7 @@ def _scaled(row: Row, margin: Fraction, ids: Sequence[str]) -> Line:
         lower = None if lower is None else Fraction(math.ceil(lower / divisor))
         upper = None if upper is None else Fraction(math.floor(upper / divisor))
         values = values / divisor
+    values = _clipped(values, lower, upper)
     largest = max(
         [Fraction(float(np.abs(values).max(initial=0.0))), *(abs(b) for b in (lower, upper) if b is not None)]
     )

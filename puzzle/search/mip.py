@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from time import monotonic
 
-from puzzle.search.infeasible import explain
+from puzzle.search.infeasible import SECONDS, explain
 from puzzle.search.linear import Choice, Cut, minimise, relative_gap
 from puzzle.search.problem import Problem, Quantity, Row
 from puzzle.search.programme import EXACT, Effort
@@ -77,7 +77,7 @@ def solve(
     if not solutions and late:
         raise late[0][1]
     if not solutions:
-        raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
+        raise _infeasible(problems, effort)
     note = None
     if len(solutions) < count:
         why = "no further one was found in time" if late else "no further one fits and"
@@ -115,7 +115,7 @@ def best_of(problems: Sequence[Problem]) -> tuple[Problem, Choice]:
     answers = [(problem, minimise(problem, problem.objective, problem.rows)) for problem in problems]
     answered = [(problem, choice) for problem, choice in answers if choice is not None]
     if not answered:
-        raise InfeasibleError("; ".join(_labelled(problem, len(problems)) for problem in problems))
+        raise _infeasible(problems, EXACT)
     return min(answered, key=lambda pair: pair[1].total)
 
 
@@ -148,6 +148,10 @@ def _difference_cut(problem: Problem, choice: Choice, min_difference: float) -> 
     return Cut(weights, min(in_common, num_sites - 1))
 
 
-def _labelled(problem: Problem, num_problems: int) -> str:
-    reason = explain(problem)
-    return f"{problem.label}: {reason}" if num_problems > 1 else reason
+def _infeasible(problems: Sequence[Problem], effort: Effort) -> InfeasibleError:
+    """Says why, in as much time as the search may take, or less."""
+    seconds = min(SECONDS, effort.seconds or SECONDS) / len(problems)
+    reasons = [explain(problem, seconds) for problem in problems]
+    if len(problems) == 1:
+        return InfeasibleError(reasons[0])
+    return InfeasibleError("; ".join(f"{one.label}: {reason}" for one, reason in zip(problems, reasons, strict=True)))

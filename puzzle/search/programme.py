@@ -2,11 +2,11 @@
 
     minimise  objective . x   subject to   lower <= rows . x <= upper,   x in {0, 1}
 
-A large programme is solved through its core. The linear relaxation (GLOP, milliseconds) gives duals d, and with them,
+A programme is solved through its core. The linear relaxation (GLOP, milliseconds) gives duals d, and with them,
 for every x that is allowed, ``objective . x >= bound + sum_j reduced_j x_j`` with ``reduced = objective - rows^T d``.
 So a variable whose reduced cost exceeds (best known - bound) is 0 in whatever is better, under bounds of any kind: it
-is left out. Dominated variables need no rule of their own. The bound is computed from the
-duals here, and holds however inexact they are.
+is left out. Dominated variables need no rule of their own, and one that costs a million times what matters does not
+hide that from a solver's tolerances. The bound is computed from the duals here, and holds however inexact they are.
 
 HiGHS solves the core: on whole programmes SCIP takes about as long, CP-SAT longer, and both many times as long now and
 then (benchmarks/LOG.md). One thread and a fixed seed: the same programme gives the same answer, unless time runs out.
@@ -42,7 +42,6 @@ LEFT_OUT_OF_PROOFS = (
     "mip_allow_restart",
 )
 FIRST_CORE = 1.5  # variables in it, a row
-WHOLE = 300  # variables up to which there is no core
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def solve(programme: Programme, effort: Effort = EXACT, start: Indices | None = 
     Raises PuzzleError if the solver gives up, which it has no reason to.
     """
     deadline = math.inf if effort.seconds is None else time.monotonic() + effort.seconds
-    relaxed = _relaxation(programme) if len(programme.objective) > WHOLE else None
+    relaxed = _relaxation(programme)
     if relaxed is None:
         return _solve_whole(programme, effort.relative_gap, deadline, start)
     return _solve_by_cores(programme, relaxed, effort.relative_gap, deadline, start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -12,10 +13,11 @@ import pytest
 from search_factories import all_choices, make_costs, make_file, make_items, make_problem, make_scores
 
 from puzzle.search import linear, search
-from puzzle.search.linear import minimise
+from puzzle.search.linear import Choice, minimise
 from puzzle.search.mip import solve
 from puzzle.search.problem import Problem, Quantity, Row
-from puzzle.types import ConfigError, Conflict, Costs, FfnSpec, InfeasibleError, Item, ModelShape, Site
+from puzzle.search.programme import Effort
+from puzzle.types import ConfigError, Conflict, Costs, FfnSpec, InfeasibleError, Item, ModelShape, OutOfTimeError, Site
 
 KINDS = [
     {"rows": ("max",)},
@@ -150,6 +152,29 @@ def test_large_counts_are_exact() -> None:
     assert solve([problem], {}).solutions[0].items == ("at",)
 
 
+@pytest.mark.parametrize("huge", [1e5, 1e7, 1e10, 1e15])
+@pytest.mark.parametrize("of", ["a score", "a cost"])
+def test_one_huge_number_does_not_hide_the_others(of: str, huge: float) -> None:
+    """A solver's tolerances are relative to the largest number of a row, and of the objective."""
+    checked = 0
+    for seed in range(12):
+        problem = make_problem(random.Random(seed), num_sites=5, choices=4)
+        item_id = random.Random(seed).choice(problem.items).id
+        if of == "a score":
+            problem = replace(problem, objective={**problem.objective, item_id: huge})
+        else:
+            (row, *rows) = problem.rows
+            spoilt = replace(row.quantity, coefficients={**row.quantity.coefficients, item_id: huge})
+            problem = replace(problem, rows=(replace(row, quantity=spoilt), *rows))
+        allowed = [chosen for chosen in all_choices(problem) if not problem.violations(chosen)]
+        found = minimise(problem, problem.objective, problem.rows)
+        assert (found is None) == (not allowed)
+        if found is not None:
+            assert float(found.total) == pytest.approx(float(min(map(problem.objective_of, allowed))), rel=1e-8)
+            checked += 1
+    assert checked >= 8
+
+
 def test_same_problem_gives_the_same_answer() -> None:
     problem = make_problem(random.Random(3), num_sites=12, choices=5, rows=("max", "max"))
     first, second = (solve([problem], {}, count=3).solutions for _ in range(2))
@@ -209,6 +234,48 @@ def test_bounds_that_conflict_are_named_without_the_innocent(shape: ModelShape) 
         "with the other, of params the smallest possible is 44288 parameters; "
         "with the other, of layers_with_ffn the largest possible is 2 layers"
     )
+
+
+def test_bounds_of_one_metric_that_contradict_each_other_are_said_at_once(shape: ModelShape) -> None:
+    message = infeasible(shape, constraints={"params": {"min": "90%", "max": 30_000}})
+    assert re.fullmatch(
+        r"params ≥ 90% of the teacher = \d+ parameters and params ≤ 30000 contradict each other; change one of them",
+        message,
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (
+            "something",
+            r"these bounds .*; .* the smallest found in time is 44288 parameters; .* found in time is 2 layers",
+        ),
+        ("nothing", r"these bounds .*: params ≤ 40000, layers_with_ffn ≥ 3; (.* nothing near was found in time){2}"),
+    ],
+)
+def test_an_explanation_has_its_time_and_says_what_was_not_proven_in_it(
+    found: str, told: str, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which sum of so many sizes is nearest to a number is a question for years."""
+    limits: list[float | None] = []
+
+    def out_of_time(
+        problem: Problem, objective: Mapping[str, float], rows: Sequence[Row], effort: Effort
+    ) -> Choice | None:
+        limits.append(effort.seconds)
+        choice = minimise(problem, objective, rows)
+        if choice is None or not any(objective.values()):  # whether something is possible is soon known
+            return choice
+        if found == "nothing":
+            raise OutOfTimeError("late", 0.0)
+        return replace(choice, proven=False)
+
+    monkeypatch.setattr("puzzle.search.infeasible.minimise", out_of_time)
+    bounds = {"kv_heads_total": 100, "params": {"max": 40_000}, "layers_with_ffn": {"min": 3}}
+    message = infeasible(shape, constraints=bounds, solver={"time_limit_s": 4})
+    assert re.fullmatch(told, message)
+    assert all(seconds is not None and 0 <= seconds <= 4 for seconds in limits)
 
 
 def test_each_batch_size_says_why(shape: ModelShape) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_factories import all_choices
 
-from puzzle.search import infeasible, mip, programme
+from puzzle.search import infeasible, mip
 from puzzle.search.linear import minimise
 from puzzle.search.pareto import front
 from puzzle.search.problem import Problem, Quantity, Row
@@ -75,11 +75,6 @@ def rows_of(draw: st.DrawFn, items: Sequence[Item], number: int, side: str, rate
 
 def feasible(problem: Problem) -> list[tuple[str, ...]]:
     return [chosen for chosen in all_choices(problem) if not problem.violations(chosen)]
-
-
-@pytest.fixture(autouse=True)
-def _both_ways_of_solving(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programme, "WHOLE", 6)  # smaller ones are solved whole, larger ones by cores
 
 
 quick = settings(max_examples=40, derandomize=True, deadline=None, database=None)
@@ -155,7 +150,7 @@ def test_the_front_is_the_optimum_at_every_limit(problem: Problem) -> None:
 def test_an_infeasible_search_names_a_smallest_set_and_values_that_work(problem: Problem) -> None:
     if feasible(problem) or not feasible(replace(problem, rows=())):
         return
-    told = infeasible.core(problem)
+    told = infeasible.core(problem, seconds=600)
     assert not feasible(replace(problem, rows=told))
     for size in range(1, len(told)):
         for fewer in itertools.combinations(problem.rows, size):
@@ -164,7 +159,9 @@ def test_an_infeasible_search_names_a_smallest_set_and_values_that_work(problem:
         others = tuple(other for other in told if other is not row)
         without = feasible(replace(problem, rows=others))
         values = {row.quantity.value(chosen) for chosen in without}
-        below, above = infeasible.nearest(problem, row, others)
+        ends = infeasible.nearest(problem, row, others, seconds=600)
+        assert all(end.proven for end in ends if end)
+        below, above = (end.value if end else None for end in ends)
         lower, upper = row.lower, row.upper
         assert below == (max((v for v in values if v < lower), default=None) if lower is not None else None)
         assert above == (min((v for v in values if v > upper), default=None) if upper is not None else None)
