@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from puzzle.types import ConfigError, InfeasibleError, OutOfTimeError, Solution
 if TYPE_CHECKING:
     from puzzle.artifacts import Unit
     from puzzle.run import Run
+    from puzzle.search.problem import Problem
 
 FRONT_ROWS, GRID_LIMITS = 20, 8  # of a printed front; for each of several costs
 DEFAULT_EVALUATIONS = 60  # of refine
@@ -222,11 +224,13 @@ def _pareto(options: argparse.Namespace) -> None:
     from puzzle.search.pareto import plot
 
     costs = options.cost or ["params"]
+    if options.points is not None and options.points < 1:
+        raise ConfigError(f"--points: give 1 or more, found {options.points}")
     if (offered := open_widths(options)) is not None:
         _pareto_of_widths(offered.searches(print), costs, options)
         return
     run = open_run(options)
-    problem, folder = run.problems()[0], options.output or run.folder / "pareto"
+    problem, folder = _at_batch_sizes(run), options.output or run.folder / "pareto"
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / "pareto.csv", folder / "pareto.png"
     if len(costs) == 1:
@@ -234,14 +238,30 @@ def _pareto(options: argparse.Namespace) -> None:
         print(front.frame(options.points or FRONT_ROWS).to_string(index=False))
         front.frame().to_csv(table, index=False)
         plot(front, picture)
-        print(f"{len(front)} points; {table}, {picture}")
+        print(f"{len(front)} points, within the file's limits or not; {table}, {picture}")
         return
     found = surface.surface(problem, costs, options.points or GRID_LIMITS, effort_of(run.constraint_file))
     print(found.frame().to_string(index=False))
     found.frame(architectures=True).to_csv(table, index=False)
     surface.plot(found, picture)
     late = f"; at {found.unfinished} limits nothing was found in time" if found.unfinished else ""
-    print(f"{len(found.points)} points{late}; {table}, {picture}")
+    print(f"{len(found.points)} points, within the file's limits or not{late}; {table}, {picture}")
+
+
+def _at_batch_sizes(run: Run) -> Problem:
+    """The search at the batch sizes that it chooses, or the first ones where nothing fits. Says at which."""
+    from puzzle.search import effort_of, mip
+    from puzzle.search.problem import solved
+
+    problems = run.problems()
+    if len(problems) == 1:
+        return problems[0]
+    problem, why = problems[0], " (nothing keeps all limits)"
+    with contextlib.suppress(InfeasibleError, OutOfTimeError):
+        (best,) = mip.solve(problems, {}, effort=effort_of(run.constraint_file)).solutions
+        problem, why = solved(problems, best), ""
+    print(f"at {problem.label}{why}")
+    return problem
 
 
 def _pareto_of_widths(runs: Sequence[Run], costs: Sequence[str], options: argparse.Namespace) -> None:
@@ -251,7 +271,7 @@ def _pareto_of_widths(runs: Sequence[Run], costs: Sequence[str], options: argpar
 
     if len(costs) > 1:
         raise ConfigError("several widths have a front against one --cost; for several, give the folder of a search")
-    fronts = [(run.shape.hidden_size, front_of(run.problems()[0], costs[0])) for run in runs]
+    fronts = [(run.shape.hidden_size, front_of(_at_batch_sizes(run), costs[0])) for run in runs]
     frame = joint_front(fronts)
     count = min(options.points or FRONT_ROWS, len(frame))
     shown = frame.iloc[[round(row * (len(frame) - 1) / max(1, count - 1)) for row in range(count)]]
@@ -266,7 +286,7 @@ def _chain(options: argparse.Namespace) -> None:
     from puzzle.search import chain, effort_of
 
     run = open_run(options)
-    problem, effort = run.problems()[0], effort_of(run.constraint_file)
+    problem, effort = _at_batch_sizes(run), effort_of(run.constraint_file)
     limits = chain.even_limits(problem, options.cost, options.points)
     found = chain.chain(problem, run.shape, options.cost, limits, effort)
     print(found.frame().to_string(index=False))
@@ -274,7 +294,8 @@ def _chain(options: argparse.Namespace) -> None:
     table.parent.mkdir(parents=True, exist_ok=True)
     found.frame(architectures=True).to_csv(table, index=False)
     total = sum(link.objective for link in found.links)
-    print(f"in sum {total:.4f} ({'optimal' if found.proven else 'feasible'}, bound {found.bound:.4f}); {table}")
+    how = "optimal" if found.proven else "feasible"
+    print(f"in sum {total:.4f} ({how}, bound {round(found.bound, 4) + 0.0:.4f}); {table}")
 
 
 def _shrink(options: argparse.Namespace) -> None:
@@ -282,6 +303,7 @@ def _shrink(options: argparse.Namespace) -> None:
 
     from puzzle import pipeline
     from puzzle.search.pareto import front as front_of
+    from puzzle.search.problem import solved
     from puzzle.search.shrink import popular
     from puzzle.variants import is_fused
 
@@ -289,7 +311,7 @@ def _shrink(options: argparse.Namespace) -> None:
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
     (solution, *_) = pipeline.solve(run, {})
-    problem = run.problems()[0]
+    problem = solved(run.problems(), solution)
     problem = replace(problem, items=tuple(item for item in problem.items if not is_fused(item)))  # no pairs can be
     front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))

@@ -207,7 +207,7 @@ def _difference(problem: Problem, chosen: Sequence[str], choice: Choice | None) 
 
 def text(explanation: Explanation, problem: Problem) -> str:
     """For people, a few lines a bound."""
-    unit = explanation.objective_name.removesuffix("_nats") + " nats"
+    unit = _unit(explanation.objective_name)
     lines = [f"{explanation.objective:.4f} {unit} predicted"]
     for story in explanation.rows:
         lines += ["", *_row_lines(story, problem, unit)]
@@ -220,8 +220,12 @@ def text(explanation: Explanation, problem: Problem) -> str:
 
 def alternatives_text(found: Sequence[Forced], problem: Problem) -> str:
     """For people, one line an item."""
-    unit = problem.objective_name.removesuffix("_nats") + " nats"
+    unit = _unit(problem.objective_name)
     return "\n".join(f"  {forced.item_id:<28}{_forced_words(forced, problem, unit)}" for forced in found)
+
+
+def _unit(objective_name: str) -> str:
+    return objective_name.replace("_nats", " nats")
 
 
 def _row_lines(story: RowStory, problem: Problem, unit: str) -> list[str]:

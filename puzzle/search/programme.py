@@ -19,10 +19,12 @@ import ctypes
 import datetime
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,7 @@ from puzzle.types import PuzzleError
 
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int64]
+Result = TypeVar("Result")
 TOLERANCE = 1e-9  # of rows whose numbers are at most 1
 RELATIVE_GAP = 1e-9
 FIRST_GAP = 1e-3  # at which a first, narrow core is solved: it is to say what can be left out
@@ -216,11 +219,13 @@ def _solve_whole(
         values = {variable: float(index in ones) for index, variable in enumerate(variables)}
         hints = [mathopt.SolutionHint(variable_values=values)]
     with _quiet():
-        result = mathopt.solve(
-            model,
-            mathopt.SolverType.HIGHS,
-            params=parameters,
-            model_params=mathopt.ModelSolveParameters(solution_hints=hints),
+        result = _interruptible(
+            lambda: mathopt.solve(
+                model,
+                mathopt.SolverType.HIGHS,
+                params=parameters,
+                model_params=mathopt.ModelSolveParameters(solution_hints=hints),
+            )
         )
     reason, reasons = result.termination.reason, mathopt.TerminationReason
     if reason in (reasons.INFEASIBLE, reasons.INFEASIBLE_OR_UNBOUNDED):
@@ -256,6 +261,20 @@ def _model(programme: Programme, integer: bool, scale: float = 1.0) -> Any:
     wire.linear_constraint_matrix.column_ids.extend(programme.column[order].tolist())
     wire.linear_constraint_matrix.coefficients.extend(programme.value[order].tolist())
     return mathopt.Model.from_model_proto(wire)
+
+
+def _interruptible(work: Callable[[], Result]) -> Result:
+    """What the work returns, which has a thread of its own: where it holds the main one, Ctrl-C is not heard."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # raised below, where somebody waits for it
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # a daemon, so that a process that is told to end does
+    return done.result()
 
 
 @contextlib.contextmanager

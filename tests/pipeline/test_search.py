@@ -133,9 +133,27 @@ def test_a_front_of_two_costs_is_a_table_a_csv_and_a_picture(copy: Project, caps
     assert lines[0].split() == ["point", "params", "chat.kv_cache_gib", "kl_nats", "bound", "gap"]
     csv = (copy.run / "pareto" / "pareto.csv").read_text().splitlines()
     assert csv[0] == "point,params,chat.kv_cache_gib,kl_nats,bound,gap,items"
-    assert lines[-1].startswith(f"{len(csv) - 1} points; ")
+    assert lines[-1].startswith(f"{len(csv) - 1} points, within the file's limits or not; ")
     assert len(csv) == len(lines) - 1 > 3
     assert (copy.run / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fronts_and_chains_are_at_the_batch_sizes_that_the_search_chooses(
+    copy: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the first of the list nothing fits; where nothing does anywhere, a front is still one to look at."""
+    path = copy.folder / "sizes.yaml"
+    workload = "workloads:\n  chat: {isl: 8, osl: 8, batch_size: [4000, 1], weights: fp32, kv: fp32, device: cpu}\n"
+    path.write_text(workload + "constraints: {memory_gib: 0.005}\n")
+    listed = [str(copy.config), "--constraints", str(path), "--points", "2"]
+    for command in ("chain", "pareto"):
+        assert main(["--debug", command, *listed]) == 0
+        assert capsys.readouterr().out.startswith("at chat batch size 1\n")
+    path.write_text(workload + "constraints: {memory_gib: 1e-9}\n")
+    assert main(["--debug", "pareto", *listed]) == 0
+    assert capsys.readouterr().out.startswith("at chat batch size 4000 (nothing keeps all limits)\n")
+    assert main(["chain", *listed]) == 3
+    assert main(["pareto", *listed[:-1], "0"]) == 2
 
 
 def test_a_chain_is_a_table_and_a_csv(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from search_factories import make_problem
 
+import puzzle
 from puzzle.search import linear, mip, programme
 from puzzle.search.linear import Effort, minimise
 from puzzle.search.problem import Problem
@@ -112,6 +118,48 @@ def test_a_solver_without_a_bound_leaves_one_that_is_true(monkeypatch: pytest.Mo
     with pytest.raises(OutOfTimeError) as caught:
         minimise(problem, problem.objective, problem.rows, effort=Effort(seconds=2))
     assert caught.value.bound == pytest.approx(float(best.total))  # without rows each site has its least
+
+
+ENDLESS = """
+import random, signal, sys
+from fractions import Fraction
+from ortools.math_opt.python import mathopt
+from puzzle.search.linear import minimise
+from puzzle.search.problem import Problem, Quantity, Row
+from puzzle.types import FfnSpec, Item, Site
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+solve = mathopt.solve
+mathopt.solve = lambda *given, **more: (print("solving", file=sys.stderr, flush=True), solve(*given, **more))[1]
+rng = random.Random(0)
+sites = tuple(Site(layer, "ffn") for layer in range(60))
+items = tuple(Item(f"{site}.{size}", (site,), (FfnSpec("narrow", size),)) for site in sites for size in (1, 2, 3))
+costs = {item.id: float(rng.randrange(10**11, 10**12)) for item in items}
+row = Row(Quantity("params", "parameters", costs, whole=True), "limit", None, Fraction(int(sum(costs.values()) / 3)))
+problem = Problem(items, sites, {name: -cost for name, cost in costs.items()}, (row,))
+minimise(problem, problem.objective, problem.rows)
+"""
+
+
+def test_a_solver_at_work_hears_ctrl_c() -> None:
+    """Which sum of sixty large numbers is next to a number is a question for years."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(puzzle.__file__).parent.parent)}
+    command = [sys.executable, "-c", ENDLESS]
+    with subprocess.Popen(command, text=True, env=environment, stderr=subprocess.PIPE) as child:
+        try:
+            assert child.stderr is not None
+            assert [child.stderr.readline() for _ in range(2)] == 2 * ["solving\n"]  # the relaxation, and the programme
+            time.sleep(0.5)
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert errors.endswith("KeyboardInterrupt\n")
+
+
+def test_what_goes_wrong_in_a_solve_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        programme._interruptible(lambda: 1 // 0)
 
 
 def test_gaps_of_negative_sums_are_gaps_too() -> None:
