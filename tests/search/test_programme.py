@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ortools.math_opt.python import mathopt
 from search_factories import make_problem
 
 import puzzle
@@ -38,6 +39,18 @@ def made_of(problem: Problem) -> programme.Programme:
     made = linear.programme_of(problem, problem.objective, [(row, Fraction(0)) for row in problem.rows])
     assert made is not None
     return made
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_a_solver_of_another_kind_finds_the_same_optimum(kind: dict[str, object], seed: int) -> None:
+    problem = large(seed, **kind)
+    found = minimise(problem, problem.objective, problem.rows)
+    model = programme._model(made_of(problem), integer=True)
+    told = mathopt.solve(model, mathopt.SolverType.CP_SAT, params=mathopt.SolveParameters(threads=1))
+    assert told.termination.reason == mathopt.TerminationReason.OPTIMAL
+    assert found is not None
+    assert float(found.total) == pytest.approx(told.objective_value(), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
