@@ -44,7 +44,7 @@ def explain(problem: Problem, seconds: float = SECONDS) -> str:
         lower, upper = one.lower, other.upper
         if one.quantity == other.quantity and lower is not None and upper is not None and lower > upper:
             return f"{one.written} and {other.written} contradict each other; change one of them"
-    rows = core(problem, until - monotonic())
+    rows = core(problem, (until - monotonic()) / 2)
     if not rows:
         return "the bounds cannot hold within the solver's tolerance; loosen them by a little"
     left = (until - monotonic()) / len(rows)
