@@ -248,7 +248,7 @@ def _pareto(options: argparse.Namespace) -> None:
     print(f"{len(found.points)} points, within the file's limits or not{late}; {table}, {picture}")
 
 
-def _at_batch_sizes(run: Run) -> Problem:
+def _at_batch_sizes(run: Run, whose: str = "") -> Problem:
     """The search at the batch sizes that it chooses, or the first ones where nothing fits. Says at which."""
     from puzzle.search import effort_of, mip
     from puzzle.search.problem import solved
@@ -260,7 +260,7 @@ def _at_batch_sizes(run: Run) -> Problem:
     with contextlib.suppress(InfeasibleError, OutOfTimeError):
         (best,) = mip.solve(problems, {}, effort=effort_of(run.constraint_file)).solutions
         problem, why = solved(problems, best), ""
-    print(f"at {problem.label}{why}")
+    print(f"{whose}at {problem.label}{why}")
     return problem
 
 
@@ -271,7 +271,10 @@ def _pareto_of_widths(runs: Sequence[Run], costs: Sequence[str], options: argpar
 
     if len(costs) > 1:
         raise ConfigError("several widths have a front against one --cost; for several, give the folder of a search")
-    fronts = [(run.shape.hidden_size, front_of(_at_batch_sizes(run), costs[0])) for run in runs]
+    fronts = [
+        (run.shape.hidden_size, front_of(_at_batch_sizes(run, f"hidden size {run.shape.hidden_size} "), costs[0]))
+        for run in runs
+    ]
     frame = joint_front(fronts)
     count = min(options.points or FRONT_ROWS, len(frame))
     shown = frame.iloc[[round(row * (len(frame) - 1) / max(1, count - 1)) for row in range(count)]]

@@ -91,9 +91,10 @@ def test_one_front_of_all_widths(searched: Project, capsys: pytest.CaptureFixtur
         tuple(map(float, point)) for point in expected
     ]
     assert main(["--debug", "pareto", str(searched.config), "--points", "5"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "hidden size" in lines[0] and len(lines) == 7
-    assert np.isin([int(line.split()[-1]) for line in lines[1:6]], [24, 32]).all()
+    *sizes, header, one, two, three, four, five, last = capsys.readouterr().out.splitlines()
+    assert sorted(sizes) == [f"hidden size {size} at chat batch size 1" for size in (24, 32)]
+    assert header.split() == ["point", "params", "kl_nats", "hidden", "size"] and "pareto.csv" in last
+    assert np.isin([int(line.split()[-1]) for line in (one, two, three, four, five)], [24, 32]).all()
     assert (searched.run / "pareto" / "pareto.csv").is_file()
     assert main(["pareto", str(searched.config), "--cost", "params", "--cost", "chat.memory_gib"]) == 2
 
