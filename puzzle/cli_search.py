@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -256,10 +255,14 @@ def _at_batch_sizes(run: Run, whose: str = "") -> Problem:
     problems = run.problems()
     if len(problems) == 1:
         return problems[0]
-    problem, why = problems[0], " (nothing keeps all limits)"
-    with contextlib.suppress(InfeasibleError, OutOfTimeError):
+    problem, why = problems[0], ""
+    try:
         (best,) = mip.solve(problems, {}, effort=effort_of(run.constraint_file)).solutions
-        problem, why = solved(problems, best), ""
+        problem = solved(problems, best)
+    except InfeasibleError:
+        why = " (nothing keeps all limits)"
+    except OutOfTimeError:
+        why = " (nothing was found in time)"
     print(f"{whose}at {problem.label}{why}")
     return problem
 
@@ -315,6 +318,8 @@ def _shrink(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.output} exists; choose another name")
     (solution, *_) = pipeline.solve(run, {})
     problem = solved(run.problems(), solution)
+    if problem.label:
+        print(f"at {problem.label}")
     problem = replace(problem, items=tuple(item for item in problem.items if not is_fused(item)))  # no pairs can be
     front = front_of(problem, options.cost)
     cost = float(problem.quantity(options.cost).value(solution.items))

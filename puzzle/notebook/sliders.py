@@ -96,15 +96,16 @@ class Sliders:
         return self.front.tables.view(solved(problems, solution), solution, self.text(values))
 
     def nearest(self, values: Sequence[float], moved: int) -> float | None:
-        """Where nothing fits: the nearest value of the limit that was moved at which something does.
+        """Where nothing fits: the nearest value of the limit that was moved at which something does, as far as is found
+        in the time of an explanation.
 
         None where the other limits cannot be kept together.
         """
-        limit, found = self.limits[moved], []
-        for problem in self.front.tables.problems:
+        limit, found, problems = self.limits[moved], [], self.front.tables.problems
+        for problem in problems:
             rows = list(self._at(problem, values).rows)
             row = rows.pop(moved)
-            ends = infeasible.nearest(problem, row, rows)
+            ends = infeasible.nearest(problem, row, rows, infeasible.SECONDS / len(problems))
             found += [limit.written(end.value, row.quantity) for end in ends if end and end.value is not None]
         return min(found, key=lambda value: abs(value - values[moved]), default=None)
 

@@ -15,10 +15,11 @@ from time import monotonic
 import numpy as np
 
 from puzzle.search.problem import Problem, Row
-from puzzle.search.programme import EXACT, RELATIVE_GAP, Effort, Line, Numbers, Programme, solve
+from puzzle.search.programme import EXACT, RELATIVE_GAP, Answer, Effort, Indices, Line, Numbers, Programme, solve
 from puzzle.types import OutOfTimeError, Site
 
 FORBIDDEN_CHOICES = 20  # tried one by one before the bound itself is drawn in
+FAR = 1e3  # times the value: a number of the objective that is larger hides others
 LARGEST_COUNT = 2**24  # beyond, whole numbers are scaled like others
 
 
@@ -87,11 +88,13 @@ def minimise(
         made = programme_of(
             problem, objective, [(row, margins.get(row.written, Fraction(0))) for row in rows], all_cuts
         )
-        found = None if made is None else solve(made, effort.shared(monotonic() - started, 1), begin)
+        if made is None:
+            return None
+        found = _solved(problem, made, effort.shared(monotonic() - started, 1), begin)
         if found is None:
             return None
         if not margins:
-            bound = found.bound if math.isfinite(found.bound) else _least(problem, objective)
+            bound = found.bound if math.isfinite(found.bound) else math.fsum(_least(problem, made.objective).values())
         if found.columns is None:
             raise OutOfTimeError(
                 f"no architecture was found within {effort.seconds:.3g} s (none can be better than {bound:.6g}); "
@@ -112,14 +115,36 @@ def minimise(
                 margins[row.written] = 2 * margins.get(row.written, _excess(row, chosen))
 
 
-def _least(problem: Problem, objective: Mapping[str, float]) -> float:
-    """No choice has a smaller sum, whatever the rows say: at each site the least of what items take there."""
+def _solved(problem: Problem, made: Programme, effort: Effort, begin: Indices | None) -> Answer | None:
+    """The solver's answer; where a number of the objective is so large that it hides the others from its tolerances,
+    that of a smaller one in its place.
+
+    An architecture with an item in it costs at least what that does and the least of all other sites. Where this is
+    more than what is known, the item is in nothing better, and how much more it is does not matter.
+    """
+    started = monotonic()
+    found = solve(made, effort, begin)
+    while found is not None and found.columns is not None and made.objective.max(initial=0.0) > FAR * abs(found.value):
+        least = _least(problem, made.objective)
+        total = math.fsum(least.values())
+        rest = np.array([math.fsum((total, *(-least[site] for site in item.sites))) for item in problem.items])
+        over = made.objective + rest - found.value
+        clipped = made.objective - np.maximum(over - max(found.value - total, abs(found.value)), 0.0)
+        if found.value <= total or made.objective.max() <= FAR * np.abs(clipped).max():
+            break
+        made = replace(made, objective=clipped)
+        found = solve(made, effort.shared(monotonic() - started, 1), found.columns) or found
+    return found
+
+
+def _least(problem: Problem, objective: Numbers) -> Mapping[Site, float]:
+    """By site the least of what items take there: no choice has a smaller sum, whatever the rows say."""
     least: dict[Site, float] = {}
-    for item in problem.items:
-        share = objective[item.id] / len(item.sites)
+    for item, value in zip(problem.items, objective.tolist(), strict=True):
+        share = value / len(item.sites)
         for site in item.sites:
             least[site] = min(least.get(site, share), share)
-    return math.fsum(least.values())
+    return least
 
 
 def _allowed(problem: Problem, rows: Sequence[Row], cuts: Sequence[Cut], chosen: Sequence[str]) -> bool:

@@ -5,8 +5,8 @@
 A programme is solved through its core. The linear relaxation (GLOP, milliseconds) gives duals d, and with them,
 for every x that is allowed, ``objective . x >= bound + sum_j reduced_j x_j`` with ``reduced = objective - rows^T d``.
 So a variable whose reduced cost exceeds (best known - bound) is 0 in whatever is better, under bounds of any kind: it
-is left out. Dominated variables need no rule of their own, and one that costs a million times what matters does not
-hide that from a solver's tolerances. The bound is computed from the duals here, and holds however inexact they are.
+is left out. Dominated variables need no rule of their own. The bound is computed from the duals here, and holds however
+inexact they are.
 
 HiGHS solves the core: on whole programmes SCIP takes about as long, CP-SAT longer, and both many times as long now and
 then (benchmarks/LOG.md). One thread and a fixed seed: the same programme gives the same answer, unless time runs out.

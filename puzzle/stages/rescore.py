@@ -15,7 +15,7 @@ from puzzle.run import Run
 from puzzle.search import mip
 from puzzle.stages.score import ScoreJob
 from puzzle.tables import ScoreTable, read_scores
-from puzzle.types import InfeasibleError, Item
+from puzzle.types import InfeasibleError, Item, OutOfTimeError
 
 LEAST_CONTENDERS = 3  # architectures whose items are measured
 
@@ -81,7 +81,7 @@ def _deciding(run: Run, table: ScoreTable) -> list[Item]:
     count, effort = max(wanted.count, LEAST_CONTENDERS), search.effort_of(run.constraint_file)
     try:
         solutions = mip.solve(run.problems(table), {}, count, wanted.min_difference, effort).solutions
-    except InfeasibleError:
+    except (InfeasibleError, OutOfTimeError):
         return []
     chosen = {item_id for solution in solutions for item_id in solution.items if (item_id, "kl") in table.scores}
     return [item for item in run.items if item.id in chosen and table.score(item.id, "kl").method == "one-pass"]
