@@ -12,7 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 from puzzle.artifacts import append_event
@@ -45,15 +53,19 @@ class Progress:
         for unit in units:
             _record(self._events, {"time": time.time(), "stage": self._stage, "event": "published", "unit": unit})
         self._done += len(units)
-        self._bars.update(self._task, completed=self._done, what=units[-1])
+        self._bars.update(self._task, completed=max(self._done, self._bar.completed), what=units[-1])
         self._tell()
+
+    @property
+    def _bar(self) -> Task:
+        return next(one for one in self._bars.tasks if one.id == self._task)
 
     def _tell(self) -> None:
         """In the place of a bar."""
         if console.is_terminal or not Ranks.current().first or time.monotonic() - self._told < QUIET_SECONDS:
             return
         self._told = time.monotonic()
-        task = next(one for one in self._bars.tasks if one.id == self._task)
+        task = self._bar
         eta = "" if task.time_remaining is None else f", eta {timedelta(seconds=round(task.time_remaining))}"
         console.print(f"{self._stage:<10} {task.percentage:.0f} %{eta} {task.fields['what']}".rstrip(), soft_wrap=True)
 
